@@ -1,0 +1,33 @@
+"""fastgpt2: an exact GPT-2 trainer. `train(TrainConfig(...))` is the whole programme."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastgpt2.config import ConfigError, ModelConfig, TrainConfig
+    from fastgpt2.model import GPT
+    from fastgpt2.ops import Ops
+    from fastgpt2.train import TrainResult, train
+
+__version__ = "0.1.0"
+__all__ = ["GPT", "ConfigError", "ModelConfig", "Ops", "TrainConfig", "TrainResult", "train"]
+
+_HOME = {
+    "ConfigError": "fastgpt2.config",
+    "GPT": "fastgpt2.model",
+    "ModelConfig": "fastgpt2.config",
+    "Ops": "fastgpt2.ops",
+    "TrainConfig": "fastgpt2.config",
+    "TrainResult": "fastgpt2.train",
+    "train": "fastgpt2.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that `import fastgpt2` costs nothing."""
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+        # Importing fastgpt2.train binds the module under the function's name: put the function back.
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'fastgpt2' has no attribute {name!r}")

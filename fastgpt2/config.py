@@ -1,0 +1,272 @@
+"""What to train and how: two dataclasses, the presets, and the checks that need no device.
+
+`TrainConfig` is the command line (a field is a flag, its trailing docstring the help) and the argument
+of `train`. Fields left at None are settled once, by `TrainConfig.resolve`, from the preset and the
+device, so that a resolved configuration written beside a run says everything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Attention = Literal["auto", "naive", "sdpa", "triton"]
+Dtype = Literal["float64", "float32", "tf32", "bfloat16", "float16"]
+Optimizer = Literal["adam", "adamw"]
+Schedule = Literal["constant", "cosine", "linear"]
+
+VOCAB_PADDING = 128
+"""The stored vocabulary is a multiple of this, so that the head's matmul is aligned."""
+
+
+class ConfigError(ValueError):
+    """A request that can't be carried out. The message is one line and says what would work."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a GPT-2 (Radford et al. 2019): what decides its parameters and its function."""
+
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    block_size: int = 1024
+    vocab_size: int = 50257
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{_flag(name)} must be at least 1, got {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ConfigError(
+                f"--n-embd {self.n_embd} is not divisible by --n-head {self.n_head}: "
+                f"each head needs n_embd / n_head channels; try --n-embd {self._nearest_width()}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"--dropout must be in [0, 1), got {self.dropout}")
+
+    def _nearest_width(self) -> int:
+        return max(1, round(self.n_embd / self.n_head)) * self.n_head
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the stored embedding; the rows past vocab_size are never predicted and never trained."""
+        return -(-self.vocab_size // VOCAB_PADDING) * VOCAB_PADDING
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=256),
+    "mini": ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, vocab_size=1024),
+    "small": ModelConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=50257),
+    "gpt2": ModelConfig(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": ModelConfig(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": ModelConfig(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": ModelConfig(n_layer=48, n_head=25, n_embd=1600),
+}
+"""The four published sizes (Radford et al. 2019, table 2) and three small ones of ours."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a GPT-2. Without arguments: a model that suits this machine, on dummy tokens."""
+
+    model: str | None = None
+    """Preset: tiny, mini, small, gpt2, gpt2-medium, gpt2-large or gpt2-xl (default: gpt2 on a GPU, mini without)."""
+    n_layer: int | None = None
+    """Transformer blocks (default: the preset's)."""
+    n_head: int | None = None
+    """Attention heads (default: the preset's)."""
+    n_embd: int | None = None
+    """Channels (default: the preset's)."""
+    block_size: int | None = None
+    """Tokens in a sequence (default: the preset's, which is also the most a published size has positions for)."""
+    vocab_size: int | None = None
+    """Vocabulary; stored padded to a multiple of 128 (default: the data's, else the preset's)."""
+    dropout: float = 0.0
+    """Dropout after the embeddings, on the attention weights and on each residual branch."""
+
+    data: str = "dummy"
+    """dummy (uniform random tokens), dummy-fixed (one such batch, repeated), or a folder of token shards."""
+    batch_size: int | None = None
+    """Sequences in a micro-step (default: 8 without a GPU, 32 with one)."""
+    grad_accum: int = 1
+    """Micro-steps whose gradients are averaged before the optimizer steps."""
+    steps: int | None = None
+    """Optimizer steps (default: 200)."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    optimizer: Optimizer = "adam"
+    """adam (as published) or adamw (weight decay applied apart from the gradient, to matrices only)."""
+    weight_decay: float = 0.0
+    """adamw's decay of the matrices; biases, LayerNorm weights and the like are never decayed."""
+    beta1: float = 0.9
+    """Decay of Adam's mean of the gradients."""
+    beta2: float = 0.999
+    """Decay of Adam's mean of their squares."""
+    grad_clip: float = 0.0
+    """Scale gradients whose total norm is larger down to this norm; 0 turns it off."""
+    schedule: Schedule = "constant"
+    """Learning rate after the warm-up: constant, or falling to a tenth along a cosine or a line."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+
+    seed: int = 0
+    """Decides the weights, the dummy tokens, the order of the data and the dropout."""
+    dtype: Dtype | None = None
+    """Precision; bfloat16 and float16 are autocast over float32 weights (default: bfloat16 on a GPU that has it, else float32)."""
+    device: str | None = None
+    """cpu, cuda or cuda:N (default: cuda where there is one)."""
+    attn: Attention = "auto"
+    """Which implementation computes the attention; one asked for by name runs or is an error."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+
+    out: Path | None = None
+    """Folder for config.toml, metrics.jsonl, loss.png and checkpoints (default: a new one under runs/)."""
+    eval_every: int = 0
+    """Steps between validation losses; 0 turns them off."""
+    eval_batches: int = 20
+    """Batches in a validation loss."""
+    save_every: int = 1000
+    """Steps between checkpoints; one is also saved at the end. 0 saves none."""
+    keep: int = 2
+    """Checkpoints kept, the newest; older ones are deleted. 0 keeps all."""
+    log_every: int = 10
+    """Steps between log lines; the host waits for the device only then."""
+    resume: bool = False
+    """Continue the run in --out from its newest checkpoint; its config.toml holds but for the flags given."""
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise ConfigError(f"--{_flag(name)} {value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}")
+        positive = ("batch_size", "grad_accum", "steps", "eval_batches", "log_every")
+        for name in (*positive, "eval_every", "save_every", "keep", "warmup_steps", "seed", "lr", "weight_decay", "grad_clip"):
+            value, least = getattr(self, name), int(name in positive)
+            if value is not None and not value >= least:
+                raise ConfigError(f"--{_flag(name)} must be at least {least}, got {value}")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"--{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.weight_decay and self.optimizer == "adam":
+            raise ConfigError("--weight-decay needs --optimizer adamw: adam would mix the decay into its averages")
+        if self.resume and self.out is None:
+            raise ConfigError("--resume needs --out: the folder of the run to continue")
+
+    def resolve(self, *, cuda: bool, bf16: bool = True, data_vocab_size: int | None = None) -> TrainConfig:
+        """Fill every field left at None.
+
+        Args:
+            cuda: whether the run is on a CUDA device.
+            bf16: whether that device computes in bfloat16.
+            data_vocab_size: the vocabulary of the token shards, None for dummy data.
+
+        Raises:
+            ConfigError: no such preset, or a block_size over what the published model has positions for.
+        """
+        name = self.model or ("gpt2" if cuda else "mini")
+        if name not in PRESETS:
+            raise ConfigError(f"no preset {name!r}: there are {', '.join(PRESETS)}{_nearest(name, PRESETS)}")
+        preset = PRESETS[name]
+        if self.block_size is not None and self.model is not None and self.block_size > preset.block_size:
+            raise ConfigError(
+                f"--block-size {self.block_size} is over the {preset.block_size} positions of {name}; "
+                f"leave --model out and give the size by flags for a longer context"
+            )
+        shape = {f: _default(getattr(self, f), getattr(preset, f)) for f in ("n_layer", "n_head", "n_embd", "block_size")}
+        vocab_size = _default(self.vocab_size, _default(data_vocab_size, preset.vocab_size))
+        if data_vocab_size is not None and vocab_size < data_vocab_size:
+            raise ConfigError(f"--vocab-size {vocab_size} is smaller than the vocabulary of {self.data}: {data_vocab_size}")
+        return dataclasses.replace(
+            self,
+            model=name,
+            **shape,
+            vocab_size=vocab_size,
+            batch_size=_default(self.batch_size, 32 if cuda else 8),
+            steps=_default(self.steps, 200),
+            dtype=_default(self.dtype, "bfloat16" if cuda and bf16 else "float32"),
+            device=_default(self.device, "cuda" if cuda else "cpu"),
+        )
+
+    def model_config(self) -> ModelConfig:
+        """The shape of the model; the configuration must be resolved."""
+        shape = {f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)}
+        unsettled = [name for name, value in shape.items() if value is None]
+        if unsettled:
+            raise ConfigError(f"resolve() the configuration first: {', '.join(unsettled)} not settled")
+        return ModelConfig(**shape)
+
+    def to_toml(self) -> str:
+        """The configuration as `--config` reads it; fields at None are left out."""
+        rows = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        rows = {k: str(v) if isinstance(v, Path) else v for k, v in rows.items() if v is not None}
+        # JSON's strings, numbers and booleans are TOML's.
+        return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in rows.items())
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "optimizer": get_args(Optimizer),
+    "schedule": get_args(Schedule),
+    "dtype": get_args(Dtype),
+    "attn": get_args(Attention),
+}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file, by field name (`batch_size` and `batch-size` are the same).
+
+    Raises:
+        ConfigError: the file can't be read or parsed, or a key is no setting (the nearest one is named).
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"can't read --config {path}: {getattr(error, 'strerror', None) or error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"--config {path} is not TOML: {error}") from None
+    known = [f.name for f in dataclasses.fields(TrainConfig)]
+    settings = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise ConfigError(f"--config {path}: unknown key {key!r}{_nearest(name, known)}")
+        if isinstance(value, (dict, list)):
+            raise ConfigError(f"--config {path}: {key!r} must be a single value, got {value!r}")
+        settings[name] = value
+    return settings
+
+
+def to_arguments(settings: dict[str, Any]) -> list[str]:
+    """Settings as command-line arguments, so that they are type-checked as the user's own flags are."""
+    arguments = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            arguments.append(f"--{_flag(name)}" if value else f"--no-{_flag(name)}")
+        else:
+            arguments += [f"--{_flag(name)}", str(value)]
+    return arguments
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _default(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,166 @@
+"""GPT-2 (Radford et al. 2019): learned positions, pre-norm blocks, causal attention, tanh-GELU MLP, tied head.
+
+Shapes: B batch, T tokens, C channels, H heads, D = C / H, V vocabulary (stored padded). Parameters carry the
+names of the published checkpoint (wte, wpe, h.0.attn.c_attn, ...), in nn.Linear's [out, in] layout.
+Compute is in `ops`; this file owns the parameters and the order in which they are used.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt2.config import ModelConfig
+from fastgpt2.ops import Ops
+
+
+class GPT(nn.Module):
+    """GPT-2. Weights are drawn from torch's global CPU generator: seed it before constructing."""
+
+    def __init__(self, config: ModelConfig, ops: Ops | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.ops = ops or Ops()
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, self.ops) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config, self.ops)
+        self.initialise()
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or the loss where targets are given.
+
+        Args:
+            tokens: (B, T) integer, T at most block_size.
+            targets: (B, T) int64, the token that follows each.
+
+        Returns:
+            Logits (B, T, vocab_size), or the scalar mean cross-entropy in nats.
+        """
+        T = tokens.size(1)
+        if self.config.block_size < T:
+            raise ValueError(f"tokens has {T} positions, the model {self.config.block_size}")
+        x = self.wte(tokens) + self.wpe(torch.arange(T, device=tokens.device))
+        x = self.drop(x)
+        residual = None
+        for block in self.h:
+            x, residual = block(x, residual)
+        hidden, _ = self.ln_f(x, residual)
+        if targets is not None:
+            return self.ops.loss(hidden, self.wte.weight, targets, self.config.vocab_size)
+        return F.linear(hidden, self.wte.weight)[..., : self.config.vocab_size]
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training)
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """GPT-2's: weights N(0, 0.02), projections back into the residual stream over sqrt(2L), biases 0.
+
+        The scale keeps the stream's variance from growing with the 2L branches that are added to it.
+        """
+        for name, parameter in self.named_parameters():
+            if ".ln_" in name or name.startswith("ln_f"):
+                nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name == "wte.weight":
+                nn.init.normal_(parameter[: self.config.vocab_size], std=0.02)
+                parameter[self.config.vocab_size :].zero_()
+            else:
+                branch_end = name.endswith("c_proj.weight")
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if branch_end else 0.02)
+
+
+class Block(nn.Module):
+    """x = x + attention(norm(x)); x = x + mlp(norm(x)), with each sum left to the norm that follows it."""
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config, ops)
+        self.attn = Attention(config, ops)
+        self.ln_2 = LayerNorm(config, ops)
+        self.mlp = Mlp(config, ops)
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (B, T, C) is the branch not yet added to the residual stream; returns the same two."""
+        y, residual = self.ln_1(x, residual)
+        y, residual = self.ln_2(self.attn(y), residual)
+        return self.mlp(y), residual
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.config, self.op = config, ops.attention
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropout = self.config.dropout if self.training else 0.0
+        qkv = self.c_attn(x).unflatten(-1, (3, self.config.n_head, self.config.head_dim))
+        y = self.op(qkv, dropout_p=dropout).flatten(-2)
+        return F.dropout(self.c_proj(y), dropout, self.training)
+
+
+class Mlp(nn.Module):
+    """Two linear layers around a GELU, four times as wide in the middle: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.config, self.op = config, ops.mlp
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.op(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
+        return F.dropout(y, self.config.dropout, self.training)
+
+
+class LayerNorm(nn.Module):
+    """Residual add and LayerNorm; see ops.torch_norm."""
+
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
+        super().__init__()
+        self.op = ops.norm
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd))
+
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.op(x, residual, self.weight, self.bias)
+
+
+def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
+    """Parameters in closed form: (V + T) C + L (12 C^2 + 13 C) + 2 C; the tied head counts once.
+
+    Args:
+        padded: count the stored vocabulary rather than the one predicted.
+    """
+    C, vocab = config.n_embd, config.padded_vocab_size if padded else config.vocab_size
+    return (vocab + config.block_size) * C + config.n_layer * (12 * C * C + 13 * C) + 2 * C
+
+
+def _flops_llmc(config: ModelConfig) -> int:
+    """llm.c: 6 a parameter (all of them, padded) and 6 L C T: of the attention's two matmuls the causal half."""
+    return 6 * parameter_count(config, padded=True) + 6 * config.n_layer * config.n_embd * config.block_size
+
+
+def _flops_nanogpt(config: ModelConfig) -> int:
+    """nanoGPT (PaLM, appendix B): 6 a parameter without positions, and 12 L C T: attention without the mask."""
+    without_positions = parameter_count(config) - config.block_size * config.n_embd
+    return 6 * without_positions + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+def _flops_matmul(config: ModelConfig) -> int:
+    """What a naive step executes: 6 a weight of each matmul (12 L C^2 and the padded head) and 12 L C T."""
+    C, L = config.n_embd, config.n_layer
+    return 6 * (12 * L * C * C + config.padded_vocab_size * C) + 12 * L * C * config.block_size
+
+
+FLOPS_PER_TOKEN = {"llm.c": _flops_llmc, "nanogpt": _flops_nanogpt, "matmul": _flops_matmul}
+"""FLOPs of forward and backward for one token, by the name of the formula; always quote the name."""
