@@ -1,0 +1,21 @@
+"""How every command ends: one clear line and a status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from fastgpt2.config import ConfigError
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Call main and exit: with its result (None is 0), 2 on a ConfigError (one line), 130 on Ctrl-C."""
+    try:
+        result = main()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(result or 0)
