@@ -210,6 +210,8 @@ def open_data(
     if data in DUMMY:
         fixed = data == "dummy-fixed"
         return DummyTokens(vocab_size, batch_size, block_size, grad_accum, seed, rank, fixed, stream=split)
+    # One order of the val windows for all seeds, so that a validation loss compares over runs.
+    seed = 0 if split == "val" else seed
     source = ShardTokens(data, split, batch_size, block_size, grad_accum, seed, rank, world)
     if source.vocab_size > vocab_size:
         raise ConfigError(
@@ -311,6 +313,28 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
     with path.open("wb") as file:
         file.write(header.tobytes())
         file.write(tokens.astype("<u2").tobytes())
+
+
+def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """How often each id occurs: int64 (vocab_size,)."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    # In parts, since bincount makes an int64 copy of what it counts.
+    for begin in range(0, len(tokens), SCAN_TOKENS):
+        counts += np.bincount(tokens[begin : begin + SCAN_TOKENS], minlength=vocab_size)
+    return counts
+
+
+def unigram_entropy(counts: np.ndarray, model: np.ndarray | None = None) -> float:
+    """Nats per token when each is predicted by its frequency alone: what a trained model must beat.
+
+    Args:
+        counts: (V,), how often each id occurs in the tokens to predict.
+        model: (V,), the counts that the frequencies are taken from, plus one each so that an id that only
+            `counts` has is possible; None takes `counts` themselves, as they are.
+    """
+    frequencies = counts / counts.sum() if model is None else (model + 1) / (model.sum() + len(model))
+    seen = counts > 0
+    return float(-(counts[seen] @ np.log(frequencies[seen])) / counts.sum())
 
 
 def _check_range(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
