@@ -1,0 +1,152 @@
+"""Meters: the only place that waits for the device.
+
+Losses stay on the device as they are computed; `Meter.read` fetches all of them at once at a logging
+step. Between two reads the host only launches work.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PEAK_TFLOPS: dict[str, dict[str, float]] = {
+    # Dense peaks from NVIDIA's data sheets, without sparsity; float32 is that of the CUDA cores.
+    "B200": {"bfloat16": 2250.0, "float16": 2250.0, "tf32": 1125.0, "float32": 75.0},
+    "H200": {"bfloat16": 989.4, "float16": 989.4, "tf32": 494.7, "float32": 66.9},
+    "H100 PCIe": {"bfloat16": 756.0, "float16": 756.0, "tf32": 378.0, "float32": 51.2},
+    "H100 80GB HBM3": {"bfloat16": 989.4, "float16": 989.4, "tf32": 494.7, "float32": 66.9},
+    "A100": {"bfloat16": 312.0, "float16": 312.0, "tf32": 156.0, "float32": 19.5},
+    "L40S": {"bfloat16": 362.05, "float16": 362.05, "tf32": 183.0, "float32": 91.6},
+    "L4": {"bfloat16": 121.0, "float16": 121.0, "tf32": 60.0, "float32": 30.3},
+    "RTX 4090": {"bfloat16": 165.2, "float16": 165.2, "tf32": 82.6, "float32": 82.6},
+}
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """The device's dense peak in FLOP/s at a precision, None where it is not known."""
+    for name, peaks in _PEAK_TFLOPS.items():
+        if dtype in peaks and re.search(rf"\b{name}\b", device_name):  # whole words: an L40 is no L4
+            return peaks[dtype] * 1e12
+    return None
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself: "NVIDIA H100 80GB HBM3", or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held at once: allocated by torch on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became infinite or NaN. `step` is the first such step, counted from 1."""
+
+    def __init__(self, step: int, loss: float, advice: str = "") -> None:
+        super().__init__(f"the loss of step {step} is {loss}" + (f": {advice}" if advice else ""))
+        self.step, self.loss = step, loss
+
+
+class Meter:
+    """Losses and the clock of a run.
+
+    Time spent outside steps (evaluation, checkpoints) is left out: stop the clock around it.
+    """
+
+    def __init__(self, device: torch.device, start_step: int, tokens_per_step: int) -> None:
+        self.device, self.tokens_per_step = device, tokens_per_step
+        self.losses: list[float] = []
+        self._start_step, self._read_step = start_step, start_step
+        self._waiting: list[Tensor] = []
+        self._skipped = 0.0
+        self._mark = time.perf_counter()
+        self.seconds: list[tuple[int, float]] = []
+        """(steps, seconds) of each interval between two reads."""
+
+    def add(self, loss: Tensor) -> None:
+        """Keep a step's loss, a scalar on the device, without waiting for it."""
+        self._waiting.append(loss)
+
+    def read(self) -> float:
+        """Wait for the device, move the waiting losses into `losses`, return the mean ms a step since the last read.
+
+        Raises:
+            NonFiniteLossError: with the first step whose loss is not finite; `losses` holds those before it.
+        """
+        values = torch.stack(self._waiting).tolist() if self._waiting else []
+        synchronize(self.device)
+        now = time.perf_counter()
+        seconds, self._mark, self._skipped = now - self._mark - self._skipped, now, 0.0
+        if values:
+            self.seconds.append((len(values), seconds))
+        self._waiting.clear()
+        for value in values:
+            if value - value != 0.0:  # inf - inf and nan - nan are nan
+                raise NonFiniteLossError(self._start_step + len(self.losses) + 1, value)
+            self.losses.append(value)
+        return 1e3 * seconds / max(1, len(values))
+
+    def pause(self) -> None:
+        """Stop the clock."""
+        synchronize(self.device)
+        self._paused = time.perf_counter()
+
+    def go_on(self) -> None:
+        """Start the clock again."""
+        synchronize(self.device)
+        self._skipped += time.perf_counter() - self._paused
+
+    def tokens_per_s(self) -> float:
+        """Over the run without its first interval, which holds warm-up and compilation; over all if that is all."""
+        intervals = self.seconds[1:] or self.seconds
+        steps, seconds = (sum(column) for column in zip(*intervals, strict=True)) if intervals else (0, 0.0)
+        return steps * self.tokens_per_step / seconds if seconds else 0.0
+
+
+class JsonLines:
+    """A file of one JSON object a line, flushed as it is written."""
+
+    def __init__(self, path: Path, *, keep_up_to_step: int | None = None) -> None:
+        """Start the file anew, or keep the records up to a step, where a resumed run goes on."""
+        kept = [] if keep_up_to_step is None else [r for r in read_json_lines(path) if r["step"] <= keep_up_to_step]
+        self._file = path.open("w", encoding="utf-8")
+        for record in kept:
+            self.write(record)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines, none if there is no file; a last line cut off by a crash is dropped."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

@@ -1,0 +1,290 @@
+"""The model is GPT-2: closed forms, causality, the padded vocabulary, and Hugging Face's GPT-2 as the oracle."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgpt2 import GPT, ModelConfig, Ops
+from fastgpt2.config import PRESETS
+from fastgpt2.model import FLOPS_PER_TOKEN, parameter_count
+from fastgpt2.ops import naive_attention, sdpa_attention
+
+SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=101)
+PLAIN = {"naive": naive_attention, "sdpa": sdpa_attention}
+
+
+def make(config: ModelConfig = SMALL, attention: str = "naive", seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(config, Ops(attention=PLAIN[attention]))
+
+
+def batch(config: ModelConfig = SMALL, B: int = 3, T: int | None = None, seed: int = 1) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(
+        config.vocab_size, (B, (T or config.block_size) + 1), generator=torch.Generator().manual_seed(seed)
+    )
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+@pytest.mark.parametrize("name", ["tiny", "mini"])
+def test_parameter_count_is_its_closed_form(name: str) -> None:
+    config = PRESETS[name]
+    assert sum(p.numel() for p in GPT(config).parameters()) == parameter_count(config, padded=True)
+
+
+def test_published_sizes() -> None:
+    counts = [parameter_count(PRESETS[name]) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")]
+    assert counts == [124_439_808, 354_823_168, 774_030_080, 1_557_611_200]
+    assert PRESETS["gpt2"].padded_vocab_size == 50304
+
+
+def test_flops_are_what_a_naive_step_executes() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = ModelConfig(n_layer=3, n_head=2, n_embd=48, block_size=40, vocab_size=200)
+    model = make(config)
+    inputs, targets = batch(config, B=2)
+    with FlopCounterMode(display=False) as counter:
+        model(inputs, targets).backward()
+    assert counter.get_total_flops() == FLOPS_PER_TOKEN["matmul"](config) * inputs.numel()
+
+
+def test_flop_formulas_at_124m() -> None:
+    # The figures both projects' formulas give for GPT-2 124M at T = 1024.
+    assert FLOPS_PER_TOKEN["llm.c"](PRESETS["gpt2"]) == 803_478_528
+    assert FLOPS_PER_TOKEN["nanogpt"](PRESETS["gpt2"]) == 855_166_464
+
+
+def test_initialisation() -> None:
+    config = ModelConfig(n_layer=8, n_head=4, n_embd=256, block_size=64, vocab_size=300)
+    for name, p in make(config).named_parameters():
+        if "ln_" in name:
+            assert torch.equal(p, torch.full_like(p, float(name.endswith("weight")))), name
+        elif name.endswith("bias"):
+            assert not p.any(), name
+        else:
+            expected = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
+            values = p[: config.vocab_size] if name == "wte.weight" else p
+            # The deviation of n draws is known to 1/sqrt(2n): n >= 16384 here, so 4% is over 7 sigma.
+            assert abs(values.std().item() / expected - 1) < 0.04, name
+            assert abs(values.mean().item()) < 6 * expected / math.sqrt(values.numel()), name
+
+
+def test_same_seed_same_weights() -> None:
+    one, same, other = make(seed=5), make(seed=5), make(seed=6)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(one.wte.weight, other.wte.weight)
+
+
+@pytest.mark.parametrize("attention", PLAIN)
+def test_the_past_is_blind_to_the_future(attention: str) -> None:
+    model = make(attention=attention).eval()
+    tokens, _ = batch(B=2)
+    before = model(tokens)
+    for position in (1, 11, 23):
+        changed = tokens.clone()
+        changed[:, position:] = (changed[:, position:] + 1) % SMALL.vocab_size
+        after = model(changed)
+        assert torch.equal(before[:, :position], after[:, :position])
+        assert not torch.equal(before[:, position], after[:, position])
+
+
+@pytest.mark.parametrize("attention", PLAIN)
+def test_no_gradient_reaches_the_future(attention: str) -> None:
+    model = make(attention=attention)
+    tokens, _ = batch(B=1)
+    embedded: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    model.wte.register_forward_hook(keep)
+    logits = model(tokens)
+    position = 9
+    (gradient,) = torch.autograd.grad(logits[0, position].sum(), embedded[0])
+    assert torch.equal(gradient[0, position + 1 :], torch.zeros_like(gradient[0, position + 1 :]))
+    assert (gradient[0, : position + 1].abs().sum(-1) > 0).all()
+
+
+def test_loss_is_the_hand_computed_mean_over_the_real_vocabulary() -> None:
+    model = make().double()
+    with torch.no_grad():  # what stands in the padding must not matter
+        model.wte.weight[SMALL.vocab_size :] = 7.0
+    inputs, targets = batch()
+    logits = model(inputs)
+    assert logits.shape == (3, 24, SMALL.vocab_size)
+    total = 0.0
+    for b in range(3):
+        for t in range(24):
+            row = logits[b, t]
+            total += (torch.log(torch.exp(row).sum()) - row[targets[b, t]]).item()
+    assert model(inputs, targets).item() == pytest.approx(total / 72, rel=1e-12)
+
+
+def test_padded_rows_get_no_gradient() -> None:
+    model = make()
+    assert SMALL.padded_vocab_size == 128
+    model(*batch()).backward()
+    gradient = model.wte.weight.grad
+    assert gradient is not None
+    assert not gradient[SMALL.vocab_size :].any()
+    assert gradient[: SMALL.vocab_size].abs().sum(-1).all()
+
+
+def test_dropout_in_training_only() -> None:
+    model = make(ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=101, dropout=0.5))
+    inputs, targets = batch()
+    model.train()
+    assert model(inputs, targets).item() != model(inputs, targets).item()
+    model.eval()
+    evaluated = model(inputs, targets).item()
+    assert evaluated == model(inputs, targets).item()
+    assert evaluated == make()(inputs, targets).item()  # what a model without dropout gives
+
+
+@pytest.mark.parametrize("place", ["embedding", "attention", "residual"])
+def test_the_three_places_of_dropout(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of GPT-2's dropouts is there: with F.dropout recorded, their shapes are the three kinds."""
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=101, dropout=0.25)
+    model = make(config).train()
+    calls: list[tuple[tuple[int, ...], float]] = []
+    real = torch.nn.functional.dropout
+
+    def record(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        calls.append((tuple(x.shape), p if training else 0.0))
+        return real(x, p, training, inplace)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", record)
+    model(*batch())
+    stream, weights = ((3, 24, 32), 0.25), ((3, 2, 24, 24), 0.25)
+    if place == "embedding":
+        assert calls[0] == stream
+    elif place == "attention":
+        assert calls.count(weights) == config.n_layer
+    else:
+        assert calls.count(stream) == 1 + 2 * config.n_layer
+
+
+def test_a_sequence_that_is_too_long_is_refused() -> None:
+    with pytest.raises(ValueError, match="25 positions, the model 24"):
+        make()(torch.zeros(1, 25, dtype=torch.int64))
+
+
+def saved_bytes(attention: str, *, B: int = 2, T: int = 32, C: int = 32, L: int = 2) -> int:
+    """Bytes kept for the backward, each storage once, parameters left out."""
+    config = ModelConfig(n_layer=L, n_head=2, n_embd=C, block_size=T, vocab_size=128)
+    model = make(config, attention)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = (storage.nbytes(), x)  # x is held, so that its address stays its own
+        return x
+
+    inputs, targets = (x.clone() for x in batch(config, B=B))  # not two views of one storage
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(inputs, targets)
+    return sum(size for size, _ in storages.values())
+
+
+@pytest.mark.parametrize(("name", "values"), [("B", (1, 2, 3, 4)), ("T", (16, 32, 48, 64)), ("C", (32, 64, 96)), ("L", (1, 2, 3, 4))])
+def test_saved_activations_grow_linearly_with_sdpa(name: str, values: tuple[int, ...]) -> None:
+    sizes = [saved_bytes("sdpa", **{name: value}) for value in values]
+    steps = {b - a for a, b in zip(sizes, sizes[1:], strict=False)}
+    assert len(steps) == 1, sizes
+    assert steps.pop() > 0
+
+
+def test_saved_activations_grow_with_the_square_of_t_with_naive() -> None:
+    sizes = [saved_bytes("naive", T=T) for T in (16, 32, 48, 64)]
+    first = [b - a for a, b in zip(sizes, sizes[1:], strict=False)]
+    second = {b - a for a, b in zip(first, first[1:], strict=False)}
+    # B H T^2 float32 weights and one bool mask T^2 a layer: both are quadratic, so the second difference is
+    # constant, and at least that of the weights alone.
+    assert len(second) == 1, sizes
+    assert second.pop() >= 2 * (2 * 2 * 2 * 4) * 16 * 16
+
+
+class TestAgainstHuggingFace:
+    """Same weights in transformers' GPT2LMHeadModel, everything in float64."""
+
+    CONFIG = ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=32, vocab_size=211)
+
+    def pair(self, attention: str) -> tuple[GPT, nn.Module]:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        c = self.CONFIG
+        theirs = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=c.vocab_size,
+                n_positions=c.block_size,
+                n_embd=c.n_embd,
+                n_layer=c.n_layer,
+                n_head=c.n_head,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                attn_implementation="eager",
+            )
+        )
+        torch.manual_seed(3)
+        with torch.no_grad():  # weights large enough that attention is peaked and no bias is zero
+            for name, p in theirs.named_parameters():
+                p.copy_(torch.randn_like(p) * (0.3 if p.dim() > 1 else 0.1) + float("ln_" in name and "weight" in name))
+        theirs = theirs.double()
+        ours = make(c, attention).double()
+        with torch.no_grad():
+            for name, p in ours.named_parameters():
+                p.copy_(self.to_ours(name, theirs.get_parameter(f"transformer.{name}").detach()))
+        return ours, theirs
+
+    def to_ours(self, name: str, theirs: Tensor) -> Tensor:
+        """Their Conv1D stores [in, out], our Linear [out, in]; our vocabulary is stored padded."""
+        if name == "wte.weight":
+            padding = self.CONFIG.padded_vocab_size - self.CONFIG.vocab_size
+            return torch.cat([theirs, torch.zeros(padding, theirs.size(1), dtype=theirs.dtype)])
+        return theirs.T if ".c_" in name and name.endswith("weight") else theirs
+
+    def their_loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        # Not through labels=, which drops to float32.
+        return nn.functional.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
+
+    @pytest.mark.parametrize("attention", PLAIN)
+    def test_logits_loss_and_gradients(self, attention: str) -> None:
+        ours, theirs = self.pair(attention)
+        inputs, targets = batch(self.CONFIG)
+        torch.testing.assert_close(ours(inputs), theirs(inputs).logits, rtol=0, atol=1e-10)
+        loss, their_loss = ours(inputs, targets), self.their_loss(theirs, inputs, targets)
+        assert abs(loss.item() - their_loss.item()) < 1e-10
+        loss.backward()
+        their_loss.backward()
+        for name, p in ours.named_parameters():
+            expected = self.to_ours(name, theirs.get_parameter(f"transformer.{name}").grad)
+            torch.testing.assert_close(p.grad, expected, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+    def test_fifty_adam_steps(self) -> None:
+        from fastgpt2.config import TrainConfig
+        from fastgpt2.optim import make_optimizer
+
+        ours, theirs = self.pair("sdpa")
+        our_adam = make_optimizer(ours, TrainConfig(lr=1e-3))
+        their_adam = torch.optim.Adam(theirs.parameters(), lr=1e-3)
+        losses = []
+        for step in range(50):
+            inputs, targets = batch(self.CONFIG, B=4, seed=step % 5)
+            pair = (ours(inputs, targets), self.their_loss(theirs, inputs, targets))
+            for loss, adam in zip(pair, (our_adam, their_adam), strict=True):
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+            losses.append([loss.item() for loss in pair])
+        difference = max(abs(a - b) for a, b in losses)
+        assert losses[-1][0] < losses[0][0] - 1.0, "nothing was learned, so nothing was compared"
+        # Adam divides by sqrt(v) + 1e-8: rounding where v is tiny is amplified, by far less than this.
+        assert difference < 1e-8, difference
