@@ -312,7 +312,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
     header[:3] = MAGIC, VERSION, len(tokens)
     with path.open("wb") as file:
         file.write(header.tobytes())
-        file.write(tokens.astype("<u2").tobytes())
+        file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
 
 
 def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:

@@ -84,15 +84,13 @@ class EvaluateConfig:
     device: str | None = None
     """cpu, cuda or cuda:N (default: cuda where there is one)."""
 
-    def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("batches", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}")
-
 
 def main() -> None:
     """`python -m fastgpt2.evaluate --from OUT`: prints the loss, the perplexity and the unigram entropy."""
     args = tyro.cli(EvaluateConfig, prog="python -m fastgpt2.evaluate")
+    for flag, value, least in (("--batch-size", args.batch_size, 1), ("--batches", args.batches, 0)):
+        if value < least:
+            raise ConfigError(f"{flag} must be at least {least}, got {value}")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     tensors, shape, state = load_model(args.from_)
     model = GPT(shape)
