@@ -104,13 +104,17 @@ def check_shape(checkpoint: Path, model: ModelConfig) -> dict[str, Any]:
     """
     state = read_state(checkpoint)
     wanted = dataclasses.asdict(model)
-    different = [f"{k} {state['model'][k]} not {v}" for k, v in wanted.items() if k != "dropout" and state["model"][k] != v]
+    different = [
+        f"{k} {state['model'][k]} not {v}" for k, v in wanted.items() if k != "dropout" and state["model"][k] != v
+    ]
     if different:
         raise ConfigError(f"{checkpoint} is a checkpoint of another shape: it has {', '.join(different)}")
     return state
 
 
-def load_model(out: Path | str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], ModelConfig, dict[str, Any]]:
+def load_model(
+    out: Path | str, device: torch.device | str = "cpu"
+) -> tuple[dict[str, Tensor], ModelConfig, dict[str, Any]]:
     """Parameters by name, shape, and state.json of a run's newest checkpoint.
 
     Raises:
@@ -122,7 +126,11 @@ def load_model(out: Path | str, device: torch.device | str = "cpu") -> tuple[dic
 
 
 def restore(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, device: torch.device
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    device: torch.device,
 ) -> int:
     """Load everything that `save` wrote; returns the number of steps done."""
     state = read_state(checkpoint)

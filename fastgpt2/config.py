@@ -124,7 +124,8 @@ class TrainConfig:
     seed: int = 0
     """Decides the weights, the dummy tokens, the order of the data and the dropout."""
     dtype: Dtype | None = None
-    """Precision; bfloat16 and float16 are autocast over float32 weights (default: bfloat16 on a GPU that has it, else float32)."""
+    """Precision; the 16-bit ones are autocast over float32 weights (default: bfloat16 on a GPU that has it, else
+    float32)."""
     device: str | None = None
     """cpu, cuda or cuda:N (default: cuda where there is one)."""
     attn: Attention = "auto"
@@ -151,9 +152,21 @@ class TrainConfig:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in choices:
-                raise ConfigError(f"--{_flag(name)} {value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}")
+                raise ConfigError(
+                    f"--{_flag(name)} {value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}"
+                )
         positive = ("batch_size", "grad_accum", "steps", "eval_batches", "log_every")
-        for name in (*positive, "eval_every", "save_every", "keep", "warmup_steps", "seed", "lr", "weight_decay", "grad_clip"):
+        for name in (
+            *positive,
+            "eval_every",
+            "save_every",
+            "keep",
+            "warmup_steps",
+            "seed",
+            "lr",
+            "weight_decay",
+            "grad_clip",
+        ):
             value, least = getattr(self, name), int(name in positive)
             if value is not None and not value >= least:
                 raise ConfigError(f"--{_flag(name)} must be at least {least}, got {value}")
@@ -185,10 +198,14 @@ class TrainConfig:
                 f"--block-size {self.block_size} is over the {preset.block_size} positions of {name}; "
                 f"leave --model out and give the size by flags for a longer context"
             )
-        shape = {f: _default(getattr(self, f), getattr(preset, f)) for f in ("n_layer", "n_head", "n_embd", "block_size")}
+        shape = {
+            f: _default(getattr(self, f), getattr(preset, f)) for f in ("n_layer", "n_head", "n_embd", "block_size")
+        }
         vocab_size = _default(self.vocab_size, _default(data_vocab_size, preset.vocab_size))
         if data_vocab_size is not None and vocab_size < data_vocab_size:
-            raise ConfigError(f"--vocab-size {vocab_size} is smaller than the vocabulary of {self.data}: {data_vocab_size}")
+            raise ConfigError(
+                f"--vocab-size {vocab_size} is smaller than the vocabulary of {self.data}: {data_vocab_size}"
+            )
         return dataclasses.replace(
             self,
             model=name,

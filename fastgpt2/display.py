@@ -86,7 +86,10 @@ class TrainDisplay(Reporter):
         status = f"loss {record['loss']:.4f}{val}  {record['tokens_per_s']:,.0f} tok/s{mfu}"
         self._progress.update(self._task, status=status)
         if not self.live:
-            self.console.print(f"step {record['step']:>6}/{self._steps}  {status}  {record['step_ms']:.0f} ms", highlight=False)
+            self.console.print(
+                f"step {record['step']:>6}/{self._steps}  {status}  {record['step_ms']:.0f} ms",
+                highlight=False,
+            )
         elif val:
             self.console.print(f"step {record['step']}:{val}", highlight=False)
 
@@ -133,10 +136,22 @@ def plot_losses(out: Path, result: TrainResult) -> Path:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     # A few points are seen as points; many are a line.
     marker = "o" if len(records) < 30 else None
-    axes.plot([r["step"] for r in records], [r["loss"] for r in records], label="training", marker=marker, markersize=3)
+    axes.plot(
+        [r["step"] for r in records],
+        [r["loss"] for r in records],
+        label="training",
+        marker=marker,
+        markersize=3,
+    )
     validated = [r for r in records if "val_loss" in r]
     if validated:
-        axes.plot([r["step"] for r in validated], [r["val_loss"] for r in validated], "o-", label="validation", markersize=4)
+        axes.plot(
+            [r["step"] for r in validated],
+            [r["val_loss"] for r in validated],
+            "o-",
+            label="validation",
+            markersize=4,
+        )
     if config.data.startswith("dummy"):
         floor = math.log(int(config.vocab_size or 1))
         label = "floor" if config.data == "dummy" else "uniform guess"

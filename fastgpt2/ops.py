@@ -144,7 +144,8 @@ def _check_triton(device: torch.device, dtype: torch.dtype, head_dim: int, dropo
         if error.name != "triton":
             raise
         raise ConfigError(
-            "--attn triton needs the triton package, which this machine lacks (it is published for Linux): use --attn sdpa"
+            "--attn triton needs the triton package, which this machine lacks (it is published for Linux): "
+            "use --attn sdpa"
         ) from None
     reason = kernel.why_unsupported(device, dtype, head_dim, dropout)
     if reason:

@@ -195,7 +195,17 @@ def build(config: TrainConfig) -> Run:
         model.compile(dynamic=False)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    run = Run(config, device, model, optimizer, scaler, source, val_source, chosen, parameters=list(model.parameters()))
+    run = Run(
+        config,
+        device,
+        model,
+        optimizer,
+        scaler,
+        source,
+        val_source,
+        chosen,
+        parameters=list(model.parameters()),
+    )
     if latest is not None:
         run.start = checkpoint.restore(latest, model, optimizer, scaler, device)
     return run
@@ -223,7 +233,9 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
         raise ConfigError("--dtype tf32 needs an NVIDIA GPU of compute capability 8.0 or newer: use --dtype float32")
     bf16 = capability is not None and capability >= (8, 0)
     if config.dtype == "bfloat16" and capability is not None and not bf16:
-        raise ConfigError(f"--dtype bfloat16 needs compute capability 8.0, this GPU has {capability}: use --dtype float16")
+        raise ConfigError(
+            f"--dtype bfloat16 needs compute capability 8.0, this GPU has {capability}: use --dtype float16"
+        )
     resolved = config.resolve(cuda=device.type == "cuda", bf16=bf16, data_vocab_size=data_vocab_size(config.data))
     return dataclasses.replace(resolved, device=name), device
 

@@ -22,11 +22,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fastgpt2.config import ConfigError, TrainConfig
+from fastgpt2.config import Attention, ConfigError, Dtype, TrainConfig
 from fastgpt2.data import split
 from fastgpt2.model import GPT
 from fastgpt2.ops import ATTENTION, Ops, make_ops, naive_attention, sdpa_attention
@@ -46,6 +47,7 @@ FLOAT16_LOSS_SCALE = 1024.0
 
 def small_config(device: str = "cpu", steps: int = 100) -> TrainConfig:
     """A run whose sequences span three tiles of the attention kernel, small enough for the interpreter on a CPU."""
+    shape: dict[str, Any]
     if torch.device(device).type == "cuda":
         shape = {"n_layer": 2, "n_head": 2, "n_embd": 128, "block_size": 320, "batch_size": 3}
     else:
@@ -91,16 +93,16 @@ class Losses:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.reference = reference_losses(config)
-        self._naive: dict[str, float] = {}
+        self._naive: dict[Dtype, float] = {}
 
-    def budget(self, dtype: str) -> float:
+    def budget(self, dtype: Dtype) -> float:
         """What a backend's losses may deviate by in a precision."""
         if dtype not in self._naive:
             naive = dataclasses.replace(self.config, attn="naive", dtype=dtype)
             self._naive[dtype] = deviation(train(naive).losses, self.reference)
         return max(ALLOWED * self._naive[dtype], LOSS_FLOOR[dtype])
 
-    def check(self, attn: str, dtype: str, *, compile: bool = False) -> Row:
+    def check(self, attn: Attention, dtype: Dtype, *, compile: bool = False) -> Row:
         """Train a backend and compare; a float16 run that skipped a step fails."""
         began = time.perf_counter()
         result = train(dataclasses.replace(self.config, attn=attn, dtype=dtype, compile=compile))
@@ -132,7 +134,7 @@ class Gradients:
                 for weight in qkv_weights(self.run.model):
                     weight.mul_(PEAKED)
             self.snapshots = [s for step in range(int(config.steps or 0)) if (s := self._advance(step))]
-        self._yardstick: dict[str, list[list[float]]] = {}
+        self._yardstick: dict[Dtype, list[list[float]]] = {}
 
     def _advance(self, step: int) -> Snapshot | None:
         weights = {name: t.clone() for name, t in self.run.model.state_dict().items()} if step % EVERY == 0 else None
@@ -142,7 +144,7 @@ class Gradients:
             return None
         return Snapshot(weights, tokens[0], [_gradient(w).clone() for w in qkv_weights(self.run.model)])
 
-    def errors(self, attention: Callable[..., Tensor], dtype: str) -> list[list[float]]:
+    def errors(self, attention: Callable[..., Tensor], dtype: Dtype) -> list[list[float]]:
         """The relative error of each layer's qkv weight gradient, |g - g_ref| / |g_ref|, at each snapshot."""
         device, shape = self.run.device, self.run.model.config
         model = GPT(shape, Ops(attention=attention)).to(device)
@@ -160,14 +162,14 @@ class Gradients:
                 rows.append([((g - r).norm() / r.norm()).item() for g, r in zip(got, snapshot.gradients, strict=True)])
         return rows
 
-    def yardstick(self, dtype: str) -> list[list[float]]:
+    def yardstick(self, dtype: Dtype) -> list[list[float]]:
         """The larger of naive's and sdpa's error in a precision, by snapshot and layer."""
         if dtype not in self._yardstick:
             pair = [self.errors(op, dtype) for op in (naive_attention, sdpa_attention)]
             self._yardstick[dtype] = [[max(e) for e in zip(*rows, strict=True)] for rows in zip(*pair, strict=True)]
         return self._yardstick[dtype]
 
-    def check(self, name: str, attention: Callable[..., Tensor], dtype: str) -> Row:
+    def check(self, name: str, attention: Callable[..., Tensor], dtype: Dtype) -> Row:
         """The worst of a backend's errors as a multiple of the yardstick's."""
         began = time.perf_counter()
         pairs = zip(self.errors(attention, dtype), self.yardstick(dtype), strict=True)
@@ -199,7 +201,11 @@ def attention_with_gradient(attention: Callable[..., Tensor], qkv: Tensor, grad_
 
 
 def error_and_budget(
-    attention: Callable[..., Tensor], shape: tuple[int, int, int, int], dtype: torch.dtype, device: str, seeds: Iterable[int] = range(5)
+    attention: Callable[..., Tensor],
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: str,
+    seeds: Iterable[int] = range(5),
 ) -> dict[str, tuple[float, float]]:
     """The largest error of an attention against float64 over some seeds, and its budget, by tensor.
 
@@ -234,28 +240,36 @@ def error_and_budget(
     }
 
 
-def attention_rows(backend: str, attention: Callable[..., Tensor], dtype: str, device: str) -> list[Row]:
+def attention_rows(backend: str, attention: Callable[..., Tensor], dtype: Dtype, device: str) -> list[Row]:
     """Check 1 for one backend and precision: the tensor that uses most of its budget."""
     shape = (2, 1000, 3, 64) if device.startswith("cuda") else (2, 41, 1, 16)
     began = time.perf_counter()
     table = error_and_budget(attention, shape, TORCH_DTYPE[dtype], device)
     name = max(table, key=lambda key: table[key][0] / table[key][1])
-    return [Row(f"attention {name} of B, T, H, D = {shape}", backend, dtype, *table[name], time.perf_counter() - began)]
+    return [
+        Row(
+            f"attention {name} of B, T, H, D = {shape}",
+            backend,
+            dtype,
+            *table[name],
+            time.perf_counter() - began,
+        )
+    ]
 
 
 # --------------------------------------------------------------------------------------------- command
 
 
-def backends(device: str, dtype: str) -> dict[str, Callable[..., Tensor]]:
+def backends(device: str, dtype: Dtype) -> dict[Attention, Callable[..., Tensor]]:
     """The attention implementations that run on a device in a precision, by name."""
-    found = {}
+    found: dict[Attention, Callable[..., Tensor]] = {}
     for name in ATTENTION:
         try:
             ops, _ = make_ops(name, device=device, dtype=TORCH_DTYPE[dtype], head_dim=16, tf32=dtype == "tf32")
         except ConfigError as error:
             print(f"{name}, {dtype}: not checked: {error}")
             continue
-        found[name] = ops.attention
+        found[cast(Attention, name)] = ops.attention
     return found
 
 
@@ -263,7 +277,7 @@ def verify(device: str, steps: int = 100) -> list[Row]:
     """All three checks of every backend in every precision of a device; prints a line as each is done."""
     config = small_config(device, steps)
     cuda = torch.device(device).type == "cuda"
-    precisions = ("float32", "tf32", "bfloat16", "float16") if cuda else ("float32", "bfloat16")
+    precisions: tuple[Dtype, ...] = ("float32", "tf32", "bfloat16", "float16") if cuda else ("float32", "bfloat16")
     losses, gradients = Losses(config), Gradients(config)
     rows: list[Row] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -184,7 +185,10 @@ def saved_bytes(attention: str, *, B: int = 2, T: int = 32, C: int = 32, L: int 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = (storage.nbytes(), x)  # x is held, so that its address stays its own
+            storages[storage.data_ptr()] = (
+                storage.nbytes(),
+                x,
+            )  # x is held, so that its address stays its own
         return x
 
     inputs, targets = (x.clone() for x in batch(config, B=B))  # not two views of one storage
@@ -193,18 +197,21 @@ def saved_bytes(attention: str, *, B: int = 2, T: int = 32, C: int = 32, L: int 
     return sum(size for size, _ in storages.values())
 
 
-@pytest.mark.parametrize(("name", "values"), [("B", (1, 2, 3, 4)), ("T", (16, 32, 48, 64)), ("C", (32, 64, 96)), ("L", (1, 2, 3, 4))])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("B", (1, 2, 3, 4)), ("T", (16, 32, 48, 64)), ("C", (32, 64, 96)), ("L", (1, 2, 3, 4))],
+)
 def test_saved_activations_grow_linearly_with_sdpa(name: str, values: tuple[int, ...]) -> None:
     sizes = [saved_bytes("sdpa", **{name: value}) for value in values]
-    steps = {b - a for a, b in zip(sizes, sizes[1:], strict=False)}
+    steps = {b - a for a, b in pairwise(sizes)}
     assert len(steps) == 1, sizes
     assert steps.pop() > 0
 
 
 def test_saved_activations_grow_with_the_square_of_t_with_naive() -> None:
     sizes = [saved_bytes("naive", T=T) for T in (16, 32, 48, 64)]
-    first = [b - a for a, b in zip(sizes, sizes[1:], strict=False)]
-    second = {b - a for a, b in zip(first, first[1:], strict=False)}
+    first = [b - a for a, b in pairwise(sizes)]
+    second = {b - a for a, b in pairwise(first)}
     # B H T^2 float32 weights and one bool mask T^2 a layer: both are quadratic, so the second difference is
     # constant, and at least that of the weights alone.
     assert len(second) == 1, sizes

@@ -1,0 +1,127 @@
+"""The import picture: who may import whom, read from the sources, so that it holds without being remembered."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STANDARD = set(sys.stdlib_module_names)
+
+FASTGPT2 = {
+    # module: which of our modules it may import (a function's own imports count too)
+    "__init__": {"config", "model", "ops", "train"},
+    "config": set(),
+    "console": {"config"},
+    "ops": {"config"},
+    "model": {"config", "ops"},
+    "data": {"config"},
+    "optim": {"config"},
+    "checkpoint": {"config"},
+    "metrics": {"config"},
+    "tokenizer": {"config", "data"},
+    "prepare": {"config", "console", "data", "tokenizer"},
+    "evaluate": {"checkpoint", "config", "console", "data", "model", "ops"},
+    "sample": {"checkpoint", "config", "console", "data", "model", "ops", "tokenizer"},
+    "train": {
+        "checkpoint",
+        "config",
+        "console",
+        "data",
+        "display",
+        "evaluate",
+        "metrics",
+        "model",
+        "ops",
+        "optim",
+    },
+    "display": {"metrics", "model", "train"},
+    "verify": {"config", "console", "data", "model", "ops", "train"},
+}
+HEAVY = {"tyro", "rich", "matplotlib", "safetensors", "tiktoken", "transformers", "triton"}
+"""Packages that `train()` can do without: imported inside the functions that need them."""
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """The modules that a file imports; TYPE_CHECKING blocks don't count."""
+    tree = ast.parse(path.read_text())
+    found = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            found.update(f"{module}.{a.name}" if module in ("fastgpt2", "kernels") else module for a in node.names)
+        checking = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and top_level_only
+        if not checking and not inside:
+            for child in ast.iter_child_nodes(node):
+                visit(child)
+
+    visit(tree)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fastgpt2").glob("*.py")), ids=lambda p: p.stem)
+def test_fastgpt2_imports_only_downwards(path: Path) -> None:
+    assert path.stem in FASTGPT2, f"{path.name} is new: say in this test what it may import"
+    allowed = {f"fastgpt2.{name}" for name in FASTGPT2[path.stem]}
+    ours = {name for name in imports(path) if name.split(".")[0] in ("fastgpt2", "kernels", "bench", "tests")}
+    assert not any(name.startswith(("bench", "tests")) for name in ours)
+    # Kernels are reached through "module:function" strings in ops alone.
+    assert not any(name.startswith("kernels") for name in ours), ours
+    assert {".".join(name.split(".")[:2]) for name in ours} <= allowed
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.stem)
+def test_kernels_know_nothing_of_fastgpt2_and_ops_nothing_of_each_other(path: Path) -> None:
+    ours = {name for name in imports(path) if name.split(".")[0] in ("fastgpt2", "kernels", "bench", "tests")}
+    shared = {"kernels.tiles", "kernels.tuning"}
+    # inspect is a tool over all of them.
+    assert {".".join(n.split(".")[:2]) for n in ours} <= shared or path.stem == "inspect", ours
+    assert all(name.startswith("kernels") for name in ours)
+
+
+def test_config_needs_the_standard_library_only() -> None:
+    assert {name.split(".")[0] for name in imports(ROOT / "fastgpt2" / "config.py")} <= STANDARD
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config", "ops", "model", "data", "optim", "checkpoint", "metrics", "evaluate", "train", "verify"],
+)
+def test_what_train_imports_needs_no_further_package(name: str) -> None:
+    tops = {module.split(".")[0] for module in imports(ROOT / "fastgpt2" / f"{name}.py", top_level_only=True)}
+    assert not tops & HEAVY
+
+
+def test_nothing_imports_bench_or_tests() -> None:
+    for folder in ("fastgpt2", "kernels"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert not {n.split(".")[0] for n in imports(path)} & {"bench", "tests"}, path
+
+
+def test_importing_the_packages_does_no_work() -> None:
+    code = "import sys, fastgpt2, kernels; print(sorted({'torch', 'triton', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_transformers_works_beside_our_kernels_package() -> None:
+    """Hugging Face publishes a package named kernels, too, and transformers looks for it by name and version."""
+    code = (
+        "import kernels, transformers\n"
+        "from transformers import GPT2Config, GPT2LMHeadModel\n"
+        "GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=11))\n"
+        "print(kernels.__version__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    major, minor = (int(part) for part in done.stdout.split(".")[:2])
+    assert not (0, 18) <= (major, minor) <= (0, 19)

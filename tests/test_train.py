@@ -1,0 +1,514 @@
+"""The published procedure, promise by promise, and the trainer around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt2 import ConfigError, TrainConfig, train
+from fastgpt2.data import split
+from fastgpt2.metrics import NonFiniteLossError, peak_flops, read_json_lines
+from fastgpt2.optim import learning_rate
+from fastgpt2.train import Reporter, build, parse
+
+TINY = TrainConfig(
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    block_size=16,
+    vocab_size=65,
+    batch_size=3,
+    steps=6,
+    lr=1e-2,
+    device="cpu",
+    dtype="float32",
+)
+
+
+def tiny(**changes: Any) -> TrainConfig:
+    return dataclasses.replace(TINY, **changes)
+
+
+def weights(config: TrainConfig) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in build(config).model.state_dict().items()}
+
+
+# -------------------------------------------------------------------------------- the published procedure
+
+
+def test_the_step_written_out() -> None:
+    """The whole procedure once more in its plainest form: the losses are bitwise the trainer's."""
+    from fastgpt2.model import GPT
+
+    torch.manual_seed(TINY.seed)
+    run = build(TINY)
+    torch.manual_seed(TINY.seed)
+    model = GPT(run.model.config)
+    adam = torch.optim.Adam(model.parameters(), lr=TINY.lr, fused=True)
+    losses = []
+    for step in range(6):
+        tokens = run.source.tokens(step)[0]
+        assert tokens.shape == (3, 16 + 1)
+        logits = model(tokens[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 65), tokens[:, 1:].reshape(-1))
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+    assert train(TINY).losses == losses
+
+
+def test_same_seed_same_bits_another_seed_others() -> None:
+    one, same, other = tiny(dropout=0.1), tiny(dropout=0.1), tiny(dropout=0.1, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(same).values(), strict=True))
+    assert not torch.equal(weights(one)["wte.weight"], weights(other)["wte.weight"])
+    assert torch.equal(build(one).next_tokens(4), build(same).next_tokens(4))
+    assert not torch.equal(build(one).next_tokens(4), build(other).next_tokens(4))
+    a, b, c = train(one), train(same), train(other)
+    assert a.losses == b.losses
+    assert all(torch.equal(x, y) for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True))
+    assert all(x != y for x, y in zip(a.losses, c.losses, strict=True))
+
+
+def test_every_step_draws_its_own_tokens_and_dropout_does_not_shift_them() -> None:
+    run, with_dropout = build(TINY), build(tiny(dropout=0.5))
+    batches = [run.next_tokens(step) for step in range(6)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(batches) for b in batches[:i])
+    for step, tokens in enumerate(batches):
+        with_dropout.step(step, tokens)
+        assert torch.equal(with_dropout.next_tokens(step), tokens)
+    assert min(b.min() for b in batches) >= 0
+    assert max(b.max() for b in batches) < 65
+
+
+def test_targets_are_the_inputs_shifted_by_one() -> None:
+    inputs, targets = split(build(TINY).next_tokens(0))
+    assert inputs.shape == targets.shape == (1, 3, 16)
+    assert torch.equal(inputs[..., 1:], targets[..., :-1])
+
+
+def test_gradients_do_not_accumulate_across_steps() -> None:
+    run, fresh = build(tiny(lr=0.0)), build(tiny(lr=0.0))
+    for step in range(3):
+        run.step(step, run.next_tokens(step))
+    fresh.step(2, fresh.next_tokens(2))
+    for p, q in zip(run.parameters, fresh.parameters, strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_the_model_is_in_train_mode_and_evaluation_puts_it_back() -> None:
+    class Watch(Reporter):
+        def __init__(self) -> None:
+            self.modes: list[bool] = []
+
+        def started(self, run: Any) -> None:
+            self.run = run
+
+        def stepped(self, done: int) -> None:
+            self.modes.append(self.run.model.training)
+
+    watch = Watch()
+    result = train(tiny(dropout=0.1, eval_every=2, eval_batches=2), watch)
+    assert watch.modes == [True] * 6
+    assert [step for step, _ in result.val_losses] == [2, 4, 6]
+
+
+def test_evaluation_changes_nothing() -> None:
+    plain, evaluated = train(tiny(dropout=0.1)), train(tiny(dropout=0.1, eval_every=1, eval_batches=2))
+    assert plain.losses == evaluated.losses
+
+
+def test_micro_steps_average_to_the_large_batch() -> None:
+    """Four micro-steps of 3 are one batch of 12: the logged loss, and in float64 the weights, agree."""
+    micro = tiny(grad_accum=4, dtype="float64")
+    run = build(micro)
+    large = build(tiny(batch_size=12, dtype="float64"))
+    tokens = run.next_tokens(0)
+    assert tokens.shape == (4, 3, 17)
+    loss, _ = run.step(0, tokens)
+    large_loss, _ = large.step(0, tokens.reshape(1, 12, 17))
+    assert loss.item() == pytest.approx(large_loss.item(), rel=1e-14)
+    for p, q in zip(run.parameters, large.parameters, strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-16)
+    assert train(micro).losses[0] == loss.item()
+
+
+def test_a_repeated_batch_is_learned_and_uniform_tokens_are_not() -> None:
+    fixed, fresh = train(tiny(data="dummy-fixed", steps=60)), train(tiny(steps=60))
+    assert fixed.losses[-1] < fixed.losses[0] - 2.0
+    assert min(fresh.losses) > math.log(65) - 0.2
+
+
+# ------------------------------------------------------------------------------------ optimizer and schedule
+
+
+def test_learning_rates() -> None:
+    config = tiny(steps=101, warmup_steps=1, lr=1.0, schedule="linear")
+    assert [round(learning_rate(s, config), 6) for s in (0, 1, 51, 100)] == [
+        1.0,
+        1.0,
+        round(1 - 0.9 * 50 / 99, 6),
+        0.1,
+    ]
+    config = dataclasses.replace(config, warmup_steps=10)
+    assert [learning_rate(s, config) for s in range(10)] == pytest.approx([0.1 * (s + 1) for s in range(10)])
+    config = dataclasses.replace(config, schedule="cosine", steps=111)
+    assert learning_rate(60, config) == pytest.approx(0.55)
+    assert learning_rate(110, config) == pytest.approx(0.1)
+    assert {learning_rate(s, tiny()) for s in range(6)} == {1e-2}
+
+
+def test_clipping_scales_to_the_norm_that_is_reported() -> None:
+    run, clipped = build(tiny(lr=0.0)), build(tiny(lr=0.0, grad_clip=0.05))
+    tokens = run.next_tokens(0)
+    _, norm = run.step(0, tokens, want_norm=True)
+    _, same_norm = clipped.step(0, tokens)
+    assert norm is not None
+    assert same_norm is not None
+    by_hand = math.sqrt(sum((p.grad.double() ** 2).sum().item() for p in run.parameters if p.grad is not None))
+    assert norm.item() == pytest.approx(by_hand, rel=1e-5)
+    assert same_norm.item() == norm.item() > 0.05
+    after = math.sqrt(sum((p.grad.double() ** 2).sum().item() for p in clipped.parameters if p.grad is not None))
+    assert after == pytest.approx(0.05, rel=1e-4)
+
+
+def test_adamw_decays_matrices_only() -> None:
+    config = tiny(optimizer="adamw", weight_decay=0.5, lr=0.1)
+    run = build(config)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    for p in run.parameters:
+        p.grad = torch.zeros_like(p)
+    run.optimizer.step()
+    for name, p in run.model.named_parameters():
+        factor = 1 - 0.1 * 0.5 if p.dim() == 2 else 1.0
+        torch.testing.assert_close(p.detach(), before[name] * factor, rtol=1e-6, atol=0, msg=name)
+
+
+# ------------------------------------------------------------------------------------------------ precision
+
+
+def test_bfloat16_is_autocast_over_float32_weights() -> None:
+    run = build(tiny(dtype="bfloat16"))
+    seen: list[torch.dtype] = []
+    run.model.h[0].attn.c_attn.register_forward_hook(lambda m, i, output: seen.append(output.dtype))
+    loss, _ = run.step(0, run.next_tokens(0))
+    assert seen == [torch.bfloat16]
+    assert loss.dtype == torch.float32
+    assert {p.dtype for p in run.parameters} == {torch.float32}
+    assert {s["exp_avg"].dtype for s in run.optimizer.state.values()} == {torch.float32}
+
+
+def test_numerics_are_put_back() -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        train(tiny(steps=1))
+        assert torch.get_float32_matmul_precision() == "high"
+        assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_peaks_are_known_by_whole_names() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
+    assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "tf32") == 156e12
+    assert peak_flops("NVIDIA L40", "bfloat16") is None
+    assert peak_flops("cpu", "float32") is None
+    assert peak_flops("NVIDIA H100 80GB HBM3", "float64") is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("attn", ["naive", "sdpa", "triton"])
+def test_same_bits_twice_on_the_gpu(attn: str, dtype: str) -> None:
+    config = tiny(device="cuda", attn=attn, dtype=dtype, n_embd=64, block_size=200, steps=20)
+    assert train(config).losses == train(config).losses
+
+
+@pytest.mark.gpu
+def test_the_step_does_not_wait_for_the_gpu() -> None:
+    for dtype in ("bfloat16", "float16"):
+        run = build(tiny(device="cuda", dtype=dtype, grad_clip=1.0, grad_accum=2))
+        tokens = run.next_tokens(0)
+        run.step(0, tokens)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for step in range(1, 4):
+                run.step(step, tokens, want_norm=True)
+                tokens = run.next_tokens(step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+# ------------------------------------------------------------------------------------- outputs and resuming
+
+
+def test_metrics_are_complete(tmp_path: Path) -> None:
+    result = train(tiny(out=tmp_path / "run", steps=25, log_every=10, save_every=0, eval_every=20, eval_batches=1))
+    records = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 10, 20, 25]
+    for r in records:
+        assert set(r) - {"val_loss"} == {
+            "step", "loss", "lr", "grad_norm", "step_ms", "tokens_per_s", "mfu", "mfu_formula", "memory_bytes"
+        }  # fmt: skip
+        assert r["loss"] == result.losses[r["step"] - 1]  # every digit
+        assert r["mfu"] is None
+        assert r["mfu_formula"] == "llm.c"
+        assert r["tokens_per_s"] == pytest.approx(48 / r["step_ms"] * 1e3)
+        assert r["memory_bytes"] > 50 << 20
+    assert [r["step"] for r in records if "val_loss" in r] == [20, 25]
+    assert parse(["--config", str(tmp_path / "run" / "config.toml")]) == result.config
+
+
+@pytest.mark.parametrize("cut", [4, 7])
+def test_resuming_is_bitwise_the_uncut_run(tmp_path: Path, cut: int) -> None:
+    config = tiny(
+        dropout=0.2, steps=12, grad_clip=1.0, optimizer="adamw", weight_decay=0.1, save_every=100, log_every=1
+    )
+    whole = train(dataclasses.replace(config, out=tmp_path / "whole"))
+    train(dataclasses.replace(config, out=tmp_path / "cut", steps=cut))
+    torch.manual_seed(99)  # the generator's state must come from the checkpoint
+    rest = train(dataclasses.replace(config, out=tmp_path / "cut", resume=True))
+    assert rest.losses == whole.losses[cut:]
+    for p, q in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    logged = [
+        [(r["step"], r["loss"]) for r in read_json_lines(tmp_path / n / "metrics.jsonl")] for n in ("whole", "cut")
+    ]
+    assert logged[0] == logged[1]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    train(tiny(out=tmp_path, save_every=1, keep=2))
+    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "step-00000005",
+        "step-00000006",
+    ]
+
+
+def test_records_past_the_checkpoint_are_dropped_on_resume(tmp_path: Path) -> None:
+    train(tiny(out=tmp_path, steps=4, log_every=1))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')  # logged after the checkpoint, then cut off
+    train(tiny(out=tmp_path, steps=6, log_every=1, resume=True))
+    records = read_json_lines(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert records[4]["loss"] != 1.0
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_embd": 33}, "--n-embd 33 is not divisible by --n-head 2: .*try --n-embd 32"),
+        ({"model": "gpt2", "block_size": 2048}, "--block-size 2048 is over the 1024 positions of gpt2"),
+        ({"model": "gpt2-mdium"}, "no preset 'gpt2-mdium': .*did you mean 'gpt2-medium'"),
+        ({"dtype": "float16"}, "--dtype float16 needs a CUDA GPU"),
+        ({"dtype": "bf16"}, "--dtype 'bf16' is not one of .*did you mean 'bfloat16'"),
+        ({"device": "gpu"}, "--device 'gpu' is not cpu, cuda or cuda:N"),
+        ({"attn": "flash"}, "--attn 'flash' is not one of auto, naive, sdpa, triton"),
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"lr": float("nan")}, "--lr must be at least 0, got nan"),
+        ({"dropout": 1.0}, r"--dropout must be in \[0, 1\), got 1.0"),
+        ({"weight_decay": 0.1}, "--weight-decay needs --optimizer adamw"),
+        ({"resume": True}, "--resume needs --out"),
+        ({"data": "/nowhere"}, "--data /nowhere: no such folder"),
+    ],
+)
+def test_bad_settings_are_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        train(tiny(**changes))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unwritable_folder_a_used_one_and_another_shape(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="can't write to --out"):
+        train(tiny(out=tmp_path / "file" / "run"))
+    train(tiny(out=tmp_path / "run"))
+    with pytest.raises(ConfigError, match="already holds a run: continue it with --resume"):
+        train(tiny(out=tmp_path / "run"))
+    with pytest.raises(ConfigError, match="checkpoint of another shape: it has n_layer 2 not 3, vocab_size 65 not 80"):
+        train(tiny(out=tmp_path / "run", resume=True, n_layer=3, vocab_size=80))
+    with pytest.raises(ConfigError, match="no checkpoint under"):
+        train(tiny(out=tmp_path / "other", resume=True))
+    assert not (tmp_path / "other").exists()
+
+
+def command(*arguments: str, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | changes
+    line = [sys.executable, "-m", "fastgpt2.train", *arguments]
+    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_the_command_refuses_in_one_line_with_status_2(tmp_path: Path) -> None:
+    done = command("--n-embd", "100", "--n-head", "3", "--device", "cpu", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --n-embd 100 is not divisible by --n-head 3")
+    assert not list(tmp_path.iterdir())
+
+
+def test_triton_without_cuda_or_the_interpreter_says_what_to_do(tmp_path: Path) -> None:
+    done = command("--attn", "triton", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--attn sdpa" in done.stderr
+    assert "TRITON_INTERPRET=1" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+SMALL = ["--model", "tiny", "--device", "cpu", "--batch-size", "2"]
+
+
+def test_the_command_shows_and_writes_what_it_promises(tmp_path: Path) -> None:
+    done = command(*SMALL, "--steps", "12", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for text in (
+        "ln 256 = 5.5452",
+        "final loss",
+        "tokens/s",
+        "peak memory",
+        "run/metrics.jsonl",
+        "run/loss.png",
+        "12 of 12",
+    ):
+        assert text in done.stdout, text
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(read_json_lines(tmp_path / "run" / "metrics.jsonl")) == 3
+    # Continued by name alone: the run's own settings hold.
+    done = command("--resume", "--out", "run", "--steps", "20", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "continuing after step 12" in done.stdout
+    assert [r["step"] for r in read_json_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 10, 12, 13, 20]
+
+
+def test_a_diverged_run_names_the_step_the_checkpoint_and_what_to_try(tmp_path: Path) -> None:
+    done = command(*SMALL, "--steps", "60", "--lr", "1e30", "--save-every", "1", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 1
+    first, last = done.stderr.splitlines()[0], done.stderr.splitlines()[-1]
+    assert first == last
+    assert "error: the loss of step " in first
+    assert "--lr" in first
+    assert "Traceback" not in done.stderr
+
+
+def test_the_step_of_a_non_finite_loss_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found at the next logging step, from losses kept on the device."""
+    from fastgpt2.train import Run
+
+    real = Run.step
+
+    def poisoned(self: Run, step: int, tokens: Tensor, *, want_norm: bool = False) -> tuple[Tensor, Tensor | None]:
+        loss, norm = real(self, step, tokens, want_norm=want_norm)
+        return (loss * float("nan") if step + 1 == 13 else loss), norm
+
+    monkeypatch.setattr(Run, "step", poisoned)
+    with pytest.raises(NonFiniteLossError, match="the loss of step 13 is nan: no checkpoint had been saved"):
+        train(tiny(steps=30, log_every=10))
+
+
+def test_interrupted_once_it_saves_and_resumes(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    line = [
+        sys.executable,
+        "-m",
+        "fastgpt2.train",
+        *SMALL,
+        "--steps",
+        "100000",
+        "--out",
+        "run",
+        "--log-every",
+        "1",
+    ]
+    process = subprocess.Popen(
+        line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while len(read_json_lines(metrics)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "continue with --resume --out run" in output
+    last = read_json_lines(metrics)[-1]["step"]
+    state = json.loads((tmp_path / "run" / "checkpoints" / f"step-{last:08d}" / "state.json").read_text())
+    assert state["step"] == last
+    done = command("--resume", "--out", "run", "--steps", str(last + 2), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_config_file_gives_way_to_flags_and_refuses_unknown_keys(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('model = "tiny"\nlr = 0.5\nbatch-size = 4\ncompile = true\n')
+    config = parse(["--config", str(file), "--lr", "0.25", "--no-compile"])
+    assert (config.model, config.lr, config.batch_size, config.compile) == ("tiny", 0.25, 4, False)
+    file.write_text("learning_rate = 1.0\nwarmup_step = 3\n")
+    with pytest.raises(ConfigError, match="unknown key 'learning_rate'"):
+        parse(["--config", str(file)])
+    file.write_text("warmup_step = 3\n")
+    with pytest.raises(ConfigError, match="unknown key 'warmup_step'; did you mean 'warmup_steps'"):
+        parse(["--config", str(file)])
+    file.write_text('steps = "many"\n')
+    with pytest.raises(SystemExit) as stop:  # values are checked as flags are
+        parse(["--config", str(file)])
+    assert stop.value.code == 2
+    with pytest.raises(ConfigError, match="can't read --config"):
+        parse(["--config", str(tmp_path / "none.toml")])
+
+
+WITHOUT = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names!r}:
+            raise ModuleNotFoundError("No module named " + repr(name), name=name.split(".")[0])
+sys.meta_path.insert(0, Missing())
+from fastgpt2 import ConfigError, TrainConfig, train
+config = TrainConfig(model="tiny", steps=2, batch_size=2, device="cpu")
+assert len(train(config).losses) == 2
+try:
+    train(TrainConfig(model="tiny", attn="triton", device="cpu"))
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_training_needs_neither_triton_nor_the_command_line_packages() -> None:
+    names = ("triton", "tyro", "rich", "matplotlib", "safetensors", "tiktoken", "transformers")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT.format(names=names)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "needs the triton package" in done.stdout
+    assert "--attn sdpa" in done.stdout
+
+
+def test_train_is_callable_under_either_name() -> None:
+    code = (
+        "import fastgpt2.train, fastgpt2; from fastgpt2 import train, TrainConfig; "
+        "c = TrainConfig(model='tiny', steps=1, batch_size=1, device='cpu'); "
+        "print(train(c).losses == fastgpt2.train(c).losses)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr
