@@ -1,0 +1,191 @@
+"""`python -m fastgpt2.sample --from OUT --prompt TEXT`: text from a run's newest checkpoint."""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import io
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from fastgpt2.checkpoint import load_model
+from fastgpt2.config import ConfigError
+from fastgpt2.console import run_command
+from fastgpt2.data import DUMMY, read_meta
+from fastgpt2.model import GPT
+from fastgpt2.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the model's distribution."""
+
+    temperature: float = 0.8
+    """Below 1 likely tokens become likelier; 0 always takes the likeliest."""
+    top_k: int = 50
+    """Draw from this many likeliest tokens; 0 from all."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens that together have this probability; 1 from all."""
+
+    def check(self) -> None:
+        """Raises ConfigError where a value is out of range."""
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ConfigError(f"--temperature must be at least 0, got {self.temperature}")
+        if self.top_k < 0:
+            raise ConfigError(f"--top-k must be at least 0, got {self.top_k}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"--top-p must be over 0 and at most 1, got {self.top_p}")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Text from the newest checkpoint of a run."""
+
+    from_: Annotated[Path, tyro.conf.arg(name="from")]
+    """The run's --out folder."""
+    prompt: str = ""
+    """Text to continue (default: a new document)."""
+    max_new_tokens: int = 200
+    """Tokens to draw at most; a sample ends earlier where the model ends its text."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
+    num_samples: int = 1
+    """Samples to draw."""
+    seed: int = 0
+    """Decides the samples; each further one is drawn with the next seed."""
+    data: str | None = None
+    """Folder of token shards whose tokenizer to use (default: the one that the run was trained on)."""
+    tokenizer: Literal["gpt2", "byte"] | None = None
+    """The tokenizer, where no data folder tells."""
+    bpe: Path | None = None
+    """Folder with GPT-2's vocab.bpe and encoder.json (default: the data folder)."""
+    device: str | None = None
+    """cpu, cuda or cuda:N (default: cuda where there is one)."""
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator,
+    vocab_size: int | None = None,
+) -> Iterator[int]:
+    """Draw tokens one after the other, each given the last block_size tokens before it.
+
+    Args:
+        model: in evaluation mode.
+        prompt: ids to continue, at least one.
+        max_new_tokens: how many to draw.
+        generator: of the CPU; the same state gives the same tokens.
+        vocab_size: draw only ids below it (default: the model's vocabulary).
+
+    Raises:
+        ConfigError: the logits are not finite, as those of a run that diverged.
+    """
+    device = model.wte.weight.device
+    ids = list(prompt)
+    for _ in range(max_new_tokens):
+        context = torch.tensor([ids[-model.config.block_size :]], device=device)
+        logits = model(context)[0, -1, :vocab_size].cpu()
+        if not logits.isfinite().all():
+            raise ConfigError("the model's logits are not finite: the checkpoint is of a run that diverged")
+        ids.append(draw(logits, sampling, generator))
+        yield ids[-1]
+
+
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """An id from softmax(logits / temperature) cut to top_k, then to top_p; logits (V,), on the CPU."""
+    logits, ids = logits.double().topk(min(sampling.top_k or len(logits), len(logits)))
+    if sampling.temperature == 0.0:
+        return int(ids[0])
+    probabilities = (logits / sampling.temperature).softmax(0)
+    # The mass before a token: the first token is always kept, and so is the one that crosses the bound.
+    before = probabilities.cumsum(0) - probabilities
+    kept = probabilities[before < sampling.top_p]
+    return int(ids[kept.multinomial(1, generator=generator)])
+
+
+def stream(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of ids as soon as it is whole characters; a character that stays cut becomes U+FFFD."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in ids:
+        yield decoder.decode(tokenizer.decode([token]))
+    yield decoder.decode(b"", final=True)
+
+
+def pick_tokenizer(config: SampleConfig, state: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a run, from the flags or its data folder's meta.json.
+
+    Args:
+        state: the checkpoint's state.json.
+
+    Raises:
+        ConfigError: the run was trained on dummy tokens, its folder is gone, or the tokenizer can't be had.
+    """
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer, config.bpe)
+    data = config.data or state["config"]["data"]
+    if data in DUMMY:
+        raise ConfigError(f"{config.from_} was trained on dummy tokens, which stand for no text")
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"{data}, which tells the tokenizer, is no folder here: give --data or --tokenizer")
+    # Shards without a meta.json are llm.c's, of GPT-2's tokens.
+    name = read_meta(folder).get("tokenizer", "gpt2")
+    return load_tokenizer(name, config.bpe or folder)
+
+
+def main() -> None:
+    """`python -m fastgpt2.sample`: prints the samples, each after its prompt."""
+    config = tyro.cli(SampleConfig, prog="python -m fastgpt2.sample")
+    config.sampling.check()
+    for flag, value in (("--max-new-tokens", config.max_new_tokens), ("--num-samples", config.num_samples)):
+        if value < 1:
+            raise ConfigError(f"{flag} must be at least 1, got {value}")
+    model, state = _load(config)
+    tokenizer = pick_tokenizer(config, state)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"the {tokenizer.name} tokenizer has {tokenizer.vocab_size} tokens, "
+            f"the model of {config.from_} only {model.config.vocab_size}: it was trained with another"
+        )
+    # As in training, a document begins after the end of another.
+    prompt = tokenizer.encode(config.prompt).tolist() or [tokenizer.end_of_text]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that can't show a character shows another, rather than ending the run.
+        sys.stdout.reconfigure(errors="replace")
+    for number in range(config.num_samples):
+        if config.num_samples > 1:
+            print(f"--- sample {number + 1}, seed {config.seed + number}")
+        generator = torch.Generator().manual_seed(config.seed + number)
+        limit = config.max_new_tokens
+        drawn = generate(model, prompt, limit, config.sampling, generator, tokenizer.vocab_size)
+        print(config.prompt, end="", flush=True)
+        for text in stream(takewhile(lambda token: token != tokenizer.end_of_text, drawn), tokenizer):
+            print(text, end="", flush=True)
+        print()
+
+
+def _load(config: SampleConfig) -> tuple[GPT, dict[str, Any]]:
+    tensors, shape, state = load_model(config.from_)
+    model = GPT(dataclasses.replace(shape, dropout=0.0))
+    model.load_state_dict(tensors)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError):
+        raise ConfigError(f"--device {device} is not available on this machine") from None
+    return model.eval(), state
+
+
+if __name__ == "__main__":
+    run_command(main)
