@@ -1,0 +1,363 @@
+"""Token sources: a batch is a function of (seed, step, rank), an epoch visits each window once, bad shards are told."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import math
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastgpt2 import data
+from fastgpt2.config import ConfigError
+from fastgpt2.data import (
+    DummyTokens,
+    ShardTokens,
+    count_tokens,
+    data_vocab_size,
+    open_data,
+    split,
+    unigram_entropy,
+    write_shard,
+)
+
+# sha256 of the batches' bytes, written down when the order was decided.
+ORDER_STEP_0 = "48dfced06601f321a8564079b3587cba77d23bfd388ca517adf5bdf4abbb7539"
+ORDER_STEP_1000 = "ce977ca71ec6274c0c463948bb730527f88b14f147dd7a2d42445db4d4f5978d"
+
+
+def make_folder(folder: Path, train=(1000,), val=(200,), vocab_size=50257) -> Path:
+    """Shards that count upwards over a split, so that a token is its own position."""
+    folder.mkdir(exist_ok=True)
+    for name, sizes in (("train", train), ("val", val)):
+        begin = 0
+        for index, size in enumerate(sizes):
+            write_shard(folder / f"some_{name}_{index:06d}.bin", np.arange(begin, begin + size))
+            begin += size
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": vocab_size}))
+    return folder
+
+
+def sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+
+# Both sources
+
+
+@pytest.fixture(params=["dummy", "shards"])
+def source(request, tmp_path):
+    """A constructor of (seed, rank) for each source."""
+    if request.param == "dummy":
+        return lambda seed=0, rank=0: DummyTokens(97, 3, 8, grad_accum=2, seed=seed, rank=rank)
+    folder = make_folder(tmp_path / "d")
+    return lambda seed=0, rank=0: ShardTokens(folder, "train", 3, 8, grad_accum=2, seed=seed, rank=rank, world=4)
+
+
+def test_a_batch_depends_on_seed_step_and_rank_alone(source):
+    batch = source(seed=5, rank=1).tokens(7)
+    assert batch.shape == (2, 3, 9)
+    assert batch.dtype == torch.int64
+    assert batch.device.type == "cpu"
+    other = source(seed=5, rank=1)
+    for step in (0, 30, 3):  # what was read before, in whatever order, makes no difference
+        other.tokens(step)
+    assert torch.equal(batch, other.tokens(7))
+    assert not torch.equal(batch, source(seed=6, rank=1).tokens(7))
+    assert not torch.equal(batch, source(seed=5, rank=2).tokens(7))
+    assert not torch.equal(batch, source(seed=5, rank=1).tokens(8))
+
+
+def test_micro_batches_differ(source):
+    first, second = source().tokens(0)
+    assert not torch.equal(first, second)
+
+
+def test_global_generators_are_left_alone(source):
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    source().tokens(0)
+    assert torch.equal(torch_state, torch.get_rng_state())
+    assert np.array_equal(numpy_state, np.random.get_state()[1])
+
+
+def test_targets_are_inputs_shifted_by_one(source):
+    tokens = source().tokens(0)
+    inputs, targets = split(tokens)
+    assert inputs.shape == targets.shape == (2, 3, 8)
+    assert torch.equal(inputs[..., 1:], targets[..., :-1])
+    assert torch.equal(targets[..., -1], tokens[..., -1])
+
+
+# Dummy tokens
+
+
+def test_dummy_tokens_are_uniform_over_the_vocabulary():
+    tokens = DummyTokens(10, 50, 1999).tokens(0)
+    counts = torch.bincount(tokens.flatten(), minlength=10)
+    assert counts.sum() == 100_000
+    # Chi-squared with 9 degrees of freedom: over 28 in one of a thousand draws; this draw is always the same.
+    assert ((counts - 10_000).double() ** 2 / 10_000).sum() < 28
+
+
+def test_dummy_tokens_are_those_of_a_keyed_generator():
+    key = int.from_bytes(hashlib.blake2b(b"train/3/11/0", digest_size=8).digest(), "little")
+    expected = torch.randint(50257, (1, 4, 17), generator=torch.Generator().manual_seed(key))
+    assert torch.equal(DummyTokens(50257, 4, 16, seed=3).tokens(11), expected)
+
+
+def test_fixed_repeats_step_0():
+    fixed = DummyTokens(97, 3, 8, seed=1, fixed=True)
+    assert torch.equal(fixed.tokens(0), fixed.tokens(1234))
+    assert torch.equal(fixed.tokens(9), DummyTokens(97, 3, 8, seed=1).tokens(0))
+
+
+def test_train_and_val_are_other_dummy_tokens():
+    train, val = (open_data("dummy", split=s, vocab_size=97, batch_size=3, block_size=8) for s in ("train", "val"))
+    assert not torch.equal(train.tokens(0), val.tokens(0))
+
+
+# Shards
+
+
+@pytest.mark.parametrize("sizes", [(1000,), (517, 40, 8, 300)])
+def test_each_window_once_an_epoch(tmp_path, sizes):
+    T = 8
+    source = ShardTokens(make_folder(tmp_path / "d", train=sizes), "train", 1, T, seed=3)
+    begin, borders = 0, []
+    for size in sizes:
+        borders.append((begin, begin + size))
+        begin += size
+    # An epoch takes all of a shard but less than two windows; a shard without a whole window is left out.
+    assert source.windows == sum(max(size // T - 1, 1) for size in sizes if size > T)
+    orders, firsts = [], []
+    for epoch in range(3):
+        rows = torch.cat([source.tokens(epoch * source.windows + i)[0] for i in range(source.windows)])
+        assert torch.equal(rows, rows[:, :1] + torch.arange(T + 1)), "windows are contiguous"
+        starts = sorted(rows[:, 0].tolist())
+        assert all(b - a >= T for a, b in pairwise(starts)), "no two windows overlap"
+        for low, high in borders:
+            inside = [s for s in starts if low <= s < high]
+            assert not inside or inside[-1] + T < high, "no window spans two shards"
+            assert inside == list(range(inside[0], inside[-1] + 1, T)) if inside else high - low <= T
+        orders.append(rows[:, 0].tolist())
+        firsts.append(starts[0])
+    assert orders[0] != sorted(orders[0])
+    assert orders[0] != orders[1] != orders[2]
+    assert len(set(firsts)) > 1, "window borders move from epoch to epoch"
+
+
+def test_ranks_and_micro_steps_partition_an_epoch(tmp_path):
+    folder, world, accum, B = make_folder(tmp_path / "d", train=(8 * 49,)), 2, 3, 4
+    alone = ShardTokens(folder, "train", 1, 8, seed=1)
+    assert alone.windows == 48 == 2 * world * accum * B
+    seen = [
+        row[0].item()
+        for step in range(2)
+        for rank in range(world)
+        for row in ShardTokens(folder, "train", B, 8, accum, seed=1, rank=rank, world=world).tokens(step).view(-1, 9)
+    ]
+    everything = [alone.tokens(i)[0, 0, 0].item() for i in range(48)]
+    assert len(set(seen)) == 48
+    assert sorted(seen) == sorted(everything)
+    # Sample g is ((step * accum + a) * world + rank) * B + b: spread over ranks, the samples are the same.
+    step, a, rank, b = 1, 2, 1, 3
+    batch = ShardTokens(folder, "train", B, 8, accum, seed=1, rank=rank, world=world).tokens(step)
+    assert batch[a, b, 0].item() == everything[((step * accum + a) * world + rank) * B + b]
+
+
+def test_a_batch_that_spans_epochs(tmp_path):
+    folder = make_folder(tmp_path / "d", train=(8 * 11,))
+    source, single = ShardTokens(folder, "train", 35, 8), ShardTokens(folder, "train", 1, 8)
+    assert single.windows == 10
+    expected = torch.cat([single.tokens(g)[0] for g in range(35, 70)])
+    assert torch.equal(source.tokens(1)[0], expected)
+
+
+def test_the_order_is_pinned(tmp_path):
+    """Another order would break every run that is resumed after an upgrade."""
+    source = ShardTokens(make_folder(tmp_path / "d", train=(40_000,)), "train", 16, 64, grad_accum=2, seed=7)
+    assert sha256(source.tokens(0)) == ORDER_STEP_0
+    assert sha256(source.tokens(1000)) == ORDER_STEP_1000
+
+
+def test_sweep_is_every_window_in_order(tmp_path):
+    source = ShardTokens(make_folder(tmp_path / "d", val=(33, 8, 20)), "val", 3, 8)
+    batches = list(source.sweep())
+    assert [len(b) for b in batches] == [3, 3]
+    assert torch.cat(batches)[:, 0].tolist() == [0, 8, 16, 24, 41, 49]
+    assert torch.equal(batches[1][0], torch.arange(24, 33))
+
+
+def test_the_shortest_split_that_can_be_read(tmp_path):
+    source = ShardTokens(make_folder(tmp_path / "d", train=(9,)), "train", 2, 8)
+    assert source.windows == 1
+    assert torch.equal(source.tokens(5), torch.arange(9).expand(1, 2, 9))
+    with pytest.raises(ConfigError, match=r"train split .* too short: .* 9 tokens, .* --block-size \+ 1 = 10"):
+        ShardTokens(tmp_path / "d", "train", 2, 9)
+
+
+def test_val_windows_are_the_same_for_all_seeds(tmp_path):
+    folder = make_folder(tmp_path / "d")
+    shape = {"vocab_size": 50257, "batch_size": 3, "block_size": 8}
+    val = [open_data(str(folder), split="val", seed=seed, **shape).tokens(2) for seed in (0, 1)]
+    assert torch.equal(*val)
+    train = [open_data(str(folder), split="train", seed=seed, **shape).tokens(2) for seed in (0, 1)]
+    assert not torch.equal(*train)
+
+
+def test_shard_bytes_are_llm_c_s(tmp_path):
+    write_shard(tmp_path / "a_train.bin", np.array([1, 258, 50256]))
+    raw = (tmp_path / "a_train.bin").read_bytes()
+    assert len(raw) == 1024 + 6
+    assert raw[:12] == (20240520).to_bytes(4, "little") + (1).to_bytes(4, "little") + (3).to_bytes(4, "little")
+    assert raw[12:1024] == bytes(1012)
+    assert raw[1024:] == b"\x01\x00\x02\x01\x50\xc4"
+    assert data.open_shard(tmp_path / "a_train.bin", 50257).tolist() == [1, 258, 50256]
+
+
+# What is wrong with a folder or a shard: one line that names it
+
+
+def broken(folder: Path, contents: bytes) -> Path:
+    make_folder(folder)
+    (folder / "some_train_000000.bin").write_bytes(contents)
+    return folder
+
+
+def header(magic=20240520, version=1, count=0) -> bytes:
+    return np.array([magic, version, count] + [0] * 253, dtype="<i4").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b"", r"some_train_000000\.bin is empty"),
+        (b"\x28", r"some_train_000000\.bin is truncated: 1 bytes, the header alone has 1024"),
+        (header(count=9)[:500], r"some_train_000000\.bin is truncated: 500 bytes, the header alone has 1024"),
+        (header(count=9) + bytes(17), r"truncated: its header's 9 tokens need 1042 bytes, the file has 1041"),
+        (header(count=9) + bytes(20), r"too long: its header's 9 tokens need 1042 bytes, the file has 1044"),
+        (header(count=-1) + bytes(20), r"too long: its header's -1 tokens"),
+        (header(count=0), r"some_train_000000\.bin holds no tokens"),
+        (header(magic=20240801, count=9) + bytes(18), r"no token shard: it begins with 20240801, not .* 20240520"),
+        (b"once upon a time" * 100, r"some_train_000000\.bin is no token shard"),
+        (header(version=7, count=9) + bytes(18), r"some_train_000000\.bin is a shard of version 7: only version 1"),
+    ],
+)
+def test_a_shard_that_is_none(tmp_path, contents, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        ShardTokens(broken(tmp_path / "d", contents), "train", 2, 8)
+    assert "\n" not in str(error.value)
+
+
+def test_a_token_outside_the_vocabulary(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "d", vocab_size=257)
+    tokens = np.zeros(1000, dtype=np.int64)
+    tokens[[777, 900]] = 257, 60000
+    write_shard(folder / "some_train_000000.bin", tokens)
+    for chunk in (1 << 24, 100):
+        monkeypatch.setattr(data, "SCAN_TOKENS", chunk)
+        with pytest.raises(ConfigError, match=r"some_train_000000\.bin: token 777 has id 257, .* vocabulary of 257"):
+            ShardTokens(folder, "train", 2, 8)
+    (folder / "meta.json").write_text('{"vocab_size": 65536}')
+    assert ShardTokens(folder, "train", 2, 8).vocab_size == 65536
+
+
+def test_every_shard_is_checked_not_the_first_alone(tmp_path):
+    folder = make_folder(tmp_path / "d", train=(100, 100))
+    path = folder / "some_train_000001.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ConfigError, match=r"some_train_000001\.bin is truncated"):
+        ShardTokens(folder, "train", 2, 8)
+
+
+def test_no_such_data(tmp_path):
+    for function in (data_vocab_size, lambda d: open_data(d, vocab_size=97, batch_size=1, block_size=8)):
+        with pytest.raises(ConfigError, match=r"--data .*nowhere: no such folder; give dummy, dummy-fixed or a folder"):
+            function(str(tmp_path / "nowhere"))
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(ConfigError, match="is not a folder; give dummy, dummy-fixed"):
+            function(str(tmp_path / "file"))
+
+
+def test_no_shard_in_the_folder(tmp_path):
+    with pytest.raises(ConfigError, match=r"no train shard in .*\*train\*\.bin; python -m fastgpt2\.prepare"):
+        ShardTokens(tmp_path, "train", 2, 8)
+    with pytest.raises(ConfigError, match="no val shard"):
+        ShardTokens(make_folder(tmp_path / "d", val=()), "val", 2, 8)
+
+
+def test_a_listed_shard_that_is_missing(tmp_path):
+    folder = make_folder(tmp_path / "d")
+    shards = {"some_train_000000.bin": {}, "some_train_000001.bin": {}, "some_val_000000.bin": {}}
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": 50257, "shards": shards}))
+    with pytest.raises(ConfigError, match=r"lacks some_train_000001\.bin, which its meta\.json lists"):
+        ShardTokens(folder, "train", 2, 8)
+    assert ShardTokens(folder, "val", 2, 8).token_count == 200
+
+
+@pytest.mark.parametrize(
+    "meta", ["", "{", "[]", "{}", '{"vocab_size": "many"}', '{"vocab_size": 65537}', '{"vocab_size": 0}']
+)
+def test_a_meta_that_is_none(tmp_path, meta):
+    folder = make_folder(tmp_path / "d")
+    (folder / "meta.json").write_text(meta)
+    with pytest.raises(ConfigError, match=r"meta\.json"):
+        data_vocab_size(str(folder))
+
+
+def test_vocabularies(tmp_path):
+    folder = make_folder(tmp_path / "d", vocab_size=1234)
+    assert data_vocab_size("dummy") is None
+    assert data_vocab_size("dummy-fixed") is None
+    assert data_vocab_size(str(folder)) == 1234
+    with pytest.raises(ConfigError, match=r"vocabulary of .*, 1234, is larger than the model's, 1233"):
+        open_data(str(folder), vocab_size=1233, batch_size=1, block_size=8)
+    (folder / "meta.json").unlink()
+    assert data_vocab_size(str(folder)) == 50257
+
+
+def test_open_data_passes_everything_on(tmp_path):
+    folder = make_folder(tmp_path / "d")
+    shape = {"batch_size": 3, "block_size": 8, "grad_accum": 2, "seed": 5, "rank": 1}
+    opened = open_data(str(folder), vocab_size=50257, world=2, **shape)
+    assert torch.equal(opened.tokens(4), ShardTokens(folder, "train", world=2, **shape).tokens(4))
+    for name, fixed in (("dummy", False), ("dummy-fixed", True)):
+        opened = open_data(name, vocab_size=97, **shape)
+        assert torch.equal(opened.tokens(4), DummyTokens(97, fixed=fixed, **shape).tokens(4))
+
+
+# Counting
+
+
+def test_unigram_entropy():
+    counts = np.array([2, 1, 1, 0])
+    assert unigram_entropy(counts) == pytest.approx(1.5 * math.log(2))
+    assert unigram_entropy(np.array([0, 7])) == 0.0
+    # Under the counts (3, 0, 0, 1), plus one: 4/8, 1/8, 1/8, 2/8.
+    expected = (2 * math.log(2) + 2 * math.log(8)) / 4
+    assert unigram_entropy(counts, np.array([3, 0, 0, 1])) == pytest.approx(expected)
+
+
+def test_count_tokens(monkeypatch):
+    monkeypatch.setattr(data, "SCAN_TOKENS", 2)
+    assert count_tokens(np.array([0, 2, 2, 1, 2], dtype=np.uint16), 5).tolist() == [1, 1, 3, 0, 0]
+
+
+def test_data_needs_torch_and_numpy_alone():
+    """A training image may lack the packages of the command line."""
+    imported = set()
+    for module in ("config", "data"):
+        for node in ast.walk(ast.parse(Path(data.__file__).with_name(f"{module}.py").read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module)
+    packages = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
+    assert packages <= {"torch", "numpy", "fastgpt2"}
+    assert {name for name in imported if name.startswith("fastgpt2")} <= {"fastgpt2.config"}
