@@ -7,8 +7,10 @@ of both beside the shards, so that a data folder can be read and sampled from wi
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -86,12 +88,11 @@ class Gpt2Tokenizer:
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
         merges, encoder = (folder / name for name in BPE_FILES)
+        for path in (merges, encoder):
+            _read(path)  # for an error that names the file
         try:
-            # tiktoken caches what it reads by the path's name; given the hash, it reads a changed file anew.
-            hashes = _sha256(merges), _sha256(encoder)
-            ranks = data_gym_to_mergeable_bpe_ranks(str(merges), str(encoder), *hashes)
-        except OSError as error:
-            raise ConfigError(f"can't read {error.filename or folder}: {error.strerror or error}") from None
+            with _uncached():
+                ranks = data_gym_to_mergeable_bpe_ranks(str(merges), str(encoder))
         except (AssertionError, ValueError, KeyError, IndexError):
             raise ConfigError(f"{merges} and {encoder} don't belong to one byte-pair encoding") from None
         self.end_of_text = len(ranks)
@@ -197,5 +198,15 @@ def _read(path: Path) -> bytes:
         ) from None
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(_read(path)).hexdigest()
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Keep tiktoken from caching local files, which it would do by path, blind to a change of the file."""
+    name = "TIKTOKEN_CACHE_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = ""
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
