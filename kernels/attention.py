@@ -1,0 +1,481 @@
+"""Flash attention, forward and backward: o = softmax(scale q k^T + mask) v for each batch and head.
+
+Maths, with c = scale log2(e), so that exp is one multiply-add and one exp2:
+
+    S = q k^T                          (T, T), a tile at a time, never stored
+    lse = log2 sum_j 2^(c S)           (T,), the base-2 log-sum-exp of each row: all the backward needs
+    P = 2^(c S - lse)                  the weights; rows sum to 1
+    o = P v
+
+    delta = rowsum(do * o)             equals rowsum(dP * P)
+    dP = do v^T,  dS = P * (dP - delta)
+    dv = P^T do,  dk = scale dS^T q,  dq = scale dS k
+
+Memory, e bytes an element, B T H D elements a tensor: the forward reads q, k, v and writes o (4 e) and
+lse; the backward reads q, k, v, o, do and writes dq, dk, dv (8 e), and reads q, k, v, do once more,
+being two passes. Nothing of size T^2 exists. The packed forms read (B, T, 3, H, D) as the projection
+left it and write its gradient in the same layout: no transpose, no concatenation.
+
+FLOPs (causal: half): forward 4 B H T^2 D, two matmuls; backward 10 B H T^2 D credited, 14 done, as
+each of the two passes forms S and dP for itself. Its sums have a fixed order, without atomics: two
+runs agree to the bit.
+
+float32 whatever the inputs are: S, the running maximum and sum, lse, delta, and every accumulator.
+P and dS are rounded to the inputs' dtype, as operands of the next matmul. float32 inputs are
+multiplied exactly, or in TF32 where allow_tf32 says so.
+
+Tiles below the diagonal are not masked: only those that touch it, or the end of the sequence, are.
+Programs start with the longest rows, and few enough heads are in flight that k and v stay in L2.
+
+Papers: FlashAttention (Dao et al. 2022, arXiv:2205.14135), FlashAttention-2 (Dao 2023,
+arXiv:2307.08691).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.tiles import INTERPRETED, cast, dot, load_tile, store_tile
+from kernels.tuning import LaunchConfig, lookup, precision_name
+
+HEAD_DIMS = (16, 32, 64, 80, 96, 128)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+# Half the L2 of an A100 or H100, less room for what streams through: the k and v of the heads in flight.
+L2_BYTES = tl.constexpr(16 * 2**20)
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None
+) -> Tensor:
+    """The same function in plain PyTorch, (B, T, H, D) each; the softmax is float32 at least."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q @ k.mT) * (scale or q.size(-1) ** -0.5)
+    if causal:
+        T = q.size(-2)
+        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype)
+    return (weights @ v).transpose(1, 2)
+
+
+@triton.jit
+def _place(T, H, D: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """This program's batch, head and first row.
+
+    Heads are taken in groups whose k and v fit in L2; within a group every head's first tile comes
+    before any head's second. LAST_FIRST: the last rows of a sequence see the most keys, and start first.
+    """
+    tiles = tl.cdiv(T, BLOCK)
+    heads = tl.num_programs(0) // tiles
+    group = tl.maximum(1, L2_BYTES // (2 * D * BYTES) // T)
+    program = tl.program_id(0)
+    first_head = program // (group * tiles) * group
+    group = tl.minimum(group, heads - first_head)
+    within = program - first_head * tiles
+    head, tile = first_head + within % group, within // group
+    if LAST_FIRST:
+        tile = tiles - 1 - tile
+    return tl.cast(head // H, tl.int64), tl.cast(head % H, tl.int64), tile * BLOCK
+
+
+@triton.jit
+def _visible(query, key, T, CAUSAL: tl.constexpr):
+    """Whether a query sees a key. Queries before T see no key past T either way; those past T aren't kept."""
+    return (query >= key) if CAUSAL else (key < T)
+
+
+@triton.jit
+def _attend(q, o, m, total, k_ptr, v_ptr, k_stride, v_stride, query, begin, end, T, c, D: tl.constexpr,
+            CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Update o = sum_j 2^(c S - m) v, m = max_j c S, total = sum_j 2^(c S - m) with the keys begin..end."""
+    for start in range(begin, end, BLOCK_N):
+        k = load_tile(k_ptr, start, k_stride, T, D, BLOCK_N, MASKED)
+        s = dot(q, tl.trans(k), None, PRECISION)
+        if MASKED:
+            key = start + tl.arange(0, BLOCK_N)
+            s = tl.where(_visible(query[:, None], key[None, :], T, CAUSAL), s, float("-inf"))
+        # Key 0 comes first and every query sees it: m is finite from the first tile on.
+        m_new = tl.maximum(m, tl.max(s, 1) * c)
+        p = tl.exp2(s * c - m_new[:, None])
+        shrink = tl.exp2(m - m_new)
+        total = total * shrink + tl.sum(p, 1)
+        v = load_tile(v_ptr, start, v_stride, T, D, BLOCK_N, MASKED)
+        o = dot(cast(p, v.dtype), v, o * shrink[:, None], PRECISION)
+        m = m_new
+    return o, m, total
+
+
+@triton.jit(do_not_specialize=["H"])
+def attention_forward_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,  # (B, T, H, D) three times by strides, then contiguous; (B, H, T)
+    q_strides, k_strides, v_strides,  # of batch, token and head
+    T, H, scale,
+    D: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head against all keys they see."""
+    BYTES: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth // 8
+    b, h, start = _place(T, H, D, BLOCK_M, BYTES, CAUSAL)
+    q_ptr += b * q_strides[0] + h * q_strides[2]
+    k_ptr += b * k_strides[0] + h * k_strides[2]
+    v_ptr += b * v_strides[0] + h * v_strides[2]
+
+    SUM: tl.constexpr = lse_ptr.dtype.element_ty
+    query = start + tl.arange(0, BLOCK_M)
+    q = load_tile(q_ptr, start, q_strides[1], T, D, BLOCK_M, True)
+    o = tl.zeros((BLOCK_M, triton.next_power_of_2(D)), SUM)
+    m = tl.full((BLOCK_M,), float("-inf"), SUM)
+    total = tl.zeros((BLOCK_M,), SUM)
+    c = scale * LOG2_E
+
+    # Keys before `edge` exist and are seen by all these queries; from there to `end`, ask.
+    if CAUSAL:
+        edge, end = start // BLOCK_N * BLOCK_N, tl.minimum(start + BLOCK_M, T)
+    else:
+        edge, end = T // BLOCK_N * BLOCK_N, T
+    o, m, total = _attend(q, o, m, total, k_ptr, v_ptr, k_strides[1], v_strides[1], query, 0, edge, T, c,
+                      D, CAUSAL, False, BLOCK_N, PRECISION)  # fmt: skip
+    o, m, total = _attend(q, o, m, total, k_ptr, v_ptr, k_strides[1], v_strides[1], query, edge, end, T, c,
+                      D, CAUSAL, True, BLOCK_N, PRECISION)  # fmt: skip
+
+    store_tile(o_ptr + (b * T * H + h) * D, o / total[:, None], start, H * D, T, D, BLOCK_M)
+    tl.store(lse_ptr + (b * H + h) * T + query, m + tl.log2(total), mask=query < T)
+
+
+@triton.jit
+def _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_stride, v_stride, query, begin, end, T, c, D: tl.constexpr,
+               CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """dq + dS k over the keys begin..end."""
+    for start in range(begin, end, BLOCK_N):
+        k = load_tile(k_ptr, start, k_stride, T, D, BLOCK_N, MASKED)
+        v = load_tile(v_ptr, start, v_stride, T, D, BLOCK_N, MASKED)
+        p = tl.exp2(dot(q, tl.trans(k), None, PRECISION) * c - lse[:, None])
+        if MASKED:
+            key = start + tl.arange(0, BLOCK_N)
+            p = tl.where(_visible(query[:, None], key[None, :], T, CAUSAL), p, 0.0)
+        dp = dot(do, tl.trans(v), None, PRECISION)
+        ds = p * (dp - delta[:, None])
+        dq = dot(cast(ds, k.dtype), k, dq, PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=["H"])
+def attention_backward_dq_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr,  # dqkv (B, T, 3, H, D) contiguous
+    q_strides, k_strides, v_strides, do_strides,
+    T, H, scale,
+    D: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: dq, and delta for the other pass, of BLOCK_M queries of one head."""
+    BYTES: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth // 8
+    b, h, start = _place(T, H, D, BLOCK_M, BYTES, CAUSAL)
+    q_ptr += b * q_strides[0] + h * q_strides[2]
+    k_ptr += b * k_strides[0] + h * k_strides[2]
+    v_ptr += b * v_strides[0] + h * v_strides[2]
+    do_ptr += b * do_strides[0] + h * do_strides[2]
+    o_ptr += (b * T * H + h) * D
+    statistics = (b * H + h) * T
+
+    SUM: tl.constexpr = lse_ptr.dtype.element_ty
+    query = start + tl.arange(0, BLOCK_M)
+    q = load_tile(q_ptr, start, q_strides[1], T, D, BLOCK_M, True)
+    do = load_tile(do_ptr, start, do_strides[1], T, D, BLOCK_M, True)
+    o = load_tile(o_ptr, start, H * D, T, D, BLOCK_M, True)
+    delta = tl.sum(do.to(SUM) * o.to(SUM), 1)
+    tl.store(delta_ptr + statistics + query, delta, mask=query < T)
+    lse = tl.load(lse_ptr + statistics + query, mask=query < T, other=0.0)
+    dq = tl.zeros((BLOCK_M, triton.next_power_of_2(D)), SUM)
+    c = scale * LOG2_E
+
+    if CAUSAL:
+        edge, end = start // BLOCK_N * BLOCK_N, tl.minimum(start + BLOCK_M, T)
+    else:
+        edge, end = T // BLOCK_N * BLOCK_N, T
+    dq = _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_strides[1], v_strides[1], query, 0, edge, T, c,
+                    D, CAUSAL, False, BLOCK_N, PRECISION)  # fmt: skip
+    dq = _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_strides[1], v_strides[1], query, edge, end, T, c,
+                    D, CAUSAL, True, BLOCK_N, PRECISION)  # fmt: skip
+
+    store_tile(dqkv_ptr + (b * T * 3 * H + h) * D, dq * scale, start, 3 * H * D, T, D, BLOCK_M)
+
+
+@triton.jit
+def _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_stride, do_stride, lse_ptr, delta_ptr, key, begin, end, T, c,
+                 D: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """dk + dS^T q and dv + P^T do over the queries begin..end.
+
+    S is formed transposed, keys down and queries across, so that P^T and dS^T are left operands straight
+    from registers. Queries past T have q = do = delta = 0 and so add 0: only the diagonal needs a mask.
+    """
+    for start in range(begin, end, BLOCK_M):
+        query = start + tl.arange(0, BLOCK_M)
+        q = load_tile(q_ptr, start, q_stride, T, D, BLOCK_M, True)
+        lse = tl.load(lse_ptr + query, mask=query < T, other=0.0)
+        p = tl.exp2(dot(k, tl.trans(q), None, PRECISION) * c - lse[None, :])
+        if MASKED:
+            p = tl.where(query[None, :] >= key[:, None], p, 0.0)
+        do = load_tile(do_ptr, start, do_stride, T, D, BLOCK_M, True)
+        dv = dot(cast(p, do.dtype), do, dv, PRECISION)
+        delta = tl.load(delta_ptr + query, mask=query < T, other=0.0)
+        dp = dot(v, tl.trans(do), None, PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = dot(cast(ds, q.dtype), q, dk, PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["H"])
+def attention_backward_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr,
+    q_strides, k_strides, v_strides, do_strides,
+    T, H, scale,
+    D: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: dk and dv of BLOCK_N keys of one head, from all queries that see them."""
+    BYTES: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth // 8
+    b, h, start = _place(T, H, D, BLOCK_N, BYTES, False)
+    q_ptr += b * q_strides[0] + h * q_strides[2]
+    k_ptr += b * k_strides[0] + h * k_strides[2]
+    v_ptr += b * v_strides[0] + h * v_strides[2]
+    do_ptr += b * do_strides[0] + h * do_strides[2]
+    lse_ptr += (b * H + h) * T
+    delta_ptr += (b * H + h) * T
+
+    SUM: tl.constexpr = lse_ptr.dtype.element_ty
+    key = start + tl.arange(0, BLOCK_N)
+    k = load_tile(k_ptr, start, k_strides[1], T, D, BLOCK_N, True)
+    v = load_tile(v_ptr, start, v_strides[1], T, D, BLOCK_N, True)
+    dk = tl.zeros((BLOCK_N, triton.next_power_of_2(D)), SUM)
+    dv = tl.zeros((BLOCK_N, triton.next_power_of_2(D)), SUM)
+    c = scale * LOG2_E
+
+    # Queries from `begin` to `edge` see some of these keys, those from there on see all of them.
+    begin, edge = 0, 0
+    if CAUSAL:
+        begin = start // BLOCK_M * BLOCK_M
+        edge = tl.cdiv(start + BLOCK_N, BLOCK_M) * BLOCK_M
+        dk, dv = _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_strides[1], do_strides[1], lse_ptr, delta_ptr, key,
+                              begin, tl.minimum(edge, T), T, c, D, True, BLOCK_M, PRECISION)  # fmt: skip
+    dk, dv = _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_strides[1], do_strides[1], lse_ptr, delta_ptr, key,
+                          edge, T, T, c, D, False, BLOCK_M, PRECISION)  # fmt: skip
+
+    dqkv_ptr += (b * T * 3 * H + h) * D
+    store_tile(dqkv_ptr + H * D, dk * scale, start, 3 * H * D, T, D, BLOCK_N)
+    store_tile(dqkv_ptr + 2 * H * D, dv, start, 3 * H * D, T, D, BLOCK_N)
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, allow_tf32: bool, config: LaunchConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """o (B, T, H, D) contiguous and the base-2 lse (B, H, T), float32 at least.
+
+    q, k, v: (B, T, H, D), any strides but the last, which is 1. config overrides the table's.
+    """
+    B, T, H, D = q.shape
+    precision = precision_name(q.dtype, allow_tf32)
+    config = config or lookup("attention_forward", precision, D, q.device)
+    o = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, H, T), dtype=_statistics(q.dtype), device=q.device)
+    with _on(q.device):
+        attention_forward_kernel[(B * H * triton.cdiv(T, config.block_m),)](
+            q, k, v, o, lse, q.stride()[:3], k.stride()[:3], v.stride()[:3], T, H, scale,
+            D=D, CAUSAL=causal, PRECISION=_products(precision), **config.arguments(),
+        )  # fmt: skip
+    return o, lse
+
+
+def attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float, allow_tf32: bool,
+    dq_config: LaunchConfig | None = None, dkdv_config: LaunchConfig | None = None,
+) -> Tensor:  # fmt: skip
+    """dqkv (B, T, 3, H, D) contiguous, from do (B, T, H, D) of any strides and what the forward was given and gave."""
+    B, T, H, D = q.shape
+    precision = precision_name(q.dtype, allow_tf32)
+    dq_config = dq_config or lookup("attention_backward_dq", precision, D, q.device)
+    dkdv_config = dkdv_config or lookup("attention_backward_dkdv", precision, D, q.device)
+    do = do if do.stride(-1) == 1 else do.contiguous()
+    dqkv = torch.empty((B, T, 3, H, D), dtype=q.dtype, device=q.device)
+    delta = torch.empty((B, H, T), dtype=lse.dtype, device=q.device)
+    strides = [x.stride()[:3] for x in (q, k, v, do)]
+    constants = {"D": D, "CAUSAL": causal, "PRECISION": _products(precision)}
+    with _on(q.device):
+        attention_backward_dq_kernel[(B * H * triton.cdiv(T, dq_config.block_m),)](
+            q, k, v, o, do, lse, delta, dqkv, *strides, T, H, scale, **constants, **dq_config.arguments()
+        )
+        attention_backward_dkdv_kernel[(B * H * triton.cdiv(T, dkdv_config.block_n),)](
+            q, k, v, do, lse, delta, dqkv, *strides, T, H, scale, **constants, **dkdv_config.arguments()
+        )
+    return dqkv
+
+
+def _statistics(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _products(precision: str) -> str:
+    return "tf32" if precision == "tf32" else "ieee"
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+# Operators that torch.compile takes whole. Autograd sees the Function below, never these.
+_INPUTS = "Tensor q, Tensor k, Tensor v"
+_OPTIONS = "bool causal, float scale, bool allow_tf32"
+torch.library.define("fastgpt2::attention_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
+torch.library.define(
+    "fastgpt2::attention_backward", f"(Tensor do, {_INPUTS}, Tensor o, Tensor lse, {_OPTIONS}) -> Tensor"
+)
+torch.library.impl("fastgpt2::attention_forward", "default", attention_forward)
+torch.library.impl("fastgpt2::attention_backward", "default", attention_backward)
+
+
+@torch.library.register_fake("fastgpt2::attention_forward")
+def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, allow_tf32: bool) -> tuple[Tensor, Tensor]:
+    B, T, H, D = q.shape
+    return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=_statistics(q.dtype))
+
+
+@torch.library.register_fake("fastgpt2::attention_backward")
+def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+      causal: bool, scale: float, allow_tf32: bool) -> Tensor:  # fmt: skip
+    B, T, H, D = q.shape
+    return q.new_empty(B, T, 3, H, D)
+
+
+class _FlashAttention(torch.autograd.Function):
+    """qkv is one packed (B, T, 3, H, D) tensor, or q, k and v apart; the gradient comes in the same form."""
+
+    @staticmethod
+    def forward(ctx, causal: bool, scale: float, allow_tf32: bool, *qkv: Tensor) -> Tensor:
+        q, k, v = qkv if len(qkv) == 3 else qkv[0].unbind(2)
+        o, lse = torch.ops.fastgpt2.attention_forward(q, k, v, causal, scale, allow_tf32)
+        ctx.save_for_backward(o, lse, *qkv)
+        ctx.options = causal, scale, allow_tf32
+        return o
+
+    @staticmethod
+    def backward(ctx, do: Tensor):
+        # Under create_graph=True autograd would take the result for a constant: say so instead.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("flash attention has no second derivative: drop create_graph=True, or use --attn naive")
+        o, lse, *qkv = ctx.saved_tensors
+        q, k, v = qkv if len(qkv) == 3 else qkv[0].unbind(2)
+        dqkv = torch.ops.fastgpt2.attention_backward(do, q, k, v, o, lse, *ctx.options)
+        return None, None, None, *(dqkv.unbind(2) if len(qkv) == 3 else (dqkv,))
+
+
+def flash_attention_qkv(
+    qkv: Tensor, *, causal: bool = True, scale: float | None = None, dropout_p: float = 0.0, allow_tf32: bool = False
+) -> Tensor:
+    """softmax(scale q k^T + mask) v on the packed projection, as it leaves the matmul.
+
+    Args:
+        qkv: (B, T, 3, H, D), bfloat16, float16 or float32; T >= 1, D one of HEAD_DIMS; any strides, the
+            last 1. Differentiable once; its gradient is one contiguous (B, T, 3, H, D) tensor.
+        causal: whether a token sees only itself and those before it.
+        scale: positive; 1 / sqrt(D) by default.
+        dropout_p: 0. Anything else is an error for now.
+        allow_tf32: multiply float32 in TF32, 10 bits of mantissa, rather than exactly.
+
+    Returns:
+        (B, T, H, D), contiguous, in qkv's dtype, or autocast's where that is on.
+
+    Raises:
+        ValueError: the shape, dtype, device, strides or an option; it says what would work.
+    """
+    if qkv.dim() != 5 or qkv.size(2) != 3:
+        raise ValueError(f"qkv must be (B, T, 3, H, D), got shape {tuple(qkv.shape)}")
+    (qkv,) = _autocast(qkv)
+    scale = _validate({"qkv": qkv}, scale, dropout_p)
+    return _FlashAttention.apply(causal, scale, allow_tf32, qkv)
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, *,
+    causal: bool = True, scale: float | None = None, dropout_p: float = 0.0, allow_tf32: bool = False,
+) -> Tensor:  # fmt: skip
+    """softmax(scale q k^T + mask) v.
+
+    Args:
+        q, k, v: (B, T, H, D) each, alike in shape, dtype and device, each with strides of its own, the
+            last 1. Differentiable once; the gradients are views of one (B, T, 3, H, D) tensor.
+        causal, scale, dropout_p, allow_tf32: as for flash_attention_qkv.
+
+    Returns:
+        (B, T, H, D), contiguous, in q's dtype, or autocast's where that is on.
+
+    Raises:
+        ValueError: the shape, dtype, device, strides or an option; it says what would work.
+    """
+    if q.dim() != 4:
+        raise ValueError(f"q must be (B, T, H, D), got shape {tuple(q.shape)}")
+    for name, x in (("k", k), ("v", v)):
+        for what, of_x, of_q in (("shape", tuple(x.shape), tuple(q.shape)), ("device", x.device, q.device)):
+            if of_x != of_q:
+                raise ValueError(f"{name} must have q's {what}, {of_q}, got {of_x}")
+    q, k, v = _autocast(q, k, v)
+    scale = _validate({"q": q, "k": k, "v": v}, scale, dropout_p)
+    return _FlashAttention.apply(causal, scale, allow_tf32, q, k, v)
+
+
+def _autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """The inputs as autocast would hand them to a matmul."""
+    device = inputs[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return inputs
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in inputs)
+
+
+def _validate(inputs: dict[str, Tensor], scale: float | None, dropout_p: float) -> float:
+    """The scale, once the inputs are found to be what the kernels can take."""
+    first = next(iter(inputs.values()))
+    *_, T, D = (first.size(1), first.size(-1))
+    for name, x in inputs.items():
+        if x.dtype != first.dtype:
+            raise ValueError(f"{name} must have q's dtype, {first.dtype}, got {x.dtype}")
+        if T < 1:
+            raise ValueError(f"{name} must have at least one token, got shape {tuple(x.shape)}")
+        reason = why_unsupported(x.device, x.dtype, D, dropout_p)
+        if reason:
+            raise ValueError(reason)
+        if x.stride(-1) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, got stride {x.stride(-1)}")
+    if scale is None:
+        return D**-0.5
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    return scale
+
+
+def why_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, dropout_p: float) -> str | None:
+    """Why these kernels can't run with such inputs, in a line that says what would work; None if they can."""
+    interpreted = INTERPRETED.value
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted):
+        return (
+            f"Triton attention needs a CUDA GPU, got {device.type}; use --attn sdpa, "
+            "or set TRITON_INTERPRET=1 to run it (slowly) on the CPU"
+        )
+    if device.type == "cuda" and _capability(device) < (8, 0):
+        return f"Triton attention needs compute capability 8.0, {device} has {_capability(device)}; use --attn sdpa"
+    if dtype not in DTYPES and not (dtype == torch.float64 and interpreted):
+        return f"Triton attention computes in bfloat16, float16 or float32, got {dtype}; cast, or use --attn sdpa"
+    if head_dim not in HEAD_DIMS:
+        return f"Triton attention has head sizes {HEAD_DIMS}, got {head_dim}; choose one, or use --attn sdpa"
+    if dropout_p != 0.0:
+        return f"Triton attention has no dropout, got {dropout_p}; a later version puts it into the kernel: use sdpa"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -1,0 +1,205 @@
+"""`python -m kernels.inspect`: what the compiler makes of every shipped configuration, without a GPU.
+
+Each kernel is compiled to machine code for each architecture that has a table, as its launcher would
+have it compiled, with the assembler that comes with Triton. The report: registers a thread, bytes
+spilled, shared memory, blocks that fit on a multiprocessor, the matrix instructions, and how many
+products missed them. In bfloat16, float16 and TF32 a spill, a product outside the matrix units or a
+tile over the table's shared memory is a failure; exact float32 has no matrix unit and is reported only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from typing import Any
+
+from kernels.tuning import LaunchConfig, architectures, configurations, read_table
+
+KERNELS = {
+    "attention_forward": "kernels.attention:attention_forward_kernel",
+    "attention_backward_dq": "kernels.attention:attention_backward_dq_kernel",
+    "attention_backward_dkdv": "kernels.attention:attention_backward_dkdv_kernel",
+}
+ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "fp32"}
+STATISTICS = ("lse_ptr", "delta_ptr")
+
+MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
+
+# A multiprocessor's shared memory in bytes, of which each block takes 1 KiB for the system, and its threads.
+SHARED_MEMORY = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
+REGISTERS, THREADS = 65536, 2048
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as it is shipped for one precision, head size and architecture."""
+
+    op: str
+    precision: str
+    head_dim: int
+    arch: str
+    config: LaunchConfig
+    causal: bool = True
+
+
+@dataclass(frozen=True)
+class Report:
+    case: Case
+    registers: int
+    spilled: int
+    shared: int
+    blocks: int
+    instructions: list[str]
+    products: int
+    missed: int
+
+    @property
+    def faults(self) -> list[str]:
+        """What must not ship; empty for exact float32."""
+        if self.case.precision == "float32":
+            return []
+        most = read_table(self.case.arch)["shared_memory"]
+        return [
+            fault
+            for wrong, fault in (
+                (self.spilled, f"spills {self.spilled} bytes"),
+                (self.missed, f"{self.missed} of {self.products} products miss the matrix units"),
+                (self.shared > most, f"needs {self.shared} bytes of shared memory, the table allows {most}"),
+            )
+            if wrong
+        ]
+
+
+def shipped(
+    archs: Iterable[str], precisions: Iterable[str] | None = None, head_dims: Iterable[int] | None = None
+) -> list[Case]:
+    """Every entry of the tables, or those of some precisions and head sizes."""
+    return [
+        Case(op, precision, head_dim, arch, config)
+        for arch in archs
+        for (op, precision, head_dim), config in configurations(arch).items()
+        if (precisions is None or precision in precisions) and (head_dims is None or head_dim in head_dims)
+    ]
+
+
+def inspect_all(cases: list[Case]) -> list[Report]:
+    """Compile the cases, as many at a time as there are processors; this process must not be interpreting."""
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork")) as pool:
+        return list(pool.map(inspect_one, cases))
+
+
+def inspect_one(case: Case) -> Report:
+    import triton
+
+    kernel = _compile(case)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+    spilled = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
+    shared = kernel.metadata.shared
+    products = re.findall(r"= (?:tt\.dot|ttng\.\w*dot\w*|ttng\.tc_gen5_mma)\b.*", kernel.asm["ttgir"])
+    missed = [line for line in products if " tt.dot " in line and "parent = #blocked" in line]
+    return Report(
+        case=case,
+        registers=registers,
+        spilled=spilled,
+        shared=shared,
+        blocks=_blocks(case, registers, shared),
+        instructions=[name for name, code in MATRIX_INSTRUCTIONS.items() if code in kernel.asm["ptx"]],
+        products=len(products),
+        missed=len(missed),
+    )
+
+
+def _compile(case: Case) -> Any:
+    """The kernel as its launcher has it compiled: packed inputs, whose addresses and strides divide by 16."""
+    from importlib import import_module
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, name = KERNELS[case.op].split(":")
+    function = getattr(import_module(module), name)
+    launch = case.config.arguments()
+    constants = {
+        "D": case.head_dim, "CAUSAL": case.causal, "PRECISION": "tf32" if case.precision == "tf32" else "ieee",
+        "BLOCK_M": launch.pop("BLOCK_M"), "BLOCK_N": launch.pop("BLOCK_N"),
+    }  # fmt: skip
+    signature: dict[str, Any] = {}
+    divisible: dict[tuple[int, ...], list] = {}
+    for i, argument in enumerate(function.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument.endswith("_ptr"):
+            signature[argument] = "*fp32" if argument in STATISTICS else f"*{ELEMENTS[case.precision]}"
+            divisible[(i,)] = [["tt.divisibility", 16]]
+        elif argument.endswith("_strides"):
+            signature[argument] = ("i32", "i32", "i32")
+            divisible |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
+        else:
+            signature[argument] = "fp32" if argument == "scale" else "i32"
+            divisible |= {(i,): [["tt.divisibility", 16]]} if argument == "T" else {}
+    target = GPUTarget("cuda", int(case.arch.removeprefix("sm_")), 32)
+    return triton.compile(ASTSource(function, signature, constants, divisible), target=target, options=launch)
+
+
+def _blocks(case: Case, registers: int, shared: int) -> int:
+    """Blocks resident on a multiprocessor: by registers (given out 256 a warp), shared memory and threads."""
+    warps = case.config.num_warps
+    by_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
+    return min(by_registers, SHARED_MEMORY[case.arch] // (shared + 1024), THREADS // (32 * warps))
+
+
+def table(reports: list[Report]) -> str:
+    rows = [("kernel", "precision", "D", "arch", "tile", "warps", "stages",
+             "registers", "spilled", "shared", "blocks", "matrix", "missed", "")]  # fmt: skip
+    for r in reports:
+        c = r.case
+        rows.append((
+            c.op, c.precision, str(c.head_dim), c.arch, f"{c.config.block_m}x{c.config.block_n}",
+            str(c.config.num_warps), str(c.config.num_stages),
+            str(r.registers), str(r.spilled), str(r.shared), str(r.blocks),
+            "+".join(r.instructions) or "none", f"{r.missed}/{r.products}", "; ".join(r.faults),
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels.inspect", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", nargs="+", default=architectures(), choices=architectures())
+    parser.add_argument("--precision", nargs="+", choices=list(ELEMENTS))
+    parser.add_argument("--head-dim", nargs="+", type=int)
+    parser.add_argument("--json", action="store_true", help="a list of objects instead of the table")
+    options = parser.parse_args(arguments)
+    reports = inspect_all(shipped(options.arch, options.precision, options.head_dim))
+    if options.json:
+        print(json.dumps([asdict(r) | {"faults": r.faults} for r in reports], indent=1))
+    else:
+        print(table(reports))
+        print(f"{len(reports)} kernels compiled, {sum(bool(r.faults) for r in reports)} must not ship")
+    return int(any(r.faults for r in reports))
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        # Triton read the variable when it was imported: compiling takes a process without it.
+        clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        sys.exit(subprocess.run([sys.executable, "-m", "kernels.inspect", *sys.argv[1:]], env=clean).returncode)
+    sys.exit(main())
