@@ -1,0 +1,299 @@
+"""Sampling and evaluating a run: drawn as asked, repeatable, and the loss over a split is the one computed by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastgpt2 import checkpoint
+from fastgpt2 import evaluate as evaluate_module
+from fastgpt2 import sample as sample_module
+from fastgpt2.config import ConfigError, ModelConfig, TrainConfig
+from fastgpt2.console import run_command
+from fastgpt2.data import DummyTokens, ShardTokens, write_shard
+from fastgpt2.evaluate import evaluate, evaluate_split
+from fastgpt2.model import GPT
+from fastgpt2.sample import SampleConfig, Sampling, draw, generate, pick_tokenizer, stream
+from fastgpt2.tokenizer import ByteTokenizer
+
+SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=257)
+
+
+def make_model(**changes) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(replace(SHAPE, **changes))
+    with torch.no_grad():  # larger weights than the initial ones, so that the distribution is far from uniform
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model.eval()
+
+
+def make_run(tmp_path: Path, data: str | None = None, vocab_size: int = 257) -> Path:
+    """A run's folder with one checkpoint, trained (so it says) on a byte-tokenized folder."""
+    folder = tmp_path / "data"
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    write_shard(folder / "train_000000.bin", rng.integers(0, 257, 500))
+    write_shard(folder / "val_000000.bin", rng.integers(97, 123, 100))
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": "byte", "vocab_size": 257}))
+    config = TrainConfig(
+        model="tiny", n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=vocab_size, data=data or str(folder)
+    ).resolve(cuda=False)
+    model = make_model(vocab_size=vocab_size)
+    optimizer = torch.optim.Adam(model.parameters())
+    checkpoint.save(tmp_path / "run", 3, config, model, optimizer, torch.amp.GradScaler(enabled=False))
+    return tmp_path / "run"
+
+
+def run(monkeypatch, capsys, module, *arguments: object) -> tuple[int, str, str]:
+    """Status, stdout and stderr of a command, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        run_command(module.main)
+    return exit_.value.code, *capsys.readouterr()
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# Drawing a token
+
+
+def drawn(logits: torch.Tensor, n: int = 4000, **changes) -> torch.Tensor:
+    """How often each id is drawn, in parts of 1."""
+    generator = seeded()
+    ids = [draw(logits, Sampling(**{"temperature": 1.0, "top_k": 0, **changes}), generator) for _ in range(n)]
+    return torch.bincount(torch.tensor(ids), minlength=len(logits)) / n
+
+
+PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [0.1, 0.4, 0.05, 0.25, 0.2]),
+        ({"temperature": 0.5}, [0.01, 0.16, 0.0025, 0.0625, 0.04]),
+        ({"top_k": 2}, [0, 0.4, 0, 0.25, 0]),
+        ({"top_k": 99}, [0.1, 0.4, 0.05, 0.25, 0.2]),
+        ({"top_p": 0.7}, [0, 0.4, 0, 0.25, 0.2]),  # 0.4 and 0.25 are 0.65: the third crosses the bound and stays
+        ({"top_p": 1e-9}, [0, 1, 0, 0, 0]),
+        ({"top_k": 2, "top_p": 0.6}, [0, 1, 0, 0, 0]),  # of the two that top_k leaves, the first has 0.615
+        ({"temperature": 0.0}, [0, 1, 0, 0, 0]),
+    ],
+)
+def test_tokens_are_drawn_from_the_distribution_asked_for(changes, expected):
+    expected = torch.tensor(expected, dtype=torch.float64)
+    expected = expected / expected.sum()
+    frequencies = drawn(PROBABILITIES.log(), **changes)
+    assert (frequencies[expected == 0] == 0).all()
+    # Four standard deviations of a frequency over 4000 draws are at most 0.032.
+    assert (frequencies - expected).abs().max() < 0.032
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": -0.1}, "--temperature must be at least 0, got -0.1"),
+        ({"temperature": math.nan}, "--temperature"),
+        ({"top_k": -1}, "--top-k must be at least 0, got -1"),
+        ({"top_p": 0.0}, "--top-p must be over 0 and at most 1, got 0.0"),
+    ],
+)
+def test_ranges(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**changes).check()
+
+
+# Generating
+
+
+def test_generation_repeats_and_depends_on_the_seed():
+    model = make_model()
+    texts = [list(generate(model, [1, 2], 30, Sampling(), seeded(seed))) for seed in (0, 0, 1)]
+    assert len(texts[0]) == 30
+    assert texts[0] == texts[1] != texts[2]
+    before = torch.get_rng_state()
+    list(generate(model, [1], 3, Sampling(), seeded()))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_greedy_generation_is_the_argmax_given_the_last_block():
+    """Past block_size, a token depends on the last block_size tokens and on nothing before them."""
+    model = make_model()
+    ids = [5]
+    ids += generate(model, ids, 20, Sampling(temperature=0.0), seeded())
+    for i in range(1, 21):
+        context = torch.tensor([ids[max(0, i - 8) : i]])
+        assert ids[i] == model(context)[0, -1].argmax()
+    longer = [7] * 50 + ids[:8]
+    assert list(generate(model, longer, 12, Sampling(temperature=0.0), seeded())) == ids[8:20]
+
+
+def test_only_the_vocabulary_is_drawn():
+    model = make_model(vocab_size=20)  # stored as 128 rows
+    assert model.wte.weight.shape[0] == 128
+    hot = Sampling(temperature=100.0, top_k=0)
+    assert set(generate(model, [1], 400, hot, seeded())) == set(range(20))
+    assert set(generate(model, [1], 200, hot, seeded(), vocab_size=7)) == set(range(7))
+
+
+def test_a_diverged_model_is_told():
+    model = make_model()
+    with torch.no_grad():
+        model.ln_f.weight.fill_(math.nan)
+    with pytest.raises(ConfigError, match="not finite"):
+        next(generate(model, [1], 1, Sampling(), seeded()))
+
+
+def test_text_comes_in_whole_characters():
+    raw = "aé東🙂".encode()
+    texts = list(stream(iter(raw), ByteTokenizer()))
+    assert [t for t in texts if t] == ["a", "é", "東", "🙂"]
+    assert "".join(stream(iter([97, 0xE6, 0x9D]), ByteTokenizer())) == "a\ufffd"
+    assert "".join(stream(iter([0xFF, 98]), ByteTokenizer())) == "\ufffdb"
+
+
+# The sample command
+
+
+def test_sample(tmp_path, monkeypatch, capsys):
+    out = make_run(tmp_path)
+    arguments = "--from", out, "--prompt", "ab", "--max-new-tokens", 12, "--seed", 4, "--device", "cpu"
+    status, stdout, stderr = run(monkeypatch, capsys, sample_module, *arguments)
+    assert (status, stderr) == (0, "")
+    ids = list(generate(make_model(), [97, 98], 12, Sampling(), seeded(4)))
+    ids = ids[: ids.index(256)] if 256 in ids else ids
+    assert stdout == "ab" + bytes(ids).decode(errors="replace") + "\n"
+    assert run(monkeypatch, capsys, sample_module, *arguments)[1] == stdout
+    several = run(monkeypatch, capsys, sample_module, *arguments[:-4], "--seed", 3, "--num-samples", 2)[1]
+    assert several.startswith("--- sample 1, seed 3\nab")
+    assert several.endswith("--- sample 2, seed 4\n" + stdout)
+
+
+def test_sampling_stops_at_the_end_of_text(tmp_path, monkeypatch, capsys):
+    out = make_run(tmp_path)
+    monkeypatch.setattr(sample_module, "generate", lambda *arguments: iter([120, 121, 256, 122]))
+    assert run(monkeypatch, capsys, sample_module, "--from", out, "--prompt", "ab")[1] == "abxy\n"
+
+
+def test_an_empty_prompt_begins_a_document(tmp_path, monkeypatch, capsys):
+    prompts = []
+    monkeypatch.setattr(sample_module, "generate", lambda model, prompt, *_: prompts.append(prompt) or iter([]))
+    assert run(monkeypatch, capsys, sample_module, "--from", make_run(tmp_path)) == (0, "\n", "")
+    assert prompts == [[256]]
+
+
+def test_which_tokenizer(tmp_path):
+    config = SampleConfig(from_=tmp_path)
+    make_run(tmp_path)
+    folder = str(tmp_path / "data")
+    assert pick_tokenizer(config, {"config": {"data": folder}}).name == "byte"
+    assert pick_tokenizer(replace(config, data=folder), {"config": {"data": "dummy"}}).name == "byte"
+    assert pick_tokenizer(replace(config, tokenizer="byte"), {"config": {"data": "dummy"}}).name == "byte"
+    with pytest.raises(ConfigError, match="is no folder here: give --data or --tokenizer"):
+        pick_tokenizer(config, {"config": {"data": str(tmp_path / "gone")}})
+    (tmp_path / "data" / "meta.json").write_text('{"tokenizer": "llama", "vocab_size": 257}')
+    with pytest.raises(ConfigError, match="no tokenizer 'llama': there are gpt2, byte"):
+        pick_tokenizer(config, {"config": {"data": folder}})
+
+
+@pytest.mark.parametrize("module", [sample_module, evaluate_module])
+def test_a_run_on_dummy_tokens_has_no_text(tmp_path, monkeypatch, capsys, module):
+    out = make_run(tmp_path, data="dummy-fixed")
+    status, stdout, stderr = run(monkeypatch, capsys, module, "--from", out)
+    assert (status, stdout) == (2, "")
+    assert stderr.startswith(f"error: {out} was trained on dummy tokens")
+    assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", [sample_module, evaluate_module])
+def test_no_such_run_or_device(tmp_path, monkeypatch, capsys, module):
+    status, _, stderr = run(monkeypatch, capsys, module, "--from", tmp_path / "gone")
+    assert status == 2
+    assert stderr.startswith("error: no checkpoint under ")
+    status, _, stderr = run(monkeypatch, capsys, module, "--from", make_run(tmp_path), "--device", "cuda:99")
+    assert (status, stderr) == (2, "error: --device cuda:99 is not available on this machine\n")
+
+
+def test_a_tokenizer_larger_than_the_model(tmp_path, monkeypatch, capsys):
+    out = make_run(tmp_path, data="dummy", vocab_size=100)
+    status, _, stderr = run(monkeypatch, capsys, sample_module, "--from", out, "--tokenizer", "byte")
+    assert status == 2
+    assert "byte tokenizer has 257 tokens, the model of" in stderr
+
+
+# Evaluating
+
+
+def by_hand(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
+    """The loss of each token of (B, T + 1), from the logits."""
+    logits = model(tokens[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+
+
+def test_evaluate_is_the_mean_over_the_first_batches():
+    model, source = make_model(), DummyTokens(257, 3, 8, grad_accum=2)
+    expected = torch.cat([by_hand(model, source.tokens(step).flatten(0, 1)) for step in range(4)])
+    assert evaluate(model, source, 4, "cpu") == pytest.approx(expected.mean().item(), rel=1e-6)
+    assert evaluate(model, source, 4, "cpu") == evaluate(model, source, 4, "cpu")
+
+
+def test_evaluate_is_without_dropout_and_restores_the_mode():
+    model, source = make_model(dropout=0.5), DummyTokens(257, 3, 8)
+    expected = evaluate(make_model(), source, 2, "cpu")
+    for training in (True, False):
+        model.train(training)
+        assert evaluate(model, source, 2, "cpu") == expected
+        assert model.training == model.h[0].training == training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    class Failing:
+        def tokens(self, step):
+            raise ConfigError("gone")
+
+    model.train()
+    with pytest.raises(ConfigError):
+        evaluate(model, Failing(), 2, "cpu")
+    assert model.training
+
+
+def test_a_split_counts_every_window_once_by_its_tokens(tmp_path):
+    make_run(tmp_path)
+    model = make_model()
+    source = ShardTokens(tmp_path / "data", "val", batch_size=5, block_size=8)
+    windows = torch.cat(list(source.sweep()))
+    assert len(windows) == 12  # (100 - 1) // 8: batches of 5, 5 and 2
+    loss, tokens = evaluate_split(model, source, "cpu")
+    assert tokens == 96
+    assert loss == pytest.approx(by_hand(model, windows).mean().item(), rel=1e-6)
+    loss, tokens = evaluate_split(model, source, "cpu", batches=1)
+    assert tokens == 40
+    assert loss == pytest.approx(by_hand(model, windows[:5]).mean().item(), rel=1e-6)
+
+
+def test_the_evaluate_command(tmp_path, monkeypatch, capsys):
+    out = make_run(tmp_path)
+    status, stdout, stderr = run(monkeypatch, capsys, evaluate_module, "--from", out, "--device", "cpu")
+    assert (status, stderr) == (0, "")
+    source = ShardTokens(tmp_path / "data", "val", batch_size=5, block_size=8)
+    loss, _ = evaluate_split(make_model(), source, "cpu")
+    counts = np.bincount(source.shards[0])
+    part = counts[counts > 0] / 100
+    assert stdout.splitlines() == [
+        f"step 3 of {out} on the val split of {tmp_path / 'data'}: 96 tokens",
+        f"loss       {loss:.4f} nats/token",
+        f"perplexity {math.exp(loss):.2f}",
+        f"unigram    {-(part * np.log(part)).sum():.4f} nats/token, the entropy of the split's own token frequencies",
+    ]
+    status, _, stderr = run(monkeypatch, capsys, evaluate_module, "--from", out, "--batch-size", 0)
+    assert (status, stderr) == (2, "error: --batch-size must be at least 1, got 0\n")
