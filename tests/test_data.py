@@ -128,16 +128,18 @@ def test_train_and_val_are_other_dummy_tokens():
 @pytest.mark.parametrize("sizes", [(1000,), (517, 40, 8, 300)])
 def test_each_window_once_an_epoch(tmp_path, sizes):
     T = 8
-    source = ShardTokens(make_folder(tmp_path / "d", train=sizes), "train", 1, T, seed=3)
+    folder = make_folder(tmp_path / "d", train=sizes)
+    windows = ShardTokens(folder, "train", 1, T).windows
+    source = ShardTokens(folder, "train", windows, T, seed=3)  # a step is an epoch
     begin, borders = 0, []
     for size in sizes:
         borders.append((begin, begin + size))
         begin += size
     # An epoch takes all of a shard but less than two windows; a shard without a whole window is left out.
-    assert source.windows == sum(max(size // T - 1, 1) for size in sizes if size > T)
+    assert windows == sum(max(size // T - 1, 1) for size in sizes if size > T)
     orders, firsts = [], []
-    for epoch in range(3):
-        rows = torch.cat([source.tokens(epoch * source.windows + i)[0] for i in range(source.windows)])
+    for epoch in range(30):
+        (rows,) = source.tokens(epoch)
         assert torch.equal(rows, rows[:, :1] + torch.arange(T + 1)), "windows are contiguous"
         starts = sorted(rows[:, 0].tolist())
         assert all(b - a >= T for a, b in pairwise(starts)), "no two windows overlap"
@@ -145,11 +147,12 @@ def test_each_window_once_an_epoch(tmp_path, sizes):
             inside = [s for s in starts if low <= s < high]
             assert not inside or inside[-1] + T < high, "no window spans two shards"
             assert inside == list(range(inside[0], inside[-1] + 1, T)) if inside else high - low <= T
+            assert not inside or inside[0] - low < T
         orders.append(rows[:, 0].tolist())
         firsts.append(starts[0])
     assert orders[0] != sorted(orders[0])
     assert orders[0] != orders[1] != orders[2]
-    assert len(set(firsts)) > 1, "window borders move from epoch to epoch"
+    assert set(firsts) == set(range(T)), "window borders move from epoch to epoch"
 
 
 def test_ranks_and_micro_steps_partition_an_epoch(tmp_path):
