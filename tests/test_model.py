@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastgpt2 import GPT, ModelConfig, Ops
 from fastgpt2.config import PRESETS
 from fastgpt2.model import FLOPS_PER_TOKEN, parameter_count
-from fastgpt2.ops import naive_attention, sdpa_attention
+from fastgpt2.ops import make_ops, naive_attention, sdpa_attention
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=101)
 PLAIN = {"naive": naive_attention, "sdpa": sdpa_attention}
@@ -178,17 +178,15 @@ def test_a_sequence_that_is_too_long_is_refused() -> None:
 def saved_bytes(attention: str, *, B: int = 2, T: int = 32, C: int = 32, L: int = 2) -> int:
     """Bytes kept for the backward, each storage once, parameters left out."""
     config = ModelConfig(n_layer=L, n_head=2, n_embd=C, block_size=T, vocab_size=128)
-    model = make(config, attention)
+    model = GPT(config, make_ops(attention, head_dim=config.head_dim)[0])
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages: dict[int, tuple[int, Tensor]] = {}
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = (
-                storage.nbytes(),
-                x,
-            )  # x is held, so that its address stays its own
+            # x is held, so that its address stays its own.
+            storages[storage.data_ptr()] = (storage.nbytes(), x)
         return x
 
     inputs, targets = (x.clone() for x in batch(config, B=B))  # not two views of one storage
@@ -199,10 +197,11 @@ def saved_bytes(attention: str, *, B: int = 2, T: int = 32, C: int = 32, L: int 
 
 @pytest.mark.parametrize(
     ("name", "values"),
-    [("B", (1, 2, 3, 4)), ("T", (16, 32, 48, 64)), ("C", (32, 64, 96)), ("L", (1, 2, 3, 4))],
+    [("B", (1, 2, 3, 4)), ("T", (16, 32, 48, 64)), ("C", (128, 160, 192)), ("L", (1, 2, 3, 4))],
 )
-def test_saved_activations_grow_linearly_with_sdpa(name: str, values: tuple[int, ...]) -> None:
-    sizes = [saved_bytes("sdpa", **{name: value}) for value in values]
+@pytest.mark.parametrize("attention", ["sdpa", "triton"])
+def test_saved_activations_grow_linearly(attention: str, name: str, values: tuple[int, ...]) -> None:
+    sizes = [saved_bytes(attention, **{name: value}) for value in values]
     steps = {b - a for a, b in pairwise(sizes)}
     assert len(steps) == 1, sizes
     assert steps.pop() > 0
