@@ -292,5 +292,5 @@ class TestAgainstHuggingFace:
             losses.append([loss.item() for loss in pair])
         difference = max(abs(a - b) for a, b in losses)
         assert losses[-1][0] < losses[0][0] - 1.0, "nothing was learned, so nothing was compared"
-        # Adam divides by sqrt(v) + 1e-8: rounding where v is tiny is amplified, by far less than this.
-        assert difference < 1e-8, difference
+        # Adam divides by sqrt(v) + 1e-8, which amplifies rounding where v is tiny; 1.3e-13 was seen.
+        assert difference < 1e-10, difference
