@@ -278,6 +278,7 @@ def attention_forward(
     q, k, v: (B, T, H, D), any strides but the last, which is 1. config overrides the table's.
     """
     B, T, H, D = q.shape
+    q, k, v = _tiled(q), _tiled(k), _tiled(v)
     precision = precision_name(q.dtype, allow_tf32)
     config = config or lookup("attention_forward", precision, D, q.device)
     o = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
@@ -296,10 +297,10 @@ def attention_backward(
 ) -> Tensor:  # fmt: skip
     """dqkv (B, T, 3, H, D) contiguous, from do (B, T, H, D) of any strides and what the forward was given and gave."""
     B, T, H, D = q.shape
+    do, q, k, v = _tiled(do), _tiled(q), _tiled(k), _tiled(v)
     precision = precision_name(q.dtype, allow_tf32)
     dq_config = dq_config or lookup("attention_backward_dq", precision, D, q.device)
     dkdv_config = dkdv_config or lookup("attention_backward_dkdv", precision, D, q.device)
-    do = do if do.stride(-1) == 1 else do.contiguous()
     dqkv = torch.empty((B, T, 3, H, D), dtype=q.dtype, device=q.device)
     delta = torch.empty((B, H, T), dtype=lse.dtype, device=q.device)
     strides = [x.stride()[:3] for x in (q, k, v, do)]
@@ -312,6 +313,11 @@ def attention_backward(
             q, k, v, do, lse, delta, dqkv, *strides, T, H, scale, **constants, **dkdv_config.arguments()
         )
     return dqkv
+
+
+def _tiled(x: Tensor) -> Tensor:
+    """x, copied only where its strides don't do: a row must be contiguous, 128 rows within 32 bits of the first."""
+    return x if x.stride(-1) == 1 and x.stride(1) < 2**24 else x.contiguous()
 
 
 def _statistics(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,484 @@
+"""Flash attention against a float64 reference, within twice what PyTorch itself loses in the same precision.
+
+Without a GPU the kernels run in Triton's interpreter with small tiles, so that a few tokens make several;
+with one, the same tests run there with the shipped tiles, and those marked gpu add the full sizes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is published for Linux")
+
+import triton.language as tl
+
+from kernels import attention, flash_attention, flash_attention_qkv
+from kernels.attention import attention_backward, attention_forward, attention_reference, why_unsupported
+from kernels.tuning import LaunchConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SEEDS = 5
+# Scores above a masked one's place overflow before the mask removes them, on the CPU with a warning.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
+
+# (q, k, v, do) -> (o, dq, dk, dv), all (B, T, H, D).
+Results = tuple[Tensor, ...]
+Compute = Callable[[Tensor, Tensor, Tensor, Tensor], Results]
+
+
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Force the tiles of every kernel; on a GPU the shipped ones stay."""
+
+    def force(block_m: int, block_n: int) -> None:
+        if DEVICE == "cpu":
+            monkeypatch.setattr(attention, "lookup", lambda *_: LaunchConfig(block_m, block_n))
+
+    return force
+
+
+def inputs(
+    shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32, *, seed: int = 0, gain: float = 1.0
+) -> Results:
+    """q, k, v and do; gain multiplies the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v, do = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4))
+    return tuple(x.to(dtype).to(DEVICE) for x in (q * gain, k, v, do))
+
+
+def differentiate(function: Callable[[Tensor, Tensor, Tensor], Tensor], q, k, v, do) -> Results:
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    o = function(*leaves)
+    return (o.detach(), *torch.autograd.grad(o, leaves, do))
+
+
+def naive(q, k, v, do, **options) -> Results:
+    return differentiate(functools.partial(attention_reference, **options), q, k, v, do)
+
+
+def exact(q, k, v, do, **options) -> Results:
+    return naive(q.double(), k.double(), v.double(), do.double(), **options)
+
+
+def sdpa(q, k, v, do, causal: bool = True, scale: float | None = None) -> Results:
+    def function(q, k, v):
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*heads, is_causal=causal, scale=scale).transpose(1, 2)
+
+    return differentiate(function, q, k, v, do)
+
+
+def flash(q, k, v, do, **options) -> Results:
+    return differentiate(functools.partial(flash_attention, **options), q, k, v, do)
+
+
+def packed(q, k, v, do, **options) -> Results:
+    qkv = torch.stack((q, k, v), 2).requires_grad_()
+    o = flash_attention_qkv(qkv, **options)
+    (dqkv,) = torch.autograd.grad(o, qkv, do)
+    return (o.detach(), *dqkv.unbind(2))
+
+
+def maximum(x: Tensor) -> float:
+    return x.abs().max().item()
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def excess(
+    compute: Compute, make: Callable[[int], Results], causal: bool = True, scale: float | None = None
+) -> dict[str, float]:
+    """Error over budget for o, dq, dk and dv, by maximum and by norm: right is at most 1.
+
+    The budget is twice the larger of naive's and SDPA's error in the same precision, pooled over the
+    seeds, plus four units in the last place of the tensor's own scale.
+    """
+    names = ("o", "dq", "dk", "dv")
+    ours: dict[str, float] = {}
+    theirs: dict[str, float] = {}
+    for seed in range(SEEDS):
+        q, k, v, do = make(seed)
+        truth = exact(q, k, v, do, causal=causal, scale=scale)
+        peers = [f(q, k, v, do, causal=causal, scale=scale) for f in (naive, sdpa)]
+        # Interpreted kernels are slow: one seed of ours against five of theirs.
+        mine = compute(q, k, v, do) if seed == 0 or DEVICE == "cuda" else truth
+        for i, name in enumerate(names):
+            for measure in (maximum, rms):
+                key, reference = f"{name} by {measure.__name__}", truth[i]
+                scale_of = measure(reference)
+                place = 2.0 ** math.floor(math.log2(scale_of)) * torch.finfo(q.dtype).eps if scale_of else 0.0
+                lost = max(measure(peer[i].double() - reference) for peer in peers)
+                theirs[key] = max(theirs.get(key, 0.0), 2 * lost + 4 * place)
+                error = measure(mine[i].double() - reference)
+                ours[key] = max(ours.get(key, 0.0), error if math.isfinite(error) else math.inf)
+    return {key: ours[key] / max(theirs[key], 1e-300) for key in ours}
+
+
+def assert_right(compute: Compute, make: Callable[[int], Results], **options) -> None:
+    over = {key: factor for key, factor in excess(compute, make, **options).items() if factor > 1.0}
+    assert not over, over
+
+
+# The edges of tiles of 16, 32 and 64 rows. (B, T, H, D), tile.
+LENGTHS = [
+    ((2, 1, 3, 16), (16, 16)),
+    ((3, 2, 1, 16), (16, 16)),
+    ((1, 15, 2, 16), (16, 16)),
+    ((2, 16, 1, 16), (16, 16)),
+    ((1, 17, 2, 16), (16, 16)),
+    ((1, 40, 2, 16), (32, 16)),
+    ((2, 40, 1, 16), (16, 32)),
+    ((1, 63, 2, 16), (16, 16)),
+    ((1, 64, 1, 16), (32, 16)),
+    ((1, 65, 2, 16), (16, 64)),
+    ((1, 127, 1, 16), (64, 32)),
+    ((1, 128, 1, 16), (32, 64)),
+    ((1, 129, 2, 16), (64, 64)),
+]
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(("shape", "tile"), LENGTHS, ids=lambda x: "x".join(map(str, x)))
+def test_every_length(shape, tile, causal, tiles) -> None:
+    tiles(*tile)
+    assert_right(functools.partial(flash, causal=causal), lambda seed: inputs(shape, seed=seed), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("D", attention.HEAD_DIMS)
+def test_every_head_size_and_dtype(D, dtype, tiles) -> None:
+    tiles(16, 16)
+    assert_right(packed, lambda seed: inputs((1, 35, 2, D), dtype, seed=seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_peaked_logits(dtype, tiles) -> None:
+    tiles(16, 16)
+    assert_right(flash, lambda seed: inputs((1, 49, 2, 32), dtype, seed=seed, gain=50.0))
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_rows_where_one_key_takes_all(causal, tiles) -> None:
+    """Key 5 wins by hundreds of powers of two, the other weights underflow to nothing."""
+    tiles(16, 16)
+
+    def make(seed: int) -> Results:
+        q, k, v, do = inputs((1, 40, 2, 16), seed=seed)
+        q, k = q.abs(), k.clone()
+        k[:, 5] = 60.0
+        return q, k, v, do
+
+    assert_right(functools.partial(flash, causal=causal), make, causal=causal)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.03])
+def test_scale(scale, tiles) -> None:
+    tiles(16, 16)
+    assert_right(functools.partial(packed, scale=scale), lambda seed: inputs((1, 33, 2, 16), seed=seed), scale=scale)
+
+
+def test_tf32_is_within_its_own_rounding(tiles) -> None:
+    """10 bits of mantissa: the error of float16 inputs, and on a GPU more than float32's."""
+    tiles(16, 16)
+    q, k, v, do = inputs((1, 40, 2, 64))
+    truth = exact(q, k, v, do)
+    for ours, reference in zip(flash(q, k, v, do, allow_tf32=True), truth, strict=True):
+        assert maximum(ours.double() - reference) <= 8 * 2**-11 * maximum(reference)
+
+
+def faults() -> dict[str, Compute]:
+    """Planted in a computation that is right."""
+
+    def zero_dq(*args: Tensor) -> Results:
+        o, dq, dk, dv = flash(*args)
+        return o, torch.zeros_like(dq), dk, dv
+
+    def delta_forgotten(q, k, v, do) -> Results:
+        o, lse = attention_forward(q, k, v, True, q.size(-1) ** -0.5, False)
+        dqkv = attention_backward(do, q, k, v, torch.zeros_like(o), lse, True, q.size(-1) ** -0.5, False)
+        return o, *dqkv.unbind(2)
+
+    def mask_off_by(shift: int) -> Compute:
+        def function(q, k, v):
+            T = q.size(1)
+            future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1 + shift)
+            scores = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)) * q.size(-1) ** -0.5
+            # A row that sees nothing becomes uniform rather than NaN: the fault must be found by its size.
+            weights = scores.masked_fill(future, -1e4).softmax(-1)
+            return (weights @ v.transpose(1, 2)).transpose(1, 2)
+
+        return functools.partial(differentiate, function)
+
+    def last_row_lost(*args: Tensor) -> Results:
+        return tuple(torch.cat((x[:, :-1], x[:, -2:-1]), 1) for x in flash(*args))
+
+    return {
+        "zero dq": zero_dq,
+        "delta forgotten": delta_forgotten,
+        "sees one key more": mask_off_by(1),
+        "sees one key less": mask_off_by(-1),
+        "scale 2% off": lambda q, k, v, do: flash(q, k, v, do, scale=1.02 * q.size(-1) ** -0.5),
+        "last row lost": last_row_lost,
+        "heads swapped": lambda *args: tuple(x.flip(2) for x in flash(*args)),
+        "bfloat16 inside": lambda *args: tuple(x.float() for x in naive(*(x.bfloat16() for x in args))),
+    }
+
+
+@pytest.mark.parametrize("fault", faults())
+def test_a_planted_fault_is_found(fault, tiles) -> None:
+    tiles(16, 16)
+    assert max(excess(faults()[fault], lambda seed: inputs((1, 33, 2, 16), seed=seed)).values()) > 2.0
+
+
+@pytest.mark.parametrize("fault", ["zero dq", "delta forgotten", "sees one key less", "heads swapped"])
+def test_a_planted_fault_is_found_in_bfloat16(fault, tiles) -> None:
+    tiles(16, 16)
+    make = lambda seed: inputs((1, 33, 2, 16), torch.bfloat16, seed=seed)  # noqa: E731
+    assert max(excess(faults()[fault], make).values()) > 2.0
+
+
+def strided(kind: str, shape: tuple[int, int, int, int]) -> Results:
+    """q, k and v with values that don't depend on the kind, in that kind's memory layout."""
+    q, k, v, do = inputs(shape)
+    match kind:
+        case "packed by head":  # (B, T, H, 3, D), as some checkpoints have it
+            q, k, v = torch.stack((q, k, v), 3).unbind(3)
+        case "(B, H, T, D)":
+            q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+        case "(T, B, H, D)":
+            q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
+        case "each its own":
+            q, k = F.pad(q, (0, 3))[..., :-3], k.transpose(1, 2).contiguous().transpose(1, 2)
+    return q, k, v, do
+
+
+@pytest.mark.parametrize("kind", ["packed by head", "(B, H, T, D)", "(T, B, H, D)", "each its own"])
+def test_strides_change_nothing(kind, tiles) -> None:
+    tiles(16, 16)
+    shape = (2, 20, 3, 16)
+    for ours, contiguous in zip(flash(*strided(kind, shape)), flash(*inputs(shape)), strict=True):
+        assert torch.equal(ours, contiguous)
+
+
+@pytest.mark.parametrize("kind", ["expanded", "transposed", "last dimension strided", "broadcast over heads"])
+def test_gradients_of_any_layout(kind, tiles) -> None:
+    tiles(16, 16)
+    q, k, v, do = inputs((2, 20, 3, 16))
+    match kind:
+        case "expanded":
+            do = torch.ones((), device=DEVICE).expand(do.shape)
+        case "transposed":
+            do = do.transpose(1, 2).contiguous().transpose(1, 2)
+        case "last dimension strided":
+            do = do.mT.contiguous().mT
+        case "broadcast over heads":
+            do = do[:, :, :1].expand(do.shape)
+    for ours, contiguous in zip(packed(q, k, v, do), packed(q, k, v, do.contiguous()), strict=True):
+        assert torch.equal(ours, contiguous)
+
+
+def test_packed_and_apart_agree_and_the_packed_gradient_is_one_tensor(tiles) -> None:
+    tiles(16, 16)
+    q, k, v, do = inputs((2, 20, 3, 16))
+    for ours, theirs in zip(packed(q, k, v, do), flash(q, k, v, do), strict=True):
+        assert torch.equal(ours, theirs)
+    qkv = torch.stack((q, k, v), 2).requires_grad_()
+    flash_attention_qkv(qkv).backward(do)
+    assert qkv.grad is not None and qkv.grad.shape == qkv.shape and qkv.grad.is_contiguous()
+
+
+@contextlib.contextmanager
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Every torch.empty is NaN, in the middle of a larger tensor of NaN: (the whole, the middle)."""
+    made, margin = [], 4096
+
+    def empty(size, *, dtype, device):
+        length = math.prod(size)
+        whole = torch.full((length + 2 * margin,), math.nan, dtype=dtype, device=device)
+        made.append((whole, whole[margin : margin + length].view(size)))
+        return made[-1][1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", empty)
+        yield made
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(("T", "D", "tile"), [(17, 80, (16, 16)), (33, 16, (32, 16)), (20, 32, (16, 64))])
+def test_every_element_is_written_and_nothing_beside_it(T, D, tile, causal, tiles, monkeypatch) -> None:
+    tiles(*tile)
+    q, k, v, do = inputs((2, T, 3, D))
+    with guarded(monkeypatch) as made:
+        o, lse = attention_forward(q, k, v, causal, 0.25, False)
+        attention_backward(do, q, k, v, o, lse, causal, 0.25, False)
+    assert len(made) == 4  # o, lse, dqkv, delta
+    for whole, middle in made:
+        assert not middle.isnan().any()
+        assert whole.isnan().sum() == whole.numel() - middle.numel()
+
+
+def test_the_guards_find_a_row_not_written(tiles, monkeypatch) -> None:
+    tiles(16, 16)
+    with guarded(monkeypatch) as made:
+        o = torch.empty((1, 3, 1, 16), dtype=torch.float32, device=DEVICE)
+        o[:, :2] = 0.0
+    assert made[0][1].isnan().any()
+
+
+def test_inputs_are_not_read_past_their_ends(tiles) -> None:
+    """q, k and v sit in NaN: a row or column too many would spread."""
+    tiles(16, 16)
+    q, k, v, do = inputs((1, 20, 1, 80))
+    framed = []
+    for x in (q, k, v, do):
+        frame = torch.full((1, 20 + 64, 1, 80 + 64), math.nan, device=DEVICE)
+        frame[:, 32:52, :, 32:112] = x
+        framed.append(frame[:, 32:52, :, 32:112])
+    for ours, plain in zip(flash(*framed), flash(q, k, v, do), strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_repeats_are_bitwise_equal(tiles) -> None:
+    tiles(16, 16)
+    args = inputs((1, 33, 2, 16))
+    for first, second in zip(flash(*args), flash(*args), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="float64 is for the interpreter")
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_gradcheck(causal) -> None:
+    qkv = torch.stack(inputs((1, 19, 2, 16), torch.float64)[:3], 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: flash_attention_qkv(x, causal=causal), qkv, fast_mode=True)
+
+
+def test_operators_pass_opcheck(tiles) -> None:
+    tiles(16, 16)
+    q, k, v, do = inputs((1, 5, 2, 16))
+    options = (True, 0.25, False)
+    o, lse = torch.ops.fastgpt2.attention_forward(q, k, v, *options)
+    torch.library.opcheck(torch.ops.fastgpt2.attention_forward.default, (q, k, v, *options))
+    torch.library.opcheck(torch.ops.fastgpt2.attention_backward.default, (do, q, k, v, o, lse, *options))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+def test_compiles_whole(backend, tiles) -> None:
+    tiles(16, 16)
+    torch._dynamo.reset()
+
+    def layer(x: Tensor) -> Tensor:
+        return flash_attention_qkv((2.0 * x).unflatten(-1, (3, 2, 16))).flatten(-2).sin()
+
+    x = torch.randn(2, 17, 96, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    results = []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend=backend)):
+        y = function(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_decides_the_dtype(tiles) -> None:
+    tiles(16, 16)
+    q, k, v, do = inputs((1, 17, 2, 16))
+    qkv = torch.stack((q, k, v), 2).requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        o = flash_attention_qkv(qkv)
+    assert o.dtype == torch.bfloat16
+    o.backward(do.bfloat16())
+    assert qkv.grad is not None and qkv.grad.dtype == torch.float32
+    assert torch.equal(o, flash_attention_qkv(qkv.bfloat16()))
+
+
+def test_a_batch_of_nothing(tiles) -> None:
+    tiles(16, 16)
+    assert [x.shape for x in flash(*inputs((0, 4, 2, 16)))] == [(0, 4, 2, 16)] * 4
+
+
+def test_second_derivatives_are_an_error(tiles) -> None:
+    tiles(16, 16)
+    qkv = torch.stack(inputs((1, 3, 1, 16))[:3], 2).requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(flash_attention_qkv(qkv).sum(), qkv, create_graph=True)
+
+
+def test_errors_name_the_argument() -> None:
+    q, k, v, _ = inputs((1, 4, 2, 16))
+    qkv = torch.stack((q, k, v), 2)
+    for call, message in (
+        (lambda: flash_attention_qkv(q), r"qkv must be \(B, T, 3, H, D\), got shape \(1, 4, 2, 16\)"),
+        (lambda: flash_attention_qkv(qkv[:, :0]), "qkv must have at least one token"),
+        (lambda: flash_attention_qkv(qkv.transpose(-1, -2)), "head sizes"),
+        (lambda: flash_attention_qkv(qkv.mT.contiguous().mT), "qkv must be contiguous in its last dimension"),
+        (lambda: flash_attention_qkv(qkv.int()), "got torch.int32"),
+        (lambda: flash_attention_qkv(qkv, dropout_p=0.1), "no dropout"),
+        (lambda: flash_attention_qkv(qkv, scale=0.0), "scale must be positive"),
+        (lambda: flash_attention(q[0], k, v), r"q must be \(B, T, H, D\)"),
+        (lambda: flash_attention(q, k[:, :2], v), r"k must have q's shape, \(1, 4, 2, 16\), got \(1, 2, 2, 16\)"),
+        (lambda: flash_attention(q, k, v.double()), "v must have q's dtype, torch.float32, got torch.float64"),
+        (lambda: flash_attention(q, k, v.to("meta")), "v must have q's device"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_why_unsupported(monkeypatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(attention, "INTERPRETED", tl.constexpr(True))
+    assert why_unsupported(cpu, torch.float64, 64, 0.0) is None
+    monkeypatch.setattr(attention, "INTERPRETED", tl.constexpr(False))
+    assert "TRITON_INTERPRET=1" in str(why_unsupported(cpu, torch.float32, 64, 0.0))
+    monkeypatch.setattr(attention, "_capability", lambda _: (9, 0))
+    assert why_unsupported(cuda, torch.bfloat16, 64, 0.0) is None
+    assert "float64" in str(why_unsupported(cuda, torch.float64, 64, 0.0))
+    assert "got 48" in str(why_unsupported(cuda, torch.float32, 48, 0.0))
+    assert "dropout" in str(why_unsupported(cuda, torch.float32, 64, 0.1))
+    monkeypatch.setattr(attention, "_capability", lambda _: (7, 5))
+    assert "sdpa" in str(why_unsupported(cuda, torch.float16, 64, 0.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("T", [1, 2, 17, 63, 64, 65, 127, 128, 129, 1000, 1023, 1024, 1025, 2048])
+def test_full_lengths(T, dtype) -> None:
+    for causal in (True, False):
+        make = lambda seed: inputs((2, T, 3, 64), dtype, seed=seed)  # noqa: E731
+        assert_right(functools.partial(packed, causal=causal), make, causal=causal)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gain", [1.0, 50.0])
+@pytest.mark.parametrize("D", attention.HEAD_DIMS)
+def test_full_head_sizes(D, gain) -> None:
+    assert_right(packed, lambda seed: inputs((2, 1000, 3, D), torch.bfloat16, seed=seed, gain=gain))
+
+
+@pytest.mark.gpu
+def test_250_repeats_are_bitwise_equal() -> None:
+    args = inputs((4, 1024, 12, 64), torch.bfloat16)
+    first = packed(*args)
+    for _ in range(250):
+        assert all(torch.equal(x, y) for x, y in zip(packed(*args), first, strict=True))
+
+
+@pytest.mark.gpu
+def test_offsets_past_32_bits() -> None:
+    """B T 3 H D passes 2^31: the last batch must be computed like the first."""
+    B, T, H, D = 1000, 1024, 12, 64
+    qkv = torch.empty((B, T, 3, H, D), dtype=torch.bfloat16, device="cuda")
+    assert qkv.numel() > 2**31
+    qkv[:] = torch.randn(1, T, 3, H, D, device="cuda").bfloat16()
+    o = flash_attention_qkv(qkv.requires_grad_())
+    o.backward(o.detach()[:1].expand(o.shape))
+    assert qkv.grad is not None
+    assert torch.equal(o[0], o[-1]) and torch.equal(qkv.grad[0], qkv.grad[-1])

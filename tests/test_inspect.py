@@ -1,0 +1,110 @@
+"""Shipped configurations compile for their GPUs, here without one: no spill, every product on the matrix units.
+
+GPT-2's head size in full, two others on one architecture; `python -m kernels.inspect` does them all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is published for Linux")
+
+from kernels import tuning
+from kernels.attention import HEAD_DIMS
+from kernels.inspect import KERNELS
+from kernels.tuning import LaunchConfig, architectures, configurations, lookup, nearest, precision_name
+
+COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def inspect(*arguments: str) -> list[dict]:
+    """The command's report; it must find nothing that can't ship."""
+    command = [sys.executable, "-m", "kernels.inspect", "--json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def python(code: str) -> list:
+    """What a program that compiles, and so can't interpret, prints as JSON."""
+    done = subprocess.run([sys.executable, "-c", code], env=COMPILING, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("arch", architectures())
+def test_gpt2s_head_size_compiles_well_everywhere(arch) -> None:
+    reports = inspect("--arch", arch, "--head-dim", "64", "--precision", "bfloat16", "tf32")
+    assert len(reports) == 2 * len(KERNELS)
+    unit = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}[arch]
+    for report in reports:
+        assert unit in report["instructions"] and report["products"] >= 4 and report["blocks"] >= 1
+        assert (report["spilled"], report["missed"], report["faults"]) == (0, 0, [])
+
+
+def test_other_head_sizes_compile_well() -> None:
+    reports = inspect("--arch", "sm_90", "--precision", "bfloat16", "--head-dim", "16", "96")
+    assert len(reports) == 2 * len(KERNELS)
+
+
+def test_a_spill_and_a_missed_product_are_found() -> None:
+    reports = python(
+        "import json\n"
+        "from kernels.inspect import Case, LaunchConfig, inspect_all\n"
+        "spills = Case('attention_forward', 'bfloat16', 64, 'sm_90', LaunchConfig(128, 128, 4, 2))\n"
+        "misses = Case('attention_forward', 'float32', 16, 'sm_90', LaunchConfig(16, 16, 4, 1))\n"
+        "print(json.dumps([[r.spilled, r.missed, r.products, r.faults] for r in inspect_all([spills, misses])]))"
+    )
+    (spilled, _, _, faults), (_, missed, products, exact_faults) = reports
+    assert spilled > 0 and any("spills" in fault for fault in faults)
+    assert missed == products > 0 and exact_faults == []
+
+
+def test_one_token_and_full_attention_compile() -> None:
+    """T = 1 reaches the compiler as a constant."""
+    reports = python(
+        "import json\n"
+        "from dataclasses import replace\n"
+        "from kernels.inspect import inspect_all, shipped\n"
+        "cases = shipped(['sm_90'], ['bfloat16'], [64])\n"
+        "cases = [replace(c, one_token=True) for c in cases] + [replace(c, causal=False) for c in cases]\n"
+        "print(json.dumps([r.faults for r in inspect_all(cases)]))"
+    )
+    assert reports == [[]] * 6
+
+
+@pytest.mark.parametrize("arch", architectures())
+def test_tables_cover_every_kernel_precision_and_head_size(arch) -> None:
+    entries = [
+        (entry["op"], precision, head_dim)
+        for entry in tuning.read_table(arch)["entries"]
+        for precision in entry["precisions"]
+        for head_dim in entry["head_dims"]
+    ]
+    precisions = ("bfloat16", "float16", "float32", "tf32")
+    assert sorted(entries) == sorted((op, p, D) for op in KERNELS for p in precisions for D in HEAD_DIMS)
+
+
+def test_lookup_takes_the_nearest_table_that_fits_and_says_so_once(monkeypatch, caplog) -> None:
+    class Consumer:  # an RTX 5090: newer than every table, with less shared memory than the newest assume
+        name, major, minor, shared_memory_per_block_optin = "a consumer card", 12, 0, 101376
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Consumer)
+    tuning._table_for.cache_clear()
+    args = ("attention_forward", precision_name(torch.float32, allow_tf32=True), 64, torch.device("cuda", 0))
+    assert lookup(*args) == lookup(*args) == configurations("sm_80")["attention_forward", "tf32", 64]
+    assert [record.message for record in caplog.records] == [
+        "no launch configurations for a consumer card (sm_120): using those of sm_80"
+    ]
+    tuning._table_for.cache_clear()
+    assert nearest("sm_90", 232448) == "sm_90" and nearest("sm_103", 232448) == "sm_100"
+    assert nearest("sm_89", 101376) == "sm_80"
+    with pytest.raises(ValueError, match="no launch configurations fit"):
+        nearest("sm_75", 65536)
+    assert lookup(*args[:3], torch.device("cpu")) == LaunchConfig(16, 16)
