@@ -31,9 +31,8 @@ from typing import Any
 
 import torch
 
-from bench.timing import commit
+from bench.timing import ROOT, commit
 
-ROOT = Path(__file__).resolve().parents[1]
 LOG_BYTES = 200_000
 """The end of a stage's output that is kept in the log; it bounds the log's size."""
 TAIL_CHARACTERS = 8_000
@@ -75,7 +74,7 @@ def all_stages(scratch: Path, results: Path, commit_id: str) -> list[Stage]:
         return Stage(name, [*_PYTEST, f"bench/{file}", "-k", keyword, *options], seconds_limit)
 
     junit = scratch / "tests.xml"
-    tests = ["-m", "gpu", "--continue-on-collection-errors", f"--junitxml={junit}", *gpu_test_files()]
+    tests = ["-v", "-m", "gpu", "--continue-on-collection-errors", f"--junitxml={junit}", *gpu_test_files()]
     attention, step = "bench_attention.py", "bench_train_step.py"
     return [
         Stage("ceilings", [sys.executable, "-m", "bench.timing", "--jsonl", str(results)], 60),
@@ -155,6 +154,8 @@ def run_stage(
 ) -> dict[str, Any]:
     """Run one process to its end or its limit, and say how it went; its output goes to the log."""
     began, states = time.monotonic(), _States(state)
+    # A Triton that interprets would be neither the kernels nor their time.
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             stage.argv,
@@ -162,7 +163,8 @@ def run_stage(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             cwd=ROOT,
-            env={**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
+            # nvidia-smi counts the devices by their place on the bus: let torch do the same.
+            env={**inherited, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
             start_new_session=True,
         )
         try:
@@ -174,7 +176,9 @@ def run_stage(
         size = output.seek(0, os.SEEK_END)
         output.seek(max(0, size - LOG_BYTES))
         text = output.read().decode(errors="replace")
-    status = "timed out" if timed_out else "passed" if process.returncode == 0 else "failed"
+    tests = _junit_counts(stage.junit)
+    nothing_ran = tests is not None and tests["run"] == 0
+    status = "timed out" if timed_out else "failed" if process.returncode or nothing_ran else "passed"
     outcome = {
         "name": stage.name,
         "argv": ["python" if part == sys.executable else part for part in stage.argv],
@@ -184,7 +188,7 @@ def run_stage(
         "seconds": round(time.monotonic() - began, 2),
         "seconds_limit": round(seconds_limit, 2),
         "device_state": states.summary(),
-        "tests": _junit_counts(stage.junit),
+        "tests": tests,
         "output_tail": text[-TAIL_CHARACTERS:],
     }
     with log.open("a", encoding="utf-8") as file:
@@ -231,7 +235,7 @@ def _write_record(path: Path, record: dict[str, Any], waiting: dict[str, str]) -
 
 
 def _junit_counts(path: Path | None) -> dict[str, Any] | None:
-    """How many tests there were, and which did not pass."""
+    """How many tests ran, and the names of those that did not pass or did not run."""
     if path is None or not path.exists():
         return None
     cases = list(ElementTree.parse(path).iter("testcase"))
@@ -240,7 +244,7 @@ def _junit_counts(path: Path | None) -> dict[str, Any] | None:
         for outcome, names in by_outcome.items():
             if case.find(outcome) is not None:
                 names.append(f"{case.get('classname')}::{case.get('name')}")
-    return {"run": len(cases), **by_outcome}
+    return {"run": len(cases) - len(by_outcome["skipped"]), **by_outcome}
 
 
 # --------------------------------------------------------------------------------------- the device's state
@@ -332,7 +336,10 @@ def summary(record: dict[str, Any]) -> str:
     if record["ceilings"]:
         text = "ceilings: copy {copy_tb_per_s:.2f} TB/s, bf16 matmul {matmul_bf16_tflops:.0f} TFLOP/s"
         lines.append(text.format(**record["ceilings"]))
-    lines += [f"{s['name']}: {s['status']}" for s in record["stages"] if s["required"]]
+    for stage in record["stages"]:
+        if stage["required"]:
+            counts = f", {stage['tests']['run']} tests run" if stage["tests"] else ""
+            lines.append(f"{stage['name']}: {stage['status']}{counts}")
     lines.append(table(record["results"]) if record["results"] else "no benchmark has a result")
     lines += [f"not done: {missing['name']}: {missing['reason']}" for missing in record["not_done"]]
     return "\n".join(lines)
@@ -360,7 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="no stage runs for longer (default: 8)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="default: bench/results")
     parser.add_argument("--commit", help="what is measured, where there is no git repository to ask")
-    parser.add_argument("--only", metavar="TEXT", help="only the stages whose name contains this")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="only the stages whose name contains one of these")
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(f"error: python -m bench.gpu needs a CUDA GPU, torch {torch.__version__} sees none here", file=sys.stderr)
@@ -382,7 +389,8 @@ def main(arguments: list[str] | None = None) -> int:
     }
     with tempfile.TemporaryDirectory() as scratch:
         files = Files(folder / f"{name}.json", folder / f"{name}.log", Path(scratch) / "results.jsonl")
-        stages = [s for s in all_stages(Path(scratch), files.results, source["id"]) if (given.only or "") in s.name]
+        stages = all_stages(Path(scratch), files.results, source["id"])
+        stages = [stage for stage in stages if any(text in stage.name for text in given.only or [""])]
         run_stages(stages, record, files, seconds=60 * given.minutes - (time.monotonic() - began), state=state)
     print(f"\n{files.record}\n{summary(record)}")
     return exit_status(record, [stage.name for stage in stages if stage.required])

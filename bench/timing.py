@@ -26,6 +26,8 @@ import torch
 
 from fastgpt2.metrics import device_name, peak_flops, peak_memory_bytes, synchronize
 
+ROOT = Path(__file__).resolve().parents[1]
+
 Call = Callable[[int], object]
 """Launches the work on the inputs of an index, which only ever grows."""
 
@@ -203,14 +205,19 @@ def commit(given: str | None = None) -> dict[str, Any]:
     """The commit that is measured: as given, else git's, else "unknown"; `dirty` is None where nobody can tell."""
     if given:
         return {"id": given, "dirty": None}
+    unknown = {"id": "unknown", "dirty": None}
+    if not (ROOT / ".git").exists():  # git would answer for a repository further up
+        return unknown
     try:
-        head, changes = (
-            subprocess.run(["git", *command], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
+        head, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
-        return {"id": "unknown", "dirty": None}
+        return unknown
     return {"id": head, "dirty": bool(changes)}
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:

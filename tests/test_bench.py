@@ -193,9 +193,17 @@ def test_stages_record_tests_and_the_state_of_the_device(tmp_path: Path) -> None
     stage = python("tests", "import time; time.sleep(0.3)", junit=junit)
     state = {"clocks.sm": "1980 MHz", "power.draw": "[N/A]"}
     (outcome,) = run_stages([stage], {}, files_in(tmp_path), seconds=30.0, state=lambda: state)["stages"]
-    assert outcome["tests"] == {"run": 3, "failure": ["a::bad"], "error": [], "skipped": ["b::left"]}
+    assert outcome["tests"] == {"run": 2, "failure": ["a::bad"], "error": [], "skipped": ["b::left"]}
+    assert outcome["status"] == "passed"
     assert outcome["device_state"]["clocks.sm"] == {"min": 1980.0, "max": 1980.0, "last": "1980 MHz"}
     assert outcome["device_state"]["power.draw"] == ["[N/A]"]
+
+
+def test_tests_that_were_all_skipped_have_not_passed(tmp_path: Path) -> None:
+    junit = tmp_path / "tests.xml"
+    junit.write_text('<testsuites><testcase classname="a" name="b"><skipped/></testcase></testsuites>')
+    (outcome,) = run_stages([python("tests", "", junit=junit)], {}, files_in(tmp_path), seconds=30.0)["stages"]
+    assert outcome["status"] == "failed"
 
 
 def test_the_table_compares_with_the_best_peer() -> None:
