@@ -36,8 +36,8 @@ every_candidate = pytest.mark.parametrize("name", CANDIDATES)
 Record = Callable[[dict[str, Any]], None]
 
 
-@every_shape
 @every_candidate
+@every_shape
 def test_attention_forward(benchmark: Any, record: Record, shape: AttentionShape, name: str) -> None:
     candidate = CANDIDATES[name]
     op = candidate.op(DEVICE, shape.dtype, shape.D)
@@ -47,8 +47,8 @@ def test_attention_forward(benchmark: Any, record: Record, shape: AttentionShape
         measure(benchmark, record, "forward", shape, name, lambda i: function(*sets[i % len(sets)][0]))
 
 
-@every_shape
 @every_candidate
+@every_shape
 def test_attention_backward(benchmark: Any, record: Record, shape: AttentionShape, name: str) -> None:
     candidate = CANDIDATES[name]
     op = candidate.op(DEVICE, shape.dtype, shape.D)
