@@ -17,7 +17,8 @@ from bench.shapes import DEVICE, OURS, PEERS, SECONDS, STEP_SHAPES, AttentionSha
 from bench.timing import peak_memory, rates, time_call
 from fastgpt2.config import TrainConfig
 from fastgpt2.model import FLOPS_PER_TOKEN
-from fastgpt2.train import MFU_FORMULA, TORCH_DTYPE, build, numerics, settle
+from fastgpt2.run import TORCH_DTYPE, build, numerics, settle
+from fastgpt2.train import MFU_FORMULA
 
 CANDIDATES = {**OURS, **{name: PEERS[name] for name in ("sdpa-cudnn", "sdpa-flash")}}
 

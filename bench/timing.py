@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from fastgpt2.metrics import device_name, peak_flops, peak_memory_bytes, synchronize
+from fastgpt2.device import device_name, peak_flops, peak_memory_bytes, synchronize
 
 ROOT = Path(__file__).resolve().parents[1]
 

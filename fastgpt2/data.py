@@ -214,9 +214,7 @@ def open_data(
     seed = 0 if split == "val" else seed
     source = ShardTokens(data, split, batch_size, block_size, grad_accum, seed, rank, world)
     if source.vocab_size > vocab_size:
-        raise ConfigError(
-            f"the vocabulary of {data}, {source.vocab_size}, is larger than the model's, {vocab_size}"
-        )
+        raise ConfigError(f"the vocabulary of {data}, {source.vocab_size}, is larger than the model's, {vocab_size}")
     return source
 
 
@@ -288,16 +286,12 @@ def open_shard(path: Path, vocab_size: int) -> np.ndarray:
     if size < HEADER_BYTES:
         raise ConfigError(f"{path} is truncated: {size} bytes, the header alone has {HEADER_BYTES}")
     if header[1] != VERSION:
-        raise ConfigError(
-            f"{path} is a shard of version {header[1]}: only version {VERSION}, uint16 tokens, is known"
-        )
+        raise ConfigError(f"{path} is a shard of version {header[1]}: only version {VERSION}, uint16 tokens, is known")
     count = int(header[2])
     expected = HEADER_BYTES + 2 * count
     if size != expected:
         fault = "truncated" if size < expected else "too long"
-        raise ConfigError(
-            f"{path} is {fault}: its header's {count} tokens need {expected} bytes, the file has {size}"
-        )
+        raise ConfigError(f"{path} is {fault}: its header's {count} tokens need {expected} bytes, the file has {size}")
     if count == 0:
         raise ConfigError(f"{path} holds no tokens")
     # A plain array over the map: np.memmap's own indexing is slower.

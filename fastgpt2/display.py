@@ -12,12 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastgpt2.metrics import device_name, read_json_lines
+from fastgpt2.device import device_name
+from fastgpt2.metrics import read_json_lines
 from fastgpt2.model import parameter_count
 from fastgpt2.train import Reporter
 
 if TYPE_CHECKING:
-    from fastgpt2.train import Run, TrainResult
+    from fastgpt2.run import Run
+    from fastgpt2.train import TrainResult
 
 
 class TrainDisplay(Reporter):

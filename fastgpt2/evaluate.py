@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import math
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 
-from fastgpt2.checkpoint import load_model
 from fastgpt2.config import ConfigError
 from fastgpt2.console import run_command
 from fastgpt2.data import DUMMY, ShardTokens, TokenSource, count_tokens, open_data, split, unigram_entropy
-from fastgpt2.model import GPT
+from fastgpt2.device import pick_device
+from fastgpt2.pretrained import load_run
 
 
 @torch.no_grad()
@@ -69,39 +67,28 @@ def _loss(model: nn.Module, tokens: Tensor, device: torch.device | str) -> Tenso
     return model(inputs, targets)
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """The loss of a run's newest checkpoint over a validation split: each window once, in order."""
-
-    from_: Annotated[Path, tyro.conf.arg(name="from")]
-    """The run's --out folder."""
-    data: str | None = None
-    """A folder of token shards (default: the one that the run was trained on)."""
-    batch_size: int = 8
-    """Sequences at a time."""
-    batches: int = 0
-    """Stop after this many batches; 0 takes the whole split."""
-    device: str | None = None
-    """cpu, cuda or cuda:N (default: cuda where there is one)."""
-
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """`python -m fastgpt2.evaluate --from OUT`: prints the loss, the perplexity and the unigram entropy."""
-    args = tyro.cli(EvaluateConfig, prog="python -m fastgpt2.evaluate")
+    parser = argparse.ArgumentParser(
+        prog="python -m fastgpt2.evaluate",
+        description="The loss of a run's newest checkpoint over a validation split: each window once, in order.",
+    )
+    parser.add_argument("--from", dest="run", type=Path, required=True, metavar="OUT", help="the run's --out folder")
+    parser.add_argument("--data", help="a folder of token shards (default: the one that the run was trained on)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time (default: 8)")
+    parser.add_argument(
+        "--batches", type=int, default=0, help="stop after this many batches; 0, the default, takes all"
+    )
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    args = parser.parse_args(arguments)
     for flag, value, least in (("--batch-size", args.batch_size, 1), ("--batches", args.batches, 0)):
         if value < least:
             raise ConfigError(f"{flag} must be at least {least}, got {value}")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tensors, shape, state = load_model(args.from_)
-    model = GPT(shape)
-    model.load_state_dict(tensors)
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError):
-        raise ConfigError(f"--device {device} is not available on this machine") from None
+    device = pick_device(args.device)
+    model, state = load_run(args.run, device)
     data = args.data or state["config"]["data"]
     if data in DUMMY:
-        raise ConfigError(f"{args.from_} was trained on dummy tokens: give --data a folder of token shards")
+        raise ConfigError(f"{args.run} was trained on dummy tokens: give --data a folder of token shards")
     source = open_data(
         data,
         split="val",
@@ -111,7 +98,7 @@ def main() -> None:
     )
     assert isinstance(source, ShardTokens)
     loss, tokens = evaluate_split(model, source, device, args.batches)
-    print(f"step {state['step']} of {args.from_} on the val split of {data}: {tokens:,} tokens")
+    print(f"step {state['step']} of {args.run} on the val split of {data}: {tokens:,} tokens")
     print(f"loss       {loss:.4f} nats/token")
     print(f"perplexity {math.exp(min(loss, 700.0)):.2f}")
     print(f"unigram    {_unigram(source):.4f} nats/token, the entropy of the split's own token frequencies")

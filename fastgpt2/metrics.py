@@ -7,9 +7,6 @@ step. Between two reads the host only launches work.
 from __future__ import annotations
 
 import json
-import re
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,44 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    # Dense peaks from NVIDIA's data sheets, without sparsity; float32 is that of the CUDA cores.
-    "B200": {"bfloat16": 2250.0, "float16": 2250.0, "tf32": 1125.0, "float32": 75.0},
-    "H200": {"bfloat16": 989.4, "float16": 989.4, "tf32": 494.7, "float32": 66.9},
-    "H100 PCIe": {"bfloat16": 756.0, "float16": 756.0, "tf32": 378.0, "float32": 51.2},
-    "H100 80GB HBM3": {"bfloat16": 989.4, "float16": 989.4, "tf32": 494.7, "float32": 66.9},
-    "A100": {"bfloat16": 312.0, "float16": 312.0, "tf32": 156.0, "float32": 19.5},
-    "L40S": {"bfloat16": 362.05, "float16": 362.05, "tf32": 183.0, "float32": 91.6},
-    "L4": {"bfloat16": 121.0, "float16": 121.0, "tf32": 60.0, "float32": 30.3},
-    "RTX 4090": {"bfloat16": 165.2, "float16": 165.2, "tf32": 82.6, "float32": 82.6},
-}
-
-
-def peak_flops(device_name: str, dtype: str) -> float | None:
-    """The device's dense peak in FLOP/s at a precision, None where it is not known."""
-    for name, peaks in _PEAK_TFLOPS.items():
-        if dtype in peaks and re.search(rf"\b{name}\b", device_name):  # whole words: an L40 is no L4
-            return peaks[dtype] * 1e12
-    return None
-
-
-def device_name(device: torch.device) -> str:
-    """What the device calls itself: "NVIDIA H100 80GB HBM3", or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held at once: allocated by torch on a GPU, resident in the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else resident * 1024
+from fastgpt2.device import synchronize
 
 
 class NonFiniteLossError(RuntimeError):
@@ -74,7 +34,7 @@ class Meter:
     def __init__(self, device: torch.device, start_step: int, tokens_per_step: int) -> None:
         self.device, self.tokens_per_step = device, tokens_per_step
         self.losses: list[float] = []
-        self._start_step, self._read_step = start_step, start_step
+        self._start_step = start_step
         self._waiting: list[Tensor] = []
         self._skipped = 0.0
         self._mark = time.perf_counter()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import dataclasses
 import io
 import sys
 from collections.abc import Iterator
@@ -16,11 +15,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from fastgpt2.checkpoint import load_model
 from fastgpt2.config import ConfigError
 from fastgpt2.console import run_command
 from fastgpt2.data import DUMMY, read_meta
+from fastgpt2.device import pick_device
 from fastgpt2.model import GPT
+from fastgpt2.pretrained import load_run
 from fastgpt2.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -151,7 +151,7 @@ def main() -> None:
     for flag, value in (("--max-new-tokens", config.max_new_tokens), ("--num-samples", config.num_samples)):
         if value < 1:
             raise ConfigError(f"{flag} must be at least 1, got {value}")
-    model, state = _load(config)
+    model, state = load_run(config.from_, pick_device(config.device))
     tokenizer = pick_tokenizer(config, state)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
@@ -173,18 +173,6 @@ def main() -> None:
         for text in stream(takewhile(lambda token: token != tokenizer.end_of_text, drawn), tokenizer):
             print(text, end="", flush=True)
         print()
-
-
-def _load(config: SampleConfig) -> tuple[GPT, dict[str, Any]]:
-    tensors, shape, state = load_model(config.from_)
-    model = GPT(dataclasses.replace(shape, dropout=0.0))
-    model.load_state_dict(tensors)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError):
-        raise ConfigError(f"--device {device} is not available on this machine") from None
-    return model.eval(), state
 
 
 if __name__ == "__main__":

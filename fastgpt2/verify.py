@@ -31,7 +31,8 @@ from fastgpt2.config import Attention, ConfigError, Dtype, TrainConfig
 from fastgpt2.data import split
 from fastgpt2.model import GPT
 from fastgpt2.ops import ATTENTION, Ops, make_ops, naive_attention, sdpa_attention
-from fastgpt2.train import TORCH_DTYPE, build, numerics, train
+from fastgpt2.run import TORCH_DTYPE, build, numerics
+from fastgpt2.train import train
 
 LOSS_FLOOR = {"float32": 1e-5, "tf32": 1e-3, "bfloat16": 1e-3, "float16": 1e-3}
 """What a loss in nats may deviate by however well the naive form does."""

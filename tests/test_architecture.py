@@ -22,25 +22,17 @@ FASTGPT2 = {
     "data": {"config"},
     "optim": {"config"},
     "checkpoint": {"config"},
-    "metrics": {"config"},
+    "metrics": {"config", "device"},
     "tokenizer": {"config", "data"},
     "prepare": {"config", "console", "data", "tokenizer"},
-    "evaluate": {"checkpoint", "config", "console", "data", "model", "ops"},
-    "sample": {"checkpoint", "config", "console", "data", "model", "ops", "tokenizer"},
-    "train": {
-        "checkpoint",
-        "config",
-        "console",
-        "data",
-        "display",
-        "evaluate",
-        "metrics",
-        "model",
-        "ops",
-        "optim",
-    },
-    "display": {"metrics", "model", "train"},
-    "verify": {"config", "console", "data", "model", "ops", "train"},
+    "device": {"config"},
+    "pretrained": {"checkpoint", "model"},
+    "evaluate": {"config", "console", "data", "device", "pretrained"},
+    "sample": {"config", "console", "data", "device", "model", "pretrained", "tokenizer"},
+    "run": {"checkpoint", "config", "data", "device", "model", "ops", "optim"},
+    "train": {"checkpoint", "config", "console", "data", "device", "display", "evaluate", "metrics", "model", "run"},
+    "display": {"device", "metrics", "model", "run", "train"},
+    "verify": {"config", "console", "data", "model", "ops", "run", "train"},
 }
 HEAVY = {"tyro", "rich", "matplotlib", "safetensors", "tiktoken", "transformers", "triton"}
 """Packages that `train()` can do without: imported inside the functions that need them."""
@@ -94,7 +86,7 @@ def test_config_needs_the_standard_library_only() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["config", "ops", "model", "data", "optim", "checkpoint", "metrics", "evaluate", "train", "verify"],
+    ["config", "ops", "model", "data", "optim", "checkpoint", "metrics", "evaluate", "run", "train", "verify"],
 )
 def test_what_train_imports_needs_no_further_package(name: str) -> None:
     tops = {module.split(".")[0] for module in imports(ROOT / "fastgpt2" / f"{name}.py", top_level_only=True)}

@@ -13,9 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-# bench is part of a checkout and is not installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from bench.gpu import ROOT, Files, Stage, all_stages, exit_status, run_stages, summary, table
 
 BLOCKED = ("tyro", "rich", "safetensors", "matplotlib", "tiktoken", "transformers")

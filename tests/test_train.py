@@ -19,9 +19,11 @@ from torch import Tensor
 
 from fastgpt2 import ConfigError, TrainConfig, train
 from fastgpt2.data import split
-from fastgpt2.metrics import NonFiniteLossError, peak_flops, read_json_lines
+from fastgpt2.device import peak_flops
+from fastgpt2.metrics import NonFiniteLossError, read_json_lines
 from fastgpt2.optim import learning_rate
-from fastgpt2.train import Reporter, build, parse
+from fastgpt2.run import Run, build
+from fastgpt2.train import Reporter, parse
 
 TINY = TrainConfig(
     n_layer=2,
@@ -413,8 +415,6 @@ def test_a_diverged_run_names_the_step_the_checkpoint_and_what_to_try(tmp_path: 
 
 def test_the_step_of_a_non_finite_loss_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Found at the next logging step, from losses kept on the device."""
-    from fastgpt2.train import Run
-
     real = Run.step
 
     def poisoned(self: Run, step: int, tokens: Tensor, *, want_norm: bool = False) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,68 @@
+"""The device a run is on: choosing it, and what is known of it."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+
+import torch
+
+from fastgpt2.config import ConfigError
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of a --device flag; None is CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"--device {name!r} is not cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: torch {torch.__version__} sees no CUDA GPU here; use --device cpu")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} CUDA GPUs, numbered from 0")
+    return device
+
+
+_PEAK_TFLOPS: dict[str, dict[str, float]] = {
+    # Dense peaks from NVIDIA's data sheets, without sparsity; float32 is that of the CUDA cores.
+    "B200": {"bfloat16": 2250.0, "float16": 2250.0, "tf32": 1125.0, "float32": 75.0},
+    "H200": {"bfloat16": 989.4, "float16": 989.4, "tf32": 494.7, "float32": 66.9},
+    "H100 PCIe": {"bfloat16": 756.0, "float16": 756.0, "tf32": 378.0, "float32": 51.2},
+    "H100 80GB HBM3": {"bfloat16": 989.4, "float16": 989.4, "tf32": 494.7, "float32": 66.9},
+    "A100": {"bfloat16": 312.0, "float16": 312.0, "tf32": 156.0, "float32": 19.5},
+    "L40S": {"bfloat16": 362.05, "float16": 362.05, "tf32": 183.0, "float32": 91.6},
+    "L4": {"bfloat16": 121.0, "float16": 121.0, "tf32": 60.0, "float32": 30.3},
+    "RTX 4090": {"bfloat16": 165.2, "float16": 165.2, "tf32": 82.6, "float32": 82.6},
+}
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """The device's dense peak in FLOP/s at a precision, None where it is not known."""
+    for name, peaks in _PEAK_TFLOPS.items():
+        if dtype in peaks and re.search(rf"\b{name}\b", device_name):  # whole words: an L40 is no L4
+            return peaks[dtype] * 1e12
+    return None
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself: "NVIDIA H100 80GB HBM3", or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held at once: allocated by torch on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024

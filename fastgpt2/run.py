@@ -1,0 +1,225 @@
+"""A run that is ready to step: what `build` makes of a configuration, and one step of it.
+
+A step draws tokens (grad_accum, B, T + 1), splits them into inputs and the targets that follow, takes the
+mean cross-entropy, and steps the optimizer. Nothing in it waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgpt2 import checkpoint
+from fastgpt2.config import ConfigError, TrainConfig
+from fastgpt2.data import TokenSource, data_vocab_size, open_data, split
+from fastgpt2.device import pick_device
+from fastgpt2.model import GPT
+from fastgpt2.ops import make_ops
+from fastgpt2.optim import learning_rate, make_optimizer
+
+TORCH_DTYPE = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass
+class Run:
+    """A run that is ready to step."""
+
+    config: TrainConfig
+    device: torch.device
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    source: TokenSource
+    val_source: TokenSource | None
+    chosen: dict[str, str]
+    """The implementation of each slot."""
+    start: int = 0
+    """Steps already done by the run that this one resumes."""
+    parameters: list[torch.nn.Parameter] = field(default_factory=list)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Mixed precision: 16-bit matmuls over float32 weights; nothing in the other precisions."""
+        dtype = TORCH_DTYPE[str(self.config.dtype)]
+        return torch.autocast(self.device.type, dtype=dtype) if dtype.itemsize == 2 else contextlib.nullcontext()
+
+    def next_tokens(self, step: int) -> Tensor:
+        """The tokens of a step counted from 0, (grad_accum, B, T + 1), on their way to the device."""
+        tokens = self.source.tokens(step)
+        if self.device.type == "cuda":
+            return tokens.pin_memory().to(self.device, non_blocking=True)
+        return tokens
+
+    def step(self, step: int, tokens: Tensor, *, want_norm: bool = False) -> tuple[Tensor, Tensor | None]:
+        """One optimizer step; launches work and waits for nothing.
+
+        Args:
+            step: counted from 0; decides the learning rate.
+            tokens: (grad_accum, B, T + 1).
+            want_norm: return the norm of the gradients even when they are not clipped.
+
+        Returns:
+            The loss (a scalar on the device, mean over micro-steps) and the gradients' norm before clipping.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for micro in tokens:
+            inputs, targets = split(micro)
+            with self.autocast():
+                loss = self.model(inputs, targets)
+            self.scaler.scale(loss / len(tokens)).backward()
+            total = total + loss.detach()
+        norm = None
+        if want_norm or self.config.grad_clip:
+            self.scaler.unscale_(self.optimizer)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            if self.config.grad_clip:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
+        rate = learning_rate(step, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return total / len(tokens), norm
+
+    def skipped_steps(self, done: int) -> int:
+        """Of the `done` steps, those that the gradient scaler left out: the fused optimizer didn't count them."""
+        if not self.scaler.is_enabled() or not self.optimizer.state:
+            return 0
+        return done - int(self.optimizer.state[self.parameters[0]]["step"].item())
+
+
+def build(config: TrainConfig) -> Run:
+    """Check everything that can be checked, then make the model, the data and the optimizer.
+
+    Raises:
+        ConfigError: the request can't be carried out on this machine.
+    """
+    config, device = settle(config)
+    model_config = config.model_config()
+    source, val_source = _open_sources(config)
+    latest = None
+    if config.out is not None:
+        latest = _claim_folder(config)
+    if latest is not None:
+        checkpoint.check_shape(latest, model_config)
+    dtype = TORCH_DTYPE[str(config.dtype)]
+    ops, chosen = make_ops(
+        config.attn,
+        device=device,
+        dtype=dtype,
+        head_dim=model_config.head_dim,
+        dropout=config.dropout,
+        tf32=config.dtype == "tf32",
+    )
+    torch.manual_seed(config.seed)
+    model = GPT(model_config, ops)
+    model.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
+    model.train()
+    if config.compile:
+        model.compile(dynamic=False)
+    optimizer = make_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    run = Run(
+        config,
+        device,
+        model,
+        optimizer,
+        scaler,
+        source,
+        val_source,
+        chosen,
+        parameters=list(model.parameters()),
+    )
+    if latest is not None:
+        run.start = checkpoint.restore(latest, model, optimizer, scaler, device)
+    return run
+
+
+def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
+    """The resolved configuration and its device.
+
+    Raises:
+        ConfigError: no such device, or one that can't compute in the precision asked for.
+    """
+    device = pick_device(config.device)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if config.dtype == "float16" and device.type == "cpu":
+        raise ConfigError("--dtype float16 needs a CUDA GPU: on a CPU use --dtype bfloat16 or float32")
+    if config.dtype == "tf32" and (capability is None or capability < (8, 0)):
+        raise ConfigError("--dtype tf32 needs an NVIDIA GPU of compute capability 8.0 or newer: use --dtype float32")
+    bf16 = capability is not None and capability >= (8, 0)
+    if config.dtype == "bfloat16" and capability is not None and not bf16:
+        raise ConfigError(
+            f"--dtype bfloat16 needs compute capability 8.0, this GPU has {capability}: use --dtype float16"
+        )
+    resolved = config.resolve(cuda=device.type == "cuda", bf16=bf16, data_vocab_size=data_vocab_size(config.data))
+    return dataclasses.replace(resolved, device=str(device)), device
+
+
+@contextlib.contextmanager
+def numerics(config: TrainConfig) -> Iterator[None]:
+    """Set torch's global numerics for a run and put them back: exact float32 products unless tf32 is asked for,
+    and algorithms that give the same bits every time (SDPA's flash backward on CUDA adds in any order otherwise)."""
+    # cuBLAS is deterministic only with this workspace setting, which it reads when its handle is made.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    precision = torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def _open_sources(config: TrainConfig) -> tuple[TokenSource, TokenSource | None]:
+    def open_split(name: str) -> TokenSource:
+        return open_data(
+            config.data,
+            split=name,
+            vocab_size=int(config.vocab_size or 0),
+            batch_size=int(config.batch_size or 0),
+            block_size=int(config.block_size or 0),
+            grad_accum=config.grad_accum if name == "train" else 1,
+            seed=config.seed,
+        )
+
+    return open_split("train"), open_split("val") if config.eval_every else None
+
+
+def _claim_folder(config: TrainConfig) -> Path | None:
+    """Make --out, see that it can be written and holds no other run; the checkpoint to resume from, if any."""
+    out = config.out
+    assert out is not None
+    if config.resume:
+        latest: Path | None = checkpoint.newest(out)
+    else:
+        latest = None
+        if (out / "metrics.jsonl").exists() or checkpoint.checkpoints(out):
+            raise ConfigError(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".can-write"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"can't write to --out {out}: {error.strerror}") from None
+    return latest
