@@ -219,7 +219,9 @@ def test_no_such_run_or_device(tmp_path, monkeypatch, capsys, module):
     assert status == 2
     assert stderr.startswith("error: no checkpoint under ")
     status, _, stderr = run(monkeypatch, capsys, module, "--from", make_run(tmp_path), "--device", "cuda:99")
-    assert (status, stderr) == (2, "error: --device cuda:99 is not available on this machine\n")
+    assert status == 2
+    assert stderr.startswith("error: --device cuda:99: ")
+    assert stderr.count("\n") == 1
 
 
 def test_a_tokenizer_larger_than_the_model(tmp_path, monkeypatch, capsys):
