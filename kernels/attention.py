@@ -27,6 +27,25 @@ multiplied exactly, or in TF32 where allow_tf32 says so.
 Tiles below the diagonal are not masked: only those that touch it, or the end of the sequence, are.
 Programs start with the longest rows, and few enough heads are in flight that k and v stay in L2.
 
+Versions tried. No GPU has timed any of them yet: these are counts of what the compiler made, for sm_90,
+bfloat16, D = 64, Triton 3.6; "loop" is the machine instructions a warp spends on one unmasked tile.
+
+    kernel  tile    warps  registers  blocks  loop
+    forward 128x64    8       117       2     286   shipped
+    forward 128x128   8       201       1     447   fewer an element, but nothing to hide the exp2 under
+    forward 128x64    4       255       2     503
+    dq      128x64    8       164       1     243   shipped; delta is formed here, not by a kernel of its own
+    dq      64x64     4       137       3     250   reads k and v twice as often
+    dk, dv  64x128    8       218       1     340   shipped
+    dk, dv  64x128    8       217       1     374   row bounds checked in every tile
+    dk, dv  64x128    8       254       1     530   T not known to divide by 16: lse and delta come 4 bytes at a time
+    dk, dv  64x64     4       254       2     311   reads q and do twice as often
+    all     64x128    8       255       1     520   one pass a head, dq summed in float32 scratch; spills 24 bytes
+
+The last does 5 matmuls where two passes do 7: issue and matrix clocks added up, 2320 a tile against 2960.
+It needs B H of twice the multiprocessors to fill the GPU, and waits for dq from L2 in every tile: a GPU must
+decide.
+
 Papers: FlashAttention (Dao et al. 2022, arXiv:2205.14135), FlashAttention-2 (Dao 2023,
 arXiv:2307.08691).
 """
@@ -41,7 +60,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.tiles import INTERPRETED, cast, dot, load_tile, store_tile
+from kernels.tiles import INTERPRETED, cast, dot, load_row, load_tile, store_row, store_tile
 from kernels.tuning import LaunchConfig, lookup, precision_name
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
@@ -93,6 +112,16 @@ def _visible(query, key, T, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def _keys(start, T, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(edge, end): the queries start.. all see the keys before edge, which exist; from there to end, ask."""
+    if CAUSAL:
+        edge, end = start // BLOCK_N * BLOCK_N, tl.minimum(start + BLOCK_M, T)
+    else:
+        edge, end = T // BLOCK_N * BLOCK_N, T
+    return edge, end
+
+
+@triton.jit
 def _attend(q, o, m, total, k_ptr, v_ptr, k_stride, v_stride, query, begin, end, T, c, D: tl.constexpr,
             CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Update o = sum_j 2^(c S - m) v, m = max_j c S, total = sum_j 2^(c S - m) with the keys begin..end."""
@@ -102,7 +131,7 @@ def _attend(q, o, m, total, k_ptr, v_ptr, k_stride, v_stride, query, begin, end,
         if MASKED:
             key = start + tl.arange(0, BLOCK_N)
             s = tl.where(_visible(query[:, None], key[None, :], T, CAUSAL), s, float("-inf"))
-        # Key 0 comes first and every query sees it: m is finite from the first tile on.
+        # Every query sees key 0, and it comes first: m is finite from the first tile on.
         m_new = tl.maximum(m, tl.max(s, 1) * c)
         p = tl.exp2(s * c - m_new[:, None])
         shrink = tl.exp2(m - m_new)
@@ -135,18 +164,14 @@ def attention_forward_kernel(
     total = tl.zeros((BLOCK_M,), SUM)
     c = scale * LOG2_E
 
-    # Keys before `edge` exist and are seen by all these queries; from there to `end`, ask.
-    if CAUSAL:
-        edge, end = start // BLOCK_N * BLOCK_N, tl.minimum(start + BLOCK_M, T)
-    else:
-        edge, end = T // BLOCK_N * BLOCK_N, T
+    edge, end = _keys(start, T, CAUSAL, BLOCK_M, BLOCK_N)
     o, m, total = _attend(q, o, m, total, k_ptr, v_ptr, k_strides[1], v_strides[1], query, 0, edge, T, c,
-                      D, CAUSAL, False, BLOCK_N, PRECISION)  # fmt: skip
+                          D, CAUSAL, False, BLOCK_N, PRECISION)  # fmt: skip
     o, m, total = _attend(q, o, m, total, k_ptr, v_ptr, k_strides[1], v_strides[1], query, edge, end, T, c,
-                      D, CAUSAL, True, BLOCK_N, PRECISION)  # fmt: skip
+                          D, CAUSAL, True, BLOCK_N, PRECISION)  # fmt: skip
 
     store_tile(o_ptr + (b * T * H + h) * D, o / total[:, None], start, H * D, T, D, BLOCK_M)
-    tl.store(lse_ptr + (b * H + h) * T + query, m + tl.log2(total), mask=query < T)
+    store_row(lse_ptr + (b * H + h) * T, m + tl.log2(total), start, T, BLOCK_M)
 
 
 @triton.jit
@@ -181,7 +206,6 @@ def attention_backward_dq_kernel(
     v_ptr += b * v_strides[0] + h * v_strides[2]
     do_ptr += b * do_strides[0] + h * do_strides[2]
     o_ptr += (b * T * H + h) * D
-    statistics = (b * H + h) * T
 
     SUM: tl.constexpr = lse_ptr.dtype.element_ty
     query = start + tl.arange(0, BLOCK_M)
@@ -189,15 +213,12 @@ def attention_backward_dq_kernel(
     do = load_tile(do_ptr, start, do_strides[1], T, D, BLOCK_M, True)
     o = load_tile(o_ptr, start, H * D, T, D, BLOCK_M, True)
     delta = tl.sum(do.to(SUM) * o.to(SUM), 1)
-    tl.store(delta_ptr + statistics + query, delta, mask=query < T)
-    lse = tl.load(lse_ptr + statistics + query, mask=query < T, other=0.0)
+    store_row(delta_ptr + (b * H + h) * T, delta, start, T, BLOCK_M)
+    lse = load_row(lse_ptr + (b * H + h) * T, start, T, BLOCK_M, True)
     dq = tl.zeros((BLOCK_M, triton.next_power_of_2(D)), SUM)
     c = scale * LOG2_E
 
-    if CAUSAL:
-        edge, end = start // BLOCK_N * BLOCK_N, tl.minimum(start + BLOCK_M, T)
-    else:
-        edge, end = T // BLOCK_N * BLOCK_N, T
+    edge, end = _keys(start, T, CAUSAL, BLOCK_M, BLOCK_N)
     dq = _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_strides[1], v_strides[1], query, 0, edge, T, c,
                     D, CAUSAL, False, BLOCK_N, PRECISION)  # fmt: skip
     dq = _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_strides[1], v_strides[1], query, edge, end, T, c,
@@ -208,22 +229,23 @@ def attention_backward_dq_kernel(
 
 @triton.jit
 def _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_stride, do_stride, lse_ptr, delta_ptr, key, begin, end, T, c,
-                 D: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 D: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
     """dk + dS^T q and dv + P^T do over the queries begin..end.
 
     S is formed transposed, keys down and queries across, so that P^T and dS^T are left operands straight
-    from registers. Queries past T have q = do = delta = 0 and so add 0: only the diagonal needs a mask.
+    from registers. Queries past T have q = do = delta = 0 and so add 0.
     """
     for start in range(begin, end, BLOCK_M):
-        query = start + tl.arange(0, BLOCK_M)
-        q = load_tile(q_ptr, start, q_stride, T, D, BLOCK_M, True)
-        lse = tl.load(lse_ptr + query, mask=query < T, other=0.0)
+        q = load_tile(q_ptr, start, q_stride, T, D, BLOCK_M, MASKED)
+        lse = load_row(lse_ptr, start, T, BLOCK_M, MASKED)
         p = tl.exp2(dot(k, tl.trans(q), None, PRECISION) * c - lse[None, :])
-        if MASKED:
+        if MASKED and CAUSAL:
+            query = start + tl.arange(0, BLOCK_M)
             p = tl.where(query[None, :] >= key[:, None], p, 0.0)
-        do = load_tile(do_ptr, start, do_stride, T, D, BLOCK_M, True)
+        do = load_tile(do_ptr, start, do_stride, T, D, BLOCK_M, MASKED)
         dv = dot(cast(p, do.dtype), do, dv, PRECISION)
-        delta = tl.load(delta_ptr + query, mask=query < T, other=0.0)
+        delta = load_row(delta_ptr, start, T, BLOCK_M, MASKED)
         dp = dot(v, tl.trans(do), None, PRECISION)
         ds = p * (dp - delta[None, :])
         dk = dot(cast(ds, q.dtype), q, dk, PRECISION)
@@ -255,15 +277,17 @@ def attention_backward_dkdv_kernel(
     dv = tl.zeros((BLOCK_N, triton.next_power_of_2(D)), SUM)
     c = scale * LOG2_E
 
-    # Queries from `begin` to `edge` see some of these keys, those from there on see all of them.
-    begin, edge = 0, 0
+    # Queries from `edge` to `tail` exist and see all of these keys; those before and after, ask.
+    edge, tail = 0, T // BLOCK_M * BLOCK_M
     if CAUSAL:
-        begin = start // BLOCK_M * BLOCK_M
         edge = tl.cdiv(start + BLOCK_N, BLOCK_M) * BLOCK_M
         dk, dv = _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_strides[1], do_strides[1], lse_ptr, delta_ptr, key,
-                              begin, tl.minimum(edge, T), T, c, D, True, BLOCK_M, PRECISION)  # fmt: skip
+                              start // BLOCK_M * BLOCK_M, tl.minimum(edge, T), T, c,
+                              D, CAUSAL, True, BLOCK_M, PRECISION)  # fmt: skip
     dk, dv = _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_strides[1], do_strides[1], lse_ptr, delta_ptr, key,
-                          edge, T, T, c, D, False, BLOCK_M, PRECISION)  # fmt: skip
+                          edge, tail, T, c, D, CAUSAL, False, BLOCK_M, PRECISION)  # fmt: skip
+    dk, dv = _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_strides[1], do_strides[1], lse_ptr, delta_ptr, key,
+                          tl.maximum(edge, tail), T, T, c, D, CAUSAL, True, BLOCK_M, PRECISION)  # fmt: skip
 
     dqkv_ptr += (b * T * 3 * H + h) * D
     store_tile(dqkv_ptr + H * D, dk * scale, start, 3 * H * D, T, D, BLOCK_N)

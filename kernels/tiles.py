@@ -64,3 +64,17 @@ def store_tile(ptr, x, start, stride, T, D: tl.constexpr, ROWS: tl.constexpr):
     rows = start + tl.arange(0, ROWS)
     tile = ptr + tl.cast(start, tl.int64) * stride + (tl.arange(0, ROWS)[:, None] * stride + columns[None, :])
     tl.store(tile, cast(x, ptr.dtype.element_ty), mask=(rows[:, None] < T) & (columns[None, :] < D))
+
+
+@triton.jit
+def load_row(ptr, start, T, SIZE: tl.constexpr, BOUNDED: tl.constexpr):
+    """Elements start.. of a vector of T; as in load_tile, zeros past T where BOUNDED."""
+    index = start + tl.arange(0, SIZE)
+    return tl.load(ptr + index, mask=index < T, other=0.0) if BOUNDED else tl.load(ptr + index)
+
+
+@triton.jit
+def store_row(ptr, x, start, T, SIZE: tl.constexpr):
+    """Write x as elements start.. of a vector of T, none past T."""
+    index = start + tl.arange(0, SIZE)
+    tl.store(ptr + index, cast(x, ptr.dtype.element_ty), mask=index < T)

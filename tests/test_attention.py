@@ -22,7 +22,7 @@ import triton.language as tl
 
 from kernels import attention, flash_attention, flash_attention_qkv
 from kernels.attention import attention_backward, attention_forward, attention_reference, why_unsupported
-from kernels.tuning import LaunchConfig
+from kernels.tuning import LaunchConfig, architectures, configurations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEEDS = 5
@@ -152,6 +152,22 @@ LENGTHS = [
 def test_every_length(shape, tile, causal, tiles) -> None:
     tiles(*tile)
     assert_right(functools.partial(flash, causal=causal), lambda seed: inputs(shape, seed=seed), causal=causal)
+
+
+@pytest.mark.parametrize("arch", architectures())
+@pytest.mark.parametrize(("precision", "D"), [("bfloat16", 64), ("bfloat16", 128), ("tf32", 128)])
+def test_shipped_tiles(arch, precision, D, monkeypatch) -> None:
+    """A GPU's own tiles, interpreted, in float32, where they can't hide an error."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(attention, "lookup", lambda op, *_: configurations(arch)[op, precision, D])
+    assert_right(packed, lambda seed: inputs((1, 200, 1, D), seed=seed))
+
+
+@pytest.mark.parametrize("T", [1000, 1025])
+def test_gpt2s_length_in_shipped_tiles(T, monkeypatch) -> None:
+    if DEVICE == "cpu":
+        monkeypatch.setattr(attention, "lookup", lambda op, *_: configurations("sm_90")[op, "bfloat16", 64])
+    assert_right(packed, lambda seed: inputs((1, T, 1, 64), seed=seed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -371,8 +387,9 @@ def test_operators_pass_opcheck(tiles) -> None:
     torch.library.opcheck(torch.ops.fastgpt2.attention_backward.default, (do, q, k, v, o, lse, *options))
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
-def test_compiles_whole(backend, tiles) -> None:
+def test_compiles_whole(backend, dynamic, tiles) -> None:
     tiles(16, 16)
     torch._dynamo.reset()
 
@@ -381,7 +398,7 @@ def test_compiles_whole(backend, tiles) -> None:
 
     x = torch.randn(2, 17, 96, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
     results = []
-    for function in (layer, torch.compile(layer, fullgraph=True, backend=backend)):
+    for function in (layer, torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)):
         y = function(x)
         results.append((y, *torch.autograd.grad(y.square().sum(), x)))
     for eager, compiled in zip(*results, strict=True):
