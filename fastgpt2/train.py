@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -238,15 +238,26 @@ def _notes(run: Run) -> Iterator[str]:
         yield "dummy-fixed repeats one batch: the loss falls as the model learns it by heart"
 
 
-@dataclass(frozen=True)
-class CommandLine(TrainConfig):
-    __doc__ = TrainConfig.__doc__
+def _command_line() -> type[TrainConfig]:
+    """TrainConfig as tyro shows it: with --config, and for a field that is settled later (None) the type alone,
+    since its help says what it will be."""
+    import tyro
 
-    config: Path | None = None
-    """TOML file of settings by flag name; flags given as well win over it."""
-
-    def __post_init__(self) -> None:
-        """Nothing: TrainConfig checks, where a ConfigError is one line rather than tyro's box."""
+    hints = get_type_hints(TrainConfig)
+    unsettled = {}
+    for name in (f.name for f in dataclasses.fields(TrainConfig) if f.default is None):
+        (hint,) = (part for part in get_args(hints[name]) if part is not type(None))
+        metavar = "{" + ",".join(get_args(hint)) + "}" if get_args(hint) else hint.__name__.upper()
+        unsettled[name] = Annotated[hints[name], tyro.conf.arg(metavar=metavar, help_behavior_hint="")]
+    file = "TOML file of settings by flag name; flags given as well win over it."
+    config = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help=file, help_behavior_hint="")]
+    members = {
+        "__doc__": TrainConfig.__doc__,
+        "__annotations__": {**unsettled, "config": config},
+        # TrainConfig checks when it is made of this, where a ConfigError is one line rather than tyro's box.
+        "__post_init__": lambda self: None,
+    }
+    return dataclass(frozen=True)(type("CommandLine", (TrainConfig,), members | dict.fromkeys([*unsettled, "config"])))
 
 
 def parse(arguments: list[str]) -> TrainConfig:
@@ -267,7 +278,7 @@ def parse(arguments: list[str]) -> TrainConfig:
         settings |= read_toml(seen.out / "config.toml")
     if seen.config is not None:
         settings |= read_toml(seen.config)
-    line = tyro.cli(CommandLine, args=to_arguments(settings) + arguments, prog="python -m fastgpt2.train")
+    line = tyro.cli(_command_line(), args=to_arguments(settings) + arguments, prog="python -m fastgpt2.train")
     return TrainConfig(**{f.name: getattr(line, f.name) for f in dataclasses.fields(TrainConfig)})
 
 
