@@ -172,7 +172,8 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
 @contextlib.contextmanager
 def numerics(config: TrainConfig) -> Iterator[None]:
     """Set torch's global numerics for a run and put them back: exact float32 products unless tf32 is asked for,
-    and algorithms that give the same bits every time (SDPA's flash backward on CUDA adds in any order otherwise)."""
+    and algorithms that give the same bits every time. SDPA's flash and memory-efficient backwards on CUDA add in
+    any order otherwise, and do so still where torch is only told to warn."""
     # cuBLAS is deterministic only with this workspace setting, which it reads when its handle is made.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     precision = torch.get_float32_matmul_precision()
@@ -180,7 +181,7 @@ def numerics(config: TrainConfig) -> Iterator[None]:
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield

@@ -9,18 +9,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastgpt2 import GPT, ModelConfig, Ops
+from fastgpt2 import GPT, ModelConfig
 from fastgpt2.config import PRESETS
 from fastgpt2.model import FLOPS_PER_TOKEN, parameter_count
-from fastgpt2.ops import make_ops, naive_attention, sdpa_attention
+from fastgpt2.ops import make_ops
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=101)
-PLAIN = {"naive": naive_attention, "sdpa": sdpa_attention}
+PLAIN = ["naive", "sdpa"]
+EVERY = [*PLAIN, "triton"]
+
+
+def place(attention: str) -> str:
+    """Triton's kernels run on the GPU where there is one, in the interpreter elsewhere; all else on the CPU."""
+    return "cuda" if attention == "triton" and torch.cuda.is_available() else "cpu"
 
 
 def make(config: ModelConfig = SMALL, attention: str = "naive", seed: int = 0) -> GPT:
     torch.manual_seed(seed)
-    return GPT(config, Ops(attention=PLAIN[attention]))
+    device = place(attention)
+    return GPT(config, make_ops(attention, device=device, head_dim=config.head_dim)[0]).to(device)
 
 
 def batch(config: ModelConfig = SMALL, B: int = 3, T: int | None = None, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -80,10 +87,10 @@ def test_same_seed_same_weights() -> None:
     assert not torch.equal(one.wte.weight, other.wte.weight)
 
 
-@pytest.mark.parametrize("attention", PLAIN)
+@pytest.mark.parametrize("attention", EVERY)
 def test_the_past_is_blind_to_the_future(attention: str) -> None:
     model = make(attention=attention).eval()
-    tokens, _ = batch(B=2)
+    tokens = batch(B=2)[0].to(place(attention))
     before = model(tokens)
     for position in (1, 11, 23):
         changed = tokens.clone()
@@ -93,10 +100,10 @@ def test_the_past_is_blind_to_the_future(attention: str) -> None:
         assert not torch.equal(before[:, position], after[:, position])
 
 
-@pytest.mark.parametrize("attention", PLAIN)
+@pytest.mark.parametrize("attention", EVERY)
 def test_no_gradient_reaches_the_future(attention: str) -> None:
     model = make(attention=attention)
-    tokens, _ = batch(B=1)
+    tokens = batch(B=1)[0].to(place(attention))
     embedded: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -178,7 +185,7 @@ def test_a_sequence_that_is_too_long_is_refused() -> None:
 def saved_bytes(attention: str, *, B: int = 2, T: int = 32, C: int = 32, L: int = 2) -> int:
     """Bytes kept for the backward, each storage once, parameters left out."""
     config = ModelConfig(n_layer=L, n_head=2, n_embd=C, block_size=T, vocab_size=128)
-    model = GPT(config, make_ops(attention, head_dim=config.head_dim)[0])
+    model = make(config, attention)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages: dict[int, tuple[int, Tensor]] = {}
 
@@ -189,7 +196,8 @@ def saved_bytes(attention: str, *, B: int = 2, T: int = 32, C: int = 32, L: int 
             storages[storage.data_ptr()] = (storage.nbytes(), x)
         return x
 
-    inputs, targets = (x.clone() for x in batch(config, B=B))  # not two views of one storage
+    # Copies: not two views of one storage.
+    inputs, targets = (x.clone().to(place(attention)) for x in batch(config, B=B))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         model(inputs, targets)
     return sum(size for size, _ in storages.values())
