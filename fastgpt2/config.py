@@ -98,7 +98,7 @@ class TrainConfig:
     data: str = "dummy"
     """dummy (uniform random tokens), dummy-fixed (one such batch, repeated), or a folder of token shards."""
     batch_size: int | None = None
-    """Sequences in a micro-step (default: 8 without a GPU, 32 with one)."""
+    """Sequences in a micro-step (default: 8 without a GPU; with one, what its memory holds of 124M, at most 32)."""
     grad_accum: int = 1
     """Micro-steps whose gradients are averaged before the optimizer steps."""
     steps: int | None = None
@@ -178,12 +178,15 @@ class TrainConfig:
         if self.resume and self.out is None:
             raise ConfigError("--resume needs --out: the folder of the run to continue")
 
-    def resolve(self, *, cuda: bool, bf16: bool = True, data_vocab_size: int | None = None) -> TrainConfig:
+    def resolve(
+        self, *, cuda: bool, bf16: bool = True, memory_bytes: int = 0, data_vocab_size: int | None = None
+    ) -> TrainConfig:
         """Fill every field left at None.
 
         Args:
             cuda: whether the run is on a CUDA device.
             bf16: whether that device computes in bfloat16.
+            memory_bytes: its memory, which decides the batch.
             data_vocab_size: the vocabulary of the token shards, None for dummy data.
 
         Raises:
@@ -211,7 +214,7 @@ class TrainConfig:
             model=name,
             **shape,
             vocab_size=vocab_size,
-            batch_size=_default(self.batch_size, 32 if cuda else 8),
+            batch_size=_default(self.batch_size, _sequences_that_fit(memory_bytes) if cuda else 8),
             steps=_default(self.steps, 200 if cuda else 600),
             dtype=_default(self.dtype, "bfloat16" if cuda and bf16 else "float32"),
             device=_default(self.device, "cuda" if cuda else "cpu"),
@@ -274,6 +277,13 @@ def to_arguments(settings: dict[str, Any]) -> list[str]:
         else:
             arguments += [f"--{_flag(name)}", str(value)]
     return arguments
+
+
+def _sequences_that_fit(memory_bytes: int) -> int:
+    """A power of two up to 32, at 2.5 GiB a sequence: GPT-2 124M of 1024 tokens needs about half (float32 logits
+    and their gradient 0.4 GiB, the rest activations), and the optimizer 2 GiB at once. An estimate, not measured."""
+    fits = memory_bytes / (2.5 * 2**30)
+    return next((n for n in (32, 16, 8, 4, 2) if n <= fits), 1)
 
 
 def _flag(name: str) -> str:

@@ -165,7 +165,12 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
         raise ConfigError(
             f"--dtype bfloat16 needs compute capability 8.0, this GPU has {capability}: use --dtype float16"
         )
-    resolved = config.resolve(cuda=device.type == "cuda", bf16=bf16, data_vocab_size=data_vocab_size(config.data))
+    resolved = config.resolve(
+        cuda=device.type == "cuda",
+        bf16=bf16,
+        memory_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0,
+        data_vocab_size=data_vocab_size(config.data),
+    )
     return dataclasses.replace(resolved, device=str(device)), device
 
 

@@ -295,6 +295,9 @@ def main(arguments: list[str] | None = None) -> int:
         except NonFiniteLossError as error:
             display.error(str(error))
             return 1
+        except torch.OutOfMemoryError:
+            display.error("out of GPU memory: halve --batch-size and double --grad-accum for the same step in less")
+            return 1
     return 130 if display.stop_requested else 0
 
 

@@ -155,6 +155,16 @@ def test_a_repeated_batch_is_learned_and_uniform_tokens_are_not() -> None:
     assert min(fresh.losses) > math.log(65) - 0.2
 
 
+def test_defaults_suit_the_device() -> None:
+    without, with_gpu = TrainConfig().resolve(cuda=False), TrainConfig().resolve(cuda=True, memory_bytes=80 << 30)
+    assert (without.model, without.batch_size, without.dtype, without.device) == ("mini", 8, "float32", "cpu")
+    assert (with_gpu.model, with_gpu.batch_size, with_gpu.dtype, with_gpu.device) == ("gpt2", 32, "bfloat16", "cuda")
+    assert TrainConfig().resolve(cuda=True, bf16=False).dtype == "float32"
+    sizes = {gib: TrainConfig().resolve(cuda=True, memory_bytes=gib << 30).batch_size for gib in (4, 8, 16, 24, 48)}
+    assert sizes == {4: 1, 8: 2, 16: 4, 24: 8, 48: 16}
+    assert TrainConfig(model="gpt2").resolve(cuda=False, data_vocab_size=257).vocab_size == 257
+
+
 # ------------------------------------------------------------------------------------ optimizer and schedule
 
 
