@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,6 +166,8 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
         raise ConfigError(
             f"--dtype bfloat16 needs compute capability 8.0, this GPU has {capability}: use --dtype float16"
         )
+    if config.compile and device.type == "cpu" and shutil.which(cxx := os.environ.get("CXX", "g++")) is None:
+        raise ConfigError(f"--compile on a CPU needs a C++ compiler and {cxx} is not found: install it or set CXX")
     resolved = config.resolve(
         cuda=device.type == "cuda",
         bf16=bf16,

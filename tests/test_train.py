@@ -386,6 +386,12 @@ def test_triton_without_cuda_or_the_interpreter_says_what_to_do(tmp_path: Path) 
     assert done.stderr.count("\n") == 1
 
 
+def test_compiling_on_a_cpu_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    with pytest.raises(ConfigError, match=r"--compile on a CPU needs a C\+\+ compiler and /no/such/compiler is not found"):
+        build(tiny(compile=True))
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 SMALL = ["--model", "tiny", "--device", "cpu", "--batch-size", "2"]

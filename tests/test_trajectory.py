@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,6 +68,10 @@ def test_compiled_losses_on_the_gpu(losses: Losses, attn: str, dtype: str) -> No
     check(losses.check(attn, dtype, compile=True))
 
 
+@pytest.mark.skipif(
+    not CUDA and shutil.which(os.environ.get("CXX", "g++")) is None,
+    reason="on a CPU torch.compile needs a C++ compiler",
+)
 @pytest.mark.parametrize("attn", BACKENDS)
 def test_compiled_losses_follow_the_reference(attn: str) -> None:
     """Few steps suffice: what compiling could break is the same in each."""
@@ -161,8 +167,6 @@ def test_every_backend_of_the_table_is_checked() -> None:
 
 def test_verify_prints_the_table_and_passes() -> None:
     """The command, with few steps; it starts an interpreter process of its own where CUDA is missing."""
-    import os
-
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "fastgpt2.verify", "--steps", "10"],
