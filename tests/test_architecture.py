@@ -32,7 +32,7 @@ FASTGPT2 = {
     "run": {"checkpoint", "config", "data", "device", "model", "ops", "optim"},
     "train": {"checkpoint", "config", "console", "data", "device", "display", "evaluate", "metrics", "model", "run"},
     "display": {"device", "metrics", "model", "run", "train"},
-    "verify": {"config", "console", "data", "model", "ops", "run", "train"},
+    "verify": {"config", "console", "data", "device", "model", "ops", "run", "train"},
 }
 HEAVY = {"tyro", "rich", "matplotlib", "safetensors", "tiktoken", "transformers", "triton"}
 """Packages that `train()` can do without: imported inside the functions that need them."""
