@@ -100,7 +100,7 @@ def test_a_wrong_attention_is_not_timed() -> None:
 
     shape = AttentionShape(2, 33, 3, 16, torch.float32)
     check_attention("right", sdpa_attention, shape)
-    with pytest.raises(AssertionError, match="not timed: o is off"):
+    with pytest.raises(AssertionError, match="not timed: o by maximum is off"):
         check_attention("sees no past", lambda qkv: qkv[:, :, 2] * 1.0, shape)
     with pytest.raises(AssertionError, match="not timed"):
         check_attention("heads mixed up", lambda qkv: sdpa_attention(qkv.flip(3)), shape)
