@@ -94,7 +94,8 @@ def _place(T, H, D: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr, LAST
     """
     tiles = tl.cdiv(T, BLOCK)
     heads = tl.num_programs(0) // tiles
-    group = tl.maximum(1, L2_BYTES // (2 * D * BYTES) // T)
+    # A constexpr divided by a tensor stays a constexpr in the interpreter of Triton 3.7: make it a tensor first.
+    group = tl.maximum(1, tl.cast(L2_BYTES // (2 * D * BYTES), tl.int32) // T)
     program = tl.program_id(0)
     first_head = program // (group * tiles) * group
     group = tl.minimum(group, heads - first_head)
