@@ -50,7 +50,7 @@ def save(
     aside.mkdir(parents=True)
     save_file(_contiguous(model.state_dict()), aside / "model.safetensors")
     save_file(_contiguous(_optimizer_tensors(model, optimizer)), aside / "optimizer.safetensors")
-    save_file(_rng_states(), aside / "rng.safetensors")
+    save_file(_rng_states(next(model.parameters()).device), aside / "rng.safetensors")
     state = {
         "format": FORMAT,
         "step": step,
@@ -173,10 +173,10 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return {f"{names[index]}/{key}": tensor for index, entry in state.items() for key, tensor in entry.items()}
 
 
-def _rng_states() -> dict[str, Tensor]:
+def _rng_states(device: torch.device) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 

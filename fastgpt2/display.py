@@ -118,7 +118,7 @@ class TrainDisplay(Reporter):
             if value is not None:
                 table.add_row(name, value)
         self.console.print(table)
-        if self.stop_requested and out is not None:
+        if self.stop_requested and out is not None and result.config.save_every:
             self.console.print(f"stopped early; continue with --resume --out {out}", highlight=False)
 
 

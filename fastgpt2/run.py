@@ -111,11 +111,6 @@ def build(config: TrainConfig) -> Run:
     config, device = settle(config)
     model_config = config.model_config()
     source, val_source = _open_sources(config)
-    latest = None
-    if config.out is not None:
-        latest = _claim_folder(config)
-    if latest is not None:
-        checkpoint.check_shape(latest, model_config)
     dtype = TORCH_DTYPE[str(config.dtype)]
     ops, chosen = make_ops(
         config.attn,
@@ -125,6 +120,10 @@ def build(config: TrainConfig) -> Run:
         dropout=config.dropout,
         tf32=config.dtype == "tf32",
     )
+    # Last of the checks, since it makes a folder.
+    latest = _claim_folder(config.out, config.resume) if config.out is not None else None
+    if latest is not None:
+        checkpoint.check_shape(latest, model_config)
     torch.manual_seed(config.seed)
     model = GPT(model_config, ops)
     model.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
@@ -214,16 +213,11 @@ def _open_sources(config: TrainConfig) -> tuple[TokenSource, TokenSource | None]
     return open_split("train"), open_split("val") if config.eval_every else None
 
 
-def _claim_folder(config: TrainConfig) -> Path | None:
+def _claim_folder(out: Path, resume: bool) -> Path | None:
     """Make --out, see that it can be written and holds no other run; the checkpoint to resume from, if any."""
-    out = config.out
-    assert out is not None
-    if config.resume:
-        latest: Path | None = checkpoint.newest(out)
-    else:
-        latest = None
-        if (out / "metrics.jsonl").exists() or checkpoint.checkpoints(out):
-            raise ConfigError(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
+    latest = checkpoint.newest(out) if resume else None
+    if not resume and ((out / "metrics.jsonl").exists() or checkpoint.checkpoints(out)):
+        raise ConfigError(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".can-write"

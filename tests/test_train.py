@@ -381,6 +381,7 @@ def test_the_command_refuses_in_one_line_with_status_2(tmp_path: Path) -> None:
 def test_triton_without_cuda_or_the_interpreter_says_what_to_do(tmp_path: Path) -> None:
     done = command("--attn", "triton", "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 2
+    assert not list(tmp_path.iterdir())
     assert "--attn sdpa" in done.stderr
     assert "TRITON_INTERPRET=1" in done.stderr
     assert done.stderr.count("\n") == 1
