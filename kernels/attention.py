@@ -55,6 +55,7 @@ from __future__ import annotations
 import contextlib
 import math
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -496,6 +497,8 @@ def why_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, dro
             f"Triton attention needs a CUDA GPU, got {device.type}; use --attn sdpa, "
             "or set TRITON_INTERPRET=1 to run it (slowly) on the CPU"
         )
+    if device.type == "cpu" and (clash := _interpreter_clash(triton.__version__, np.__version__)):
+        return clash
     if device.type == "cuda" and _capability(device) < (8, 0):
         return f"Triton attention needs compute capability 8.0, {device} has {_capability(device)}; use --attn sdpa"
     if dtype not in DTYPES and not (dtype == torch.float64 and interpreted):
@@ -505,6 +508,18 @@ def why_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, dro
     if dropout_p != 0.0:
         return f"Triton attention has no dropout, got {dropout_p}; a later version puts it into the kernel: use sdpa"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _interpreter_clash(triton_version: str, numpy_version: str) -> str | None:
+    """Triton 3.6 takes a loop's bounds for scalars, which NumPy 2.4 no longer does with arrays of one element."""
+    old, new = (tuple(int(n) for n in v.split(".")[:2]) for v in (triton_version, numpy_version))
+    if old >= (3, 7) or new < (2, 4):
+        return None
+    return (
+        f"the interpreter of Triton {triton_version} fails with NumPy {numpy_version}; "
+        "pip install 'numpy<2.4', take Triton 3.7 or newer, or use --attn sdpa"
+    )
 
 
 @torch.compiler.assume_constant_result

@@ -466,6 +466,13 @@ def test_why_unsupported(monkeypatch) -> None:
     assert "sdpa" in str(why_unsupported(cuda, torch.float16, 64, 0.0))
 
 
+def test_an_interpreter_that_would_fail_is_refused() -> None:
+    assert "pip install 'numpy<2.4'" in str(attention._interpreter_clash("3.6.0", "2.5.2"))
+    assert attention._interpreter_clash("3.6.0", "2.3.5") is None
+    assert attention._interpreter_clash("3.7.1", "2.5.5") is None
+    assert attention._interpreter_clash("3.10.0", "2.5.5") is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("T", [1, 2, 17, 63, 64, 65, 127, 128, 129, 1000, 1023, 1024, 1025, 2048])
