@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -158,9 +159,11 @@ def test_the_loss_check_rejects_a_mask_off_by_one(losses: Losses, monkeypatch: p
 
 
 def test_every_backend_of_the_table_is_checked() -> None:
+    from fastgpt2.config import Attention
     from fastgpt2.ops import ATTENTION
 
     assert list(ATTENTION) == BACKENDS
+    assert get_args(Attention) == ("auto", *ATTENTION)  # the command line's choices
     assert {d for d in PRECISIONS if d not in TORCH_DTYPE} == set()
 
 
