@@ -1,4 +1,4 @@
-"""Meters: the only place that waits for the device.
+"""Meters: where a run waits for the device, apart from evaluation, checkpoints and a logged gradient norm.
 
 Losses stay on the device as they are computed; `Meter.read` fetches all of them at once at a logging
 step. Between two reads the host only launches work.
