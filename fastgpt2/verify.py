@@ -28,11 +28,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fastgpt2.attention import naive_attention, sdpa_attention
 from fastgpt2.config import Attention, ConfigError, Dtype, TrainConfig
 from fastgpt2.data import split
 from fastgpt2.device import pick_device
 from fastgpt2.model import GPT
-from fastgpt2.ops import ATTENTION, Ops, make_ops, naive_attention, sdpa_attention
+from fastgpt2.ops import ATTENTION, Ops, make_ops
 from fastgpt2.run import TORCH_DTYPE, build, numerics
 from fastgpt2.train import train
 

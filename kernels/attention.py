@@ -52,20 +52,19 @@ arXiv:2307.08691).
 
 from __future__ import annotations
 
-import contextlib
 import math
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.tiles import INTERPRETED, cast, dot, load_row, load_tile, store_row, store_tile
+from kernels import launch
+from kernels.launch import Kernel, on, statistics
+from kernels.tiles import cast, dot, load_row, load_tile, store_row, store_tile
 from kernels.tuning import LaunchConfig, lookup, precision_name
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 # Half the L2 of an A100 or H100, less room for what streams through: the k and v of the heads in flight.
@@ -308,8 +307,8 @@ def attention_forward(
     precision = precision_name(q.dtype, allow_tf32)
     config = config or lookup("attention_forward", precision, D, q.device)
     o = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, T), dtype=_statistics(q.dtype), device=q.device)
-    with _on(q.device):
+    lse = torch.empty((B, H, T), dtype=statistics(q.dtype), device=q.device)
+    with on(q.device):
         attention_forward_kernel[(B * H * triton.cdiv(T, config.block_m),)](
             q, k, v, o, lse, q.stride()[:3], k.stride()[:3], v.stride()[:3], T, H, scale,
             D=D, CAUSAL=causal, PRECISION=_products(precision), **config.arguments(),
@@ -331,7 +330,7 @@ def attention_backward(
     delta = torch.empty((B, H, T), dtype=lse.dtype, device=q.device)
     strides = [x.stride()[:3] for x in (q, k, v, do)]
     constants = {"D": D, "CAUSAL": causal, "PRECISION": _products(precision)}
-    with _on(q.device):
+    with on(q.device):
         attention_backward_dq_kernel[(B * H * triton.cdiv(T, dq_config.block_m),)](
             q, k, v, o, do, lse, delta, dqkv, *strides, T, H, scale, **constants, **dq_config.arguments()
         )
@@ -346,17 +345,20 @@ def _tiled(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(1) < 2**24 else x.contiguous()
 
 
-def _statistics(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _products(precision: str) -> str:
     return "tf32" if precision == "tf32" else "ieee"
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+def _constants(precision: str, size: int) -> dict[str, object]:
+    return {"D": size, "CAUSAL": True, "PRECISION": _products(precision)}
+
+
+_TYPES = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32"}
+KERNELS = {
+    "attention_forward": Kernel(attention_forward_kernel, _constants, _TYPES, ("T",), products=4),
+    "attention_backward_dq": Kernel(attention_backward_dq_kernel, _constants, _TYPES, ("T",), products=6),
+    "attention_backward_dkdv": Kernel(attention_backward_dkdv_kernel, _constants, _TYPES, ("T",), products=12),
+}
 
 
 # Operators that torch.compile takes whole. Autograd sees the Function below, never these.
@@ -373,7 +375,7 @@ torch.library.impl("fastgpt2::attention_backward", "default", attention_backward
 @torch.library.register_fake("fastgpt2::attention_forward")
 def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, allow_tf32: bool) -> tuple[Tensor, Tensor]:
     B, T, H, D = q.shape
-    return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=_statistics(q.dtype))
+    return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=statistics(q.dtype))
 
 
 @torch.library.register_fake("fastgpt2::attention_backward")
@@ -396,9 +398,7 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do: Tensor):
-        # Under create_graph=True autograd would take the result for a constant: say so instead.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("flash attention has no second derivative: drop create_graph=True, or use --attn naive")
+        launch.refuse_second_derivative("flash attention", "--attn naive")
         o, lse, *qkv = ctx.saved_tensors
         q, k, v = qkv if len(qkv) == 3 else qkv[0].unbind(2)
         dqkv = torch.ops.fastgpt2.attention_backward(do, q, k, v, o, lse, *ctx.options)
@@ -426,7 +426,7 @@ def flash_attention_qkv(
     """
     if qkv.dim() != 5 or qkv.size(2) != 3:
         raise ValueError(f"qkv must be (B, T, 3, H, D), got shape {tuple(qkv.shape)}")
-    (qkv,) = _autocast(qkv)
+    (qkv,) = launch.autocast(qkv)
     scale = _validate({"qkv": qkv}, scale, dropout_p)
     return _FlashAttention.apply(causal, scale, allow_tf32, qkv)
 
@@ -454,18 +454,9 @@ def flash_attention(
         for what, of_x, of_q in (("shape", tuple(x.shape), tuple(q.shape)), ("device", x.device, q.device)):
             if of_x != of_q:
                 raise ValueError(f"{name} must have q's {what}, {of_q}, got {of_x}")
-    q, k, v = _autocast(q, k, v)
+    q, k, v = launch.autocast(q, k, v)
     scale = _validate({"q": q, "k": k, "v": v}, scale, dropout_p)
     return _FlashAttention.apply(causal, scale, allow_tf32, q, k, v)
-
-
-def _autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """The inputs as autocast would hand them to a matmul."""
-    device = inputs[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return inputs
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in inputs)
 
 
 def _validate(inputs: dict[str, Tensor], scale: float | None, dropout_p: float) -> float:
@@ -491,37 +482,10 @@ def _validate(inputs: dict[str, Tensor], scale: float | None, dropout_p: float) 
 
 def why_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, dropout_p: float) -> str | None:
     """Why these kernels can't run with such inputs, in a line that says what would work; None if they can."""
-    interpreted = INTERPRETED.value
-    if device.type != "cuda" and not (device.type == "cpu" and interpreted):
-        return (
-            f"Triton attention needs a CUDA GPU, got {device.type}; use --attn sdpa, "
-            "or set TRITON_INTERPRET=1 to run it (slowly) on the CPU"
-        )
-    if device.type == "cpu" and (clash := _interpreter_clash(triton.__version__, np.__version__)):
-        return clash
-    if device.type == "cuda" and _capability(device) < (8, 0):
-        return f"Triton attention needs compute capability 8.0, {device} has {_capability(device)}; use --attn sdpa"
-    if dtype not in DTYPES and not (dtype == torch.float64 and interpreted):
-        return f"Triton attention computes in bfloat16, float16 or float32, got {dtype}; cast, or use --attn sdpa"
+    if reason := launch.why_unsupported("Triton attention", device, dtype, "--attn sdpa"):
+        return reason
     if head_dim not in HEAD_DIMS:
         return f"Triton attention has head sizes {HEAD_DIMS}, got {head_dim}; choose one, or use --attn sdpa"
     if dropout_p != 0.0:
         return f"Triton attention has no dropout, got {dropout_p}; a later version puts it into the kernel: use sdpa"
     return None
-
-
-@torch.compiler.assume_constant_result
-def _interpreter_clash(triton_version: str, numpy_version: str) -> str | None:
-    """Triton 3.6 takes a loop's bounds for scalars, which NumPy 2.4 no longer does with arrays of one element."""
-    old, new = (tuple(int(n) for n in v.split(".")[:2]) for v in (triton_version, numpy_version))
-    if old >= (3, 7) or new < (2, 4):
-        return None
-    return (
-        f"the interpreter of Triton {triton_version} fails with NumPy {numpy_version}; "
-        "pip install 'numpy<2.4', take Triton 3.7 or newer, or use --attn sdpa"
-    )
-
-
-@torch.compiler.assume_constant_result
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)

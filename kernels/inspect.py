@@ -18,19 +18,17 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
 
+from kernels.launch import Kernel
 from kernels.tuning import LaunchConfig, architectures, configurations, read_table
 
-KERNELS = {
-    "attention_forward": "kernels.attention:attention_forward_kernel",
-    "attention_backward_dq": "kernels.attention:attention_backward_dq_kernel",
-    "attention_backward_dkdv": "kernels.attention:attention_backward_dkdv_kernel",
-}
+MODULES = ("kernels.attention",)
+"""The modules whose KERNELS are inspected."""
 ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "fp32"}
-STATISTICS = ("lse_ptr", "delta_ptr")
 
 MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
 
@@ -41,18 +39,17 @@ REGISTERS, THREADS = 65536, 2048
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel as it is shipped for one precision, head size and architecture.
+    """A kernel as it is shipped for one precision, size and architecture.
 
-    one_token: as launched with T = 1, which Triton compiles as a constant.
+    constants: compile-time arguments in place of the shipped ones, such as {"T": 1}, which Triton compiles as one.
     """
 
     op: str
     precision: str
-    head_dim: int
+    size: int
     arch: str
     config: LaunchConfig
-    causal: bool = True
-    one_token: bool = False
+    constants: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,7 @@ class Report:
     instructions: list[str]
     products: int
     missed: int
+    expected: int
 
     @property
     def faults(self) -> list[str]:
@@ -76,7 +74,10 @@ class Report:
             fault
             for wrong, fault in (
                 (self.spilled, f"spills {self.spilled} bytes"),
-                (not self.products, "no product found: the compiler's output has changed, and this tool must"),
+                (
+                    self.expected and not self.products,
+                    "no product found: the compiler's output has changed, and this tool must",
+                ),
                 (self.missed, f"{self.missed} of {self.products} products miss the matrix units"),
                 (self.shared > most, f"needs {self.shared} bytes of shared memory, the table allows {most}"),
             )
@@ -84,15 +85,25 @@ class Report:
         ]
 
 
+def all_kernels() -> dict[str, Kernel]:
+    """Every kernel of the package, by the name of its entries in the tables."""
+    return {op: kernel for module in MODULES for op, kernel in import_module(module).KERNELS.items()}
+
+
 def shipped(
-    archs: Iterable[str], precisions: Iterable[str] | None = None, head_dims: Iterable[int] | None = None
+    archs: Iterable[str],
+    precisions: Iterable[str] | None = None,
+    sizes: Iterable[int] | None = None,
+    ops: Iterable[str] | None = None,
 ) -> list[Case]:
-    """Every entry of the tables, or those of some precisions and head sizes."""
+    """Every entry of the tables, or those of some precisions, sizes and kernels (by how a kernel's name begins)."""
     return [
-        Case(op, precision, head_dim, arch, config)
+        Case(op, precision, size, arch, config)
         for arch in archs
-        for (op, precision, head_dim), config in configurations(arch).items()
-        if (precisions is None or precision in precisions) and (head_dims is None or head_dim in head_dims)
+        for (op, precision, size), config in configurations(arch).items()
+        if (precisions is None or precision in precisions)
+        and (sizes is None or size in sizes)
+        and (ops is None or op.startswith(tuple(ops)))
     ]
 
 
@@ -135,42 +146,35 @@ def inspect_one(case: Case) -> Report:
         instructions=[name for name, code in MATRIX_INSTRUCTIONS.items() if code in kernel.asm["ptx"]],
         products=len(products),
         missed=len(missed),
+        expected=all_kernels()[case.op].products,
     )
 
 
 def _compile(case: Case) -> Any:
-    """The kernel as its launcher has it compiled: packed inputs, whose addresses and strides divide by 16."""
-    from importlib import import_module
-
+    """The kernel as its launcher has it compiled."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module, name = KERNELS[case.op].split(":")
-    function = getattr(import_module(module), name)
-    launch = case.config.arguments()
-    constants = {
-        "D": case.head_dim, "CAUSAL": case.causal, "PRECISION": "tf32" if case.precision == "tf32" else "ieee",
-        "BLOCK_M": launch.pop("BLOCK_M"), "BLOCK_N": launch.pop("BLOCK_N"),
-    }  # fmt: skip
-    if case.one_token:
-        constants["T"] = 1
+    kernel, element = all_kernels()[case.op], ELEMENTS[case.precision]
+    options = case.config.arguments()
+    blocks = {name: options.pop(name) for name in list(options) if name.startswith("BLOCK_")}
+    constants = kernel.constants(case.precision, case.size) | blocks | case.constants
     signature: dict[str, Any] = {}
     divisible: dict[tuple[int, ...], list] = {}
-    for i, argument in enumerate(function.arg_names):
+    for i, argument in enumerate(kernel.function.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
-        elif argument.endswith("_ptr"):
-            signature[argument] = "*fp32" if argument in STATISTICS else f"*{ELEMENTS[case.precision]}"
-            divisible[(i,)] = [["tt.divisibility", 16]]
         elif argument.endswith("_strides"):
             signature[argument] = ("i32", "i32", "i32")
             divisible |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
         else:
-            signature[argument] = "fp32" if argument == "scale" else "i32"
-            divisible |= {(i,): [["tt.divisibility", 16]]} if argument == "T" else {}
+            default = "*{}" if argument.endswith("_ptr") else "i32"
+            signature[argument] = kernel.types.get(argument, default).format(element)
+            if argument.endswith("_ptr") or argument in kernel.multiples_of_16:
+                divisible[(i,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", int(case.arch.removeprefix("sm_")), 32)
-    return triton.compile(ASTSource(function, signature, constants, divisible), target=target, options=launch)
+    return triton.compile(ASTSource(kernel.function, signature, constants, divisible), target=target, options=options)
 
 
 def _blocks(case: Case, registers: int, shared: int) -> int:
@@ -181,13 +185,12 @@ def _blocks(case: Case, registers: int, shared: int) -> int:
 
 
 def table(reports: list[Report]) -> str:
-    rows = [("kernel", "precision", "D", "arch", "tile", "warps", "stages",
+    rows = [("kernel", "precision", "size", "arch", "tile, warps, stages",
              "registers", "spilled", "shared", "blocks", "matrix", "missed", "")]  # fmt: skip
     for r in reports:
         c = r.case
         rows.append((
-            c.op, c.precision, str(c.head_dim), c.arch, f"{c.config.block_m}x{c.config.block_n}",
-            str(c.config.num_warps), str(c.config.num_stages),
+            c.op, c.precision, str(c.size), c.arch, str(c.config),
             str(r.registers), str(r.spilled), str(r.shared), str(r.blocks),
             "+".join(r.instructions) or "none", f"{r.missed}/{r.products}", "; ".join(r.faults),
         ))  # fmt: skip
@@ -200,10 +203,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.inspect", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", default=architectures(), choices=architectures(), help="default: all")
     parser.add_argument("--precision", nargs="+", choices=list(ELEMENTS), help="default: all")
-    parser.add_argument("--head-dim", nargs="+", type=int, help="default: all")
+    parser.add_argument("--op", nargs="+", metavar="PREFIX", help="kernels whose name begins so (default: all)")
+    parser.add_argument("--size", nargs="+", type=int, help="head size, channels or vocabulary (default: all)")
     parser.add_argument("--json", action="store_true", help="a list of objects instead of the table")
     options = parser.parse_args(arguments)
-    reports = inspect_all(shipped(options.arch, options.precision, options.head_dim))
+    reports = inspect_all(shipped(options.arch, options.precision, options.size, options.op))
     if options.json:
         print(json.dumps([asdict(r) | {"faults": r.faults} for r in reports], indent=1))
     else:

@@ -2,7 +2,10 @@
 
 Nothing is tuned at run time: ranks would disagree, a compiled graph keeps one configuration for every
 shape, and CUDA graphs can't capture a search. A table, tables/<architecture>.json, says for each kernel,
-precision and head size how large its tiles are; `measured` holds where and how an entry was timed, or null.
+precision and size how large its tiles are; `measured` holds where and how an entry was timed, or null. A size is
+the one number that a kernel's tiles depend on (the attention's head size, a LayerNorm's channels): the entry of
+the smallest size listed that is no smaller serves, beyond the largest that one. Under the interpreter, where tiles
+cost nothing but Python's time, tables/interpreter.json serves.
 """
 
 from __future__ import annotations
@@ -22,36 +25,46 @@ TABLES = Path(__file__).parent / "tables"
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile sizes and what the compiler is told; on the CPU, under the interpreter, the tiles alone count."""
+    """Tile sizes, those that the kernel has, and what the compiler is told."""
 
-    block_m: int
-    block_n: int
+    block_m: int | None = None
+    block_n: int | None = None
+    block_k: int | None = None
     num_warps: int = 4
     num_stages: int = 1
 
     def arguments(self) -> dict[str, Any]:
         """As keyword arguments of a kernel's launch. Fusing a multiply and an add is said outright,
         as the default of Triton 3.10 will be not to."""
-        return {
-            "BLOCK_M": self.block_m, "BLOCK_N": self.block_n,
-            "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True,
-        }  # fmt: skip
+        tiles = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+        given = {name: size for name, size in tiles.items() if size is not None}
+        return given | {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
-
-INTERPRETER = LaunchConfig(16, 16)
-"""The smallest tiles: a few tokens already make several."""
+    def __str__(self) -> str:
+        """128x64, 8 warps, 3 stages."""
+        tiles = "x".join(str(n) for n in (self.block_m, self.block_n, self.block_k) if n is not None)
+        return f"{tiles}, {self.num_warps} warps, {self.num_stages} stages"
 
 
 def precision_name(dtype: torch.dtype, allow_tf32: bool = False) -> str:
-    """bfloat16, float16, float32, tf32 or float64: what decides an entry beside the head size."""
+    """bfloat16, float16, float32, tf32 or float64: what decides an entry beside the size."""
     return "tf32" if allow_tf32 and dtype == torch.float32 else str(dtype).removeprefix("torch.")
 
 
-def lookup(op: str, precision: str, head_dim: int, device: torch.device) -> LaunchConfig:
+def lookup(op: str, precision: str, size: int, device: torch.device) -> LaunchConfig:
     """The configuration for a kernel on a device; `precision` is a precision_name."""
-    if device.type != "cuda":
-        return INTERPRETER
-    return configurations(_table_for(device.index))[op, precision, head_dim]
+    table = _table_for(device.index) if device.type == "cuda" else "interpreter"
+    return configuration(table, op, precision, size)
+
+
+@cache
+def configuration(table: str, op: str, precision: str, size: int) -> LaunchConfig:
+    """A table's configuration for a kernel: that of the smallest size listed that is no smaller, or of the largest."""
+    sizes = sorted(n for o, p, n in configurations(table) if (o, p) == (op, precision))
+    if not sizes:
+        raise ValueError(f"the table {table} has no launch configuration for {op} in {precision}")
+    bucket = next((n for n in sizes if n >= size), sizes[-1])
+    return configurations(table)[op, precision, bucket]
 
 
 def architectures() -> list[str]:
@@ -60,18 +73,18 @@ def architectures() -> list[str]:
 
 
 @cache
-def read_table(arch: str) -> dict[str, Any]:
-    return json.loads((TABLES / f"{arch}.json").read_text())
+def read_table(name: str) -> dict[str, Any]:
+    return json.loads((TABLES / f"{name}.json").read_text())
 
 
 @cache
-def configurations(arch: str) -> dict[tuple[str, str, int], LaunchConfig]:
-    """A table as {(op, precision, head size): configuration}."""
+def configurations(table: str) -> dict[tuple[str, str, int], LaunchConfig]:
+    """A table as {(op, precision, size): configuration}."""
     return {
-        (entry["op"], precision, head_dim): LaunchConfig(**entry["config"])
-        for entry in read_table(arch)["entries"]
+        (entry["op"], precision, size): LaunchConfig(**entry["config"])
+        for entry in read_table(table)["entries"]
         for precision in entry["precisions"]
-        for head_dim in entry["head_dims"]
+        for size in entry["sizes"]
     }
 
 

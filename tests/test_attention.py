@@ -18,9 +18,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is published for Linux")
 
-import triton.language as tl
-
-from kernels import attention, flash_attention, flash_attention_qkv
+from kernels import attention, flash_attention, flash_attention_qkv, launch
 from kernels.attention import attention_backward, attention_forward, attention_reference, why_unsupported
 from kernels.tuning import LaunchConfig, architectures, configurations
 
@@ -453,24 +451,24 @@ def test_errors_name_the_argument() -> None:
 
 def test_why_unsupported(monkeypatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(attention, "INTERPRETED", tl.constexpr(True))
+    monkeypatch.setattr(launch, "interpreting", lambda: True)
     assert why_unsupported(cpu, torch.float64, 64, 0.0) is None
-    monkeypatch.setattr(attention, "INTERPRETED", tl.constexpr(False))
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
     assert "TRITON_INTERPRET=1" in str(why_unsupported(cpu, torch.float32, 64, 0.0))
-    monkeypatch.setattr(attention, "_capability", lambda _: (9, 0))
+    monkeypatch.setattr(launch, "capability", lambda _: (9, 0))
     assert why_unsupported(cuda, torch.bfloat16, 64, 0.0) is None
     assert "float64" in str(why_unsupported(cuda, torch.float64, 64, 0.0))
     assert "got 48" in str(why_unsupported(cuda, torch.float32, 48, 0.0))
     assert "dropout" in str(why_unsupported(cuda, torch.float32, 64, 0.1))
-    monkeypatch.setattr(attention, "_capability", lambda _: (7, 5))
+    monkeypatch.setattr(launch, "capability", lambda _: (7, 5))
     assert "sdpa" in str(why_unsupported(cuda, torch.float16, 64, 0.0))
 
 
 def test_an_interpreter_that_would_fail_is_refused() -> None:
-    assert "pip install 'numpy<2.4'" in str(attention._interpreter_clash("3.6.0", "2.5.2"))
-    assert attention._interpreter_clash("3.6.0", "2.3.5") is None
-    assert attention._interpreter_clash("3.7.1", "2.5.5") is None
-    assert attention._interpreter_clash("3.10.0", "2.5.5") is None
+    assert "pip install 'numpy<2.4'" in str(launch.interpreter_clash("3.6.0", "2.5.2"))
+    assert launch.interpreter_clash("3.6.0", "2.3.5") is None
+    assert launch.interpreter_clash("3.7.1", "2.5.5") is None
+    assert launch.interpreter_clash("3.10.0", "2.5.5") is None
 
 
 @pytest.mark.gpu

@@ -96,7 +96,7 @@ def test_triton_is_skipped_on_a_cpu_and_says_why(benchmarks: dict[str, Any]) -> 
 def test_a_wrong_attention_is_not_timed() -> None:
     from bench.bench_attention import check_attention
     from bench.shapes import DEVICE, AttentionShape
-    from fastgpt2.ops import sdpa_attention
+    from fastgpt2.attention import sdpa_attention
 
     shape = AttentionShape(2, 33, 3, 16, torch.float32)
     check_attention("right", sdpa_attention, shape)

@@ -16,8 +16,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is published for Linux")
 
 from kernels import tuning
-from kernels.attention import HEAD_DIMS
-from kernels.inspect import KERNELS
+from kernels.attention import HEAD_DIMS, KERNELS
 from kernels.tuning import LaunchConfig, architectures, configurations, lookup, nearest, precision_name
 
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -40,7 +39,7 @@ def python(code: str) -> list:
 
 @pytest.mark.parametrize("arch", architectures())
 def test_gpt2s_head_size_compiles_well_everywhere(arch) -> None:
-    reports = inspect("--arch", arch, "--head-dim", "64", "--precision", "bfloat16", "tf32")
+    reports = inspect("--arch", arch, "--op", "attention", "--size", "64", "--precision", "bfloat16", "tf32")
     assert len(reports) == 2 * len(KERNELS)
     unit = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}[arch]
     for report in reports:
@@ -49,7 +48,7 @@ def test_gpt2s_head_size_compiles_well_everywhere(arch) -> None:
 
 
 def test_other_head_sizes_compile_well() -> None:
-    reports = inspect("--arch", "sm_90", "--precision", "bfloat16", "--head-dim", "16", "96")
+    reports = inspect("--arch", "sm_90", "--op", "attention", "--precision", "bfloat16", "--size", "16", "96")
     assert len(reports) == 2 * len(KERNELS)
 
 
@@ -57,8 +56,9 @@ def test_a_spill_and_a_missed_product_are_found() -> None:
     reports = python(
         "import json\n"
         "from kernels.inspect import Case, LaunchConfig, inspect_all\n"
-        "spills = Case('attention_forward', 'bfloat16', 64, 'sm_90', LaunchConfig(128, 128, 4, 2))\n"
-        "misses = Case('attention_forward', 'float32', 16, 'sm_90', LaunchConfig(16, 16, 4, 1))\n"
+        "large, small = LaunchConfig(128, 128, num_warps=4, num_stages=2), LaunchConfig(16, 16)\n"
+        "spills = Case('attention_forward', 'bfloat16', 64, 'sm_90', large)\n"
+        "misses = Case('attention_forward', 'float32', 16, 'sm_90', small)\n"
         "print(json.dumps([[r.spilled, r.missed, r.products, r.faults] for r in inspect_all([spills, misses])]))"
     )
     (spilled, _, _, faults), (_, missed, products, exact_faults) = reports
@@ -72,9 +72,9 @@ def test_one_token_and_full_attention_compile() -> None:
         "import json\n"
         "from dataclasses import replace\n"
         "from kernels.inspect import inspect_all, shipped\n"
-        "cases = shipped(['sm_90'], ['bfloat16'], [64])\n"
-        "cases = [replace(c, one_token=True) for c in cases] + [replace(c, causal=False) for c in cases]\n"
-        "print(json.dumps([[r.case.one_token, r.missed, r.faults] for r in inspect_all(cases)]))"
+        "cases = shipped(['sm_90'], ['bfloat16'], [64], ['attention'])\n"
+        "cases = [replace(c, constants=k) for k in ({'T': 1}, {'CAUSAL': False}) for c in cases]\n"
+        "print(json.dumps([['T' in r.case.constants, r.missed, r.faults] for r in inspect_all(cases)]))"
     )
     assert len(reports) == 6
     assert all(missed == 0 and (one_token or not faults) for one_token, missed, faults in reports)
@@ -83,10 +83,11 @@ def test_one_token_and_full_attention_compile() -> None:
 @pytest.mark.parametrize("arch", architectures())
 def test_tables_cover_every_kernel_precision_and_head_size(arch) -> None:
     entries = [
-        (entry["op"], precision, head_dim)
+        (entry["op"], precision, size)
         for entry in tuning.read_table(arch)["entries"]
         for precision in entry["precisions"]
-        for head_dim in entry["head_dims"]
+        for size in entry["sizes"]
+        if entry["op"].startswith("attention")
     ]
     precisions = ("bfloat16", "float16", "float32", "tf32")
     assert sorted(entries) == sorted((op, p, D) for op in KERNELS for p in precisions for D in HEAD_DIMS)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2.ops import naive_attention, sdpa_attention
+from fastgpt2.attention import naive_attention, sdpa_attention
 from fastgpt2.verify import TORCH_DTYPE, Gradients, Losses, Row, attention_row, backends, small_config
 
 CUDA = torch.cuda.is_available()
@@ -154,7 +154,7 @@ def test_a_nan_is_out_of_budget(gradients: Gradients) -> None:
 
 
 def test_the_loss_check_rejects_a_mask_off_by_one(losses: Losses, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastgpt2.ops.sdpa_attention", sees_the_next_token)
+    monkeypatch.setattr("fastgpt2.attention.sdpa_attention", sees_the_next_token)
     assert not losses.check("sdpa", "float32").passed
 
 

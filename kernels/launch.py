@@ -1,0 +1,123 @@
+"""What every launcher needs on the host: the right device, autocast, who can run, and how inspect compiles it.
+
+Triton is imported when first asked about, so that an operation's plain form works where Triton is not installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A Triton kernel and how its launcher has it compiled, for `kernels.inspect` and `kernels.tune`.
+
+    An argument's type follows from its name: *_ptr points to elements of the precision, *_strides are three
+    integers, the rest are integers. Pointers and strides divide by 16.
+
+    Args:
+        function: the @triton.jit function.
+        constants: (precision, size) -> its compile-time arguments beside the configuration's.
+        types: Triton's type of an argument that isn't what its name says ("*fp32", "fp32", "i64"); an element
+            type written {} is that of the precision ("tensordesc<{}[128, 64]>").
+        multiples_of_16: integers that divide by 16 at the shapes that matter.
+        products: tl.dot calls in the source; 0 for a kernel without.
+    """
+
+    function: Any
+    constants: Callable[[str, int], dict[str, Any]]
+    types: dict[str, str] = field(default_factory=dict)
+    multiples_of_16: tuple[str, ...] = ()
+    products: int = 0
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: make it the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def statistics(dtype: torch.dtype) -> torch.dtype:
+    """What sums, statistics and losses are kept in: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which autocast would hand x to a matmul; its own where autocast is off."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """The inputs as autocast would hand them to a matmul."""
+    return tuple(x.to(autocast_dtype(x)) for x in inputs)
+
+
+def refuse_second_derivative(what: str, instead: str) -> None:
+    """To be called in a backward: under create_graph=True autograd would take its result for a constant."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{what} has no second derivative: drop create_graph=True, or use {instead}")
+
+
+def why_unsupported(what: str, device: torch.device, dtype: torch.dtype, instead: str) -> str | None:
+    """Why a Triton kernel can't run on a device in a dtype, in a line that says what would work; None if it can.
+
+    Args:
+        what: the kernel, as a message begins ("Triton attention").
+        instead: what to use, as a message ends ("--attn sdpa").
+    """
+    interpreted = interpreting()
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted):
+        return (
+            f"{what} needs a CUDA GPU, got {device.type}; use {instead}, "
+            "or set TRITON_INTERPRET=1 to run it (slowly) on the CPU"
+        )
+    if device.type == "cpu" and (clash := interpreter_clash(*_versions())):
+        return f"{clash}, or use {instead}"
+    if device.type == "cuda" and capability(device) < (8, 0):
+        return f"{what} needs compute capability 8.0, {device} has {capability(device)}; use {instead}"
+    if dtype not in DTYPES and not (dtype == torch.float64 and interpreted):
+        return f"{what} computes in bfloat16, float16 or float32, got {dtype}; cast, or use {instead}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels on the CPU."""
+    from kernels.tiles import INTERPRETED
+
+    return INTERPRETED.value
+
+
+@torch.compiler.assume_constant_result
+def _versions() -> tuple[str, str]:
+    import numpy
+    import triton
+
+    return triton.__version__, numpy.__version__
+
+
+@torch.compiler.assume_constant_result
+def interpreter_clash(triton_version: str, numpy_version: str) -> str | None:
+    """Triton 3.6 takes a loop's bounds for scalars, which NumPy 2.4 no longer does with arrays of one element."""
+    old, new = (tuple(int(n) for n in v.split(".")[:2]) for v in (triton_version, numpy_version))
+    if old >= (3, 7) or new < (2, 4):
+        return None
+    return (
+        f"the interpreter of Triton {triton_version} fails with NumPy {numpy_version}; "
+        "pip install 'numpy<2.4', take Triton 3.7 or newer"
+    )
+
+
+@torch.compiler.assume_constant_result
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
