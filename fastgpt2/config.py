@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 Attention = Literal["auto", "naive", "sdpa", "triton"]
+Mlp = Literal["auto", "torch", "triton"]
+Norm = Literal["auto", "torch", "triton"]
+Loss = Literal["auto", "torch", "chunked", "triton"]
 Dtype = Literal["float64", "float32", "tf32", "bfloat16", "float16"]
 Optimizer = Literal["adam", "adamw"]
 Schedule = Literal["constant", "cosine", "linear"]
@@ -130,8 +133,19 @@ class TrainConfig:
     """cpu, cuda or cuda:N (default: cuda where there is one)."""
     attn: Attention = "auto"
     """Which implementation computes the attention; one asked for by name runs or is an error."""
+    mlp: Mlp = "auto"
+    """Which computes the MLP: torch, or triton with the GELU fused into the matmuls around it."""
+    norm: Norm = "auto"
+    """Which computes residual add and LayerNorm: torch, or triton in one pass."""
+    loss: Loss = "auto"
+    """Which computes head and cross-entropy: torch (all logits at once), or chunked or triton (never all of them)."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    recompute: bool = False
+    """Keep a block's input alone and compute the rest again in the backward: less memory, about a third more work."""
+    cuda_graph: bool = False
+    """Replay the whole step (forward, backward, clip, optimizer) as one CUDA graph: for small batches, where launching
+    takes longer than computing."""
 
     out: Path | None = None
     """Folder for config.toml, metrics.jsonl, loss.png and checkpoints (default: a new one under runs/)."""
@@ -175,6 +189,12 @@ class TrainConfig:
                 raise ConfigError(f"--{name} must be in [0, 1), got {getattr(self, name)}")
         if self.weight_decay and self.optimizer == "adam":
             raise ConfigError("--weight-decay needs --optimizer adamw: adam would mix the decay into its averages")
+        if self.cuda_graph and self.dtype == "float16":
+            raise ConfigError("--cuda-graph can't skip a step as float16's gradient scaler does: use --dtype bfloat16")
+        if self.cuda_graph and self.recompute and self.dropout:
+            raise ConfigError(
+                "--cuda-graph can't rewind the generator, as --recompute with --dropout has to: leave one of them out"
+            )
         if self.resume and self.out is None:
             raise ConfigError("--resume needs --out: the folder of the run to continue")
 
@@ -241,6 +261,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": get_args(Schedule),
     "dtype": get_args(Dtype),
     "attn": get_args(Attention),
+    "mlp": get_args(Mlp),
+    "norm": get_args(Norm),
+    "loss": get_args(Loss),
 }
 
 

@@ -62,9 +62,11 @@ class TrainDisplay(Reporter):
         self.console.print(
             f"[bold]{config.model}[/bold]: {parameter_count(shape):,} parameters "
             f"(L={shape.n_layer} H={shape.n_head} C={shape.n_embd} T={shape.block_size} V={shape.vocab_size}) "
-            f"on {device_name(run.device)}, {config.dtype}, attention {run.chosen['attention']}"
-            f"{', compiled' if config.compile else ''}"
+            f"on {device_name(run.device)}, {config.dtype}"
         )
+        parts = [f"{slot} {name}" for slot, name in run.chosen.items()]
+        switches = {"compiled": config.compile, "recomputed": config.recompute, "one CUDA graph": config.cuda_graph}
+        self.console.print(", ".join(parts + [name for name, on in switches.items() if on]))
         tokens = config.grad_accum * int(config.batch_size or 0) * shape.block_size
         self.console.print(f"{config.steps} steps of {tokens:,} tokens from {config.data}; writing to {config.out}")
         self._progress.start()

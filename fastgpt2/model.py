@@ -12,18 +12,25 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt2.config import ModelConfig
 from fastgpt2.ops import Ops
 
 
 class GPT(nn.Module):
-    """GPT-2. Weights are drawn from torch's global CPU generator: seed it before constructing."""
+    """GPT-2. Weights are drawn from torch's global CPU generator: seed it before constructing.
 
-    def __init__(self, config: ModelConfig, ops: Ops | None = None) -> None:
+    Args:
+        ops: what computes each slot.
+        recompute: in training keep a block's inputs alone, and compute it again in the backward.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Ops | None = None, *, recompute: bool = False) -> None:
         super().__init__()
         self.config = config
         self.ops = ops or Ops()
+        self.recompute = recompute
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, self.ops) for _ in range(config.n_layer))
@@ -47,10 +54,15 @@ class GPT(nn.Module):
         x = self.drop(x)
         residual = None
         for block in self.h:
-            x, residual = block(x, residual)
+            if self.recompute and self.training:
+                x, residual = checkpoint(
+                    block, x, residual, use_reentrant=False, preserve_rng_state=self.config.dropout > 0.0
+                )
+            else:
+                x, residual = block(x, residual)
         hidden, _ = self.ln_f(x, residual)
         if targets is not None:
-            return self.ops.loss(hidden, self.wte.weight, targets, self.config.vocab_size)
+            return self.ops.loss(hidden, self.wte.weight, targets, vocab_size=self.config.vocab_size)
         return F.linear(hidden, self.wte.weight)[..., : self.config.vocab_size]
 
     def drop(self, x: Tensor) -> Tensor:
@@ -135,6 +147,25 @@ class LayerNorm(nn.Module):
         return self.op(x, residual, self.weight, self.bias)
 
 
+def saved_bytes(model: GPT, tokens: Tensor, targets: Tensor) -> int:
+    """Bytes that a forward keeps for its backward: each storage once, without weights, tokens and targets.
+
+    Fake tensors do as well (torch._subclasses.FakeTensorMode): then nothing is computed.
+    """
+    given = {x.untyped_storage()._cdata for x in (*model.parameters(), tokens, targets)}
+    storages = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in given:
+            storages[storage._cdata] = storage  # held, so that its address stays its own
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(tokens, targets)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
 def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
     """Parameters in closed form: (V + T) C + L (12 C^2 + 13 C) + 2 C; the tied head counts once.
 
@@ -160,6 +191,12 @@ def _flops_matmul(config: ModelConfig) -> int:
     """What a naive step executes: 6 a weight of each matmul (12 L C^2 and the padded head) and 12 L C T."""
     C, L = config.n_embd, config.n_layer
     return 6 * (12 * L * C * C + config.padded_vocab_size * C) + 12 * L * C * config.block_size
+
+
+def recompute_flops(config: ModelConfig) -> int:
+    """What --recompute adds for one token: the blocks' forward, 2 a weight (24 L C^2) and 2 L C T (causal half)."""
+    C, L = config.n_embd, config.n_layer
+    return 24 * L * C * C + 2 * L * C * config.block_size
 
 
 FLOPS_PER_TOKEN = {"llm.c": _flops_llmc, "nanogpt": _flops_nanogpt, "matmul": _flops_matmul}

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +26,29 @@ ATTENTION: dict[str, str] = {
     "sdpa": "fastgpt2.attention:sdpa_attention",
     "triton": "kernels.attention:flash_attention_qkv",
 }
+MLP: dict[str, str] = {
+    "torch": "fastgpt2.ops:torch_mlp",
+    "triton": "kernels.gelu_mlp:gelu_mlp",
+}
+NORM: dict[str, str] = {
+    "torch": "fastgpt2.ops:torch_norm",
+    "triton": "kernels.layer_norm:add_layer_norm",
+}
+LOSS: dict[str, str] = {
+    "torch": "fastgpt2.ops:torch_loss",
+    "chunked": "kernels.linear_cross_entropy:linear_cross_entropy",
+    "triton": "kernels.linear_cross_entropy:linear_cross_entropy",
+}
+SLOTS = {"attention": ATTENTION, "mlp": MLP, "norm": NORM, "loss": LOSS}
+FLAGS = {"attention": "--attn", "mlp": "--mlp", "norm": "--norm", "loss": "--loss"}
+AUTO = {"attention": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
+"""What `auto` is: PyTorch's own form until a measured table shows ours ahead on the GPU at hand, and bench/results
+has none yet. The loss in chunks needs no measurement to be the default: it never holds the logits whole."""
 
 AttentionOp = Callable[..., Tensor]
 MlpOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 NormOp = Callable[[Tensor, Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor]]
-LossOp = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+LossOp = Callable[..., Tensor]
 
 
 def torch_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor) -> Tensor:
@@ -52,7 +71,7 @@ def torch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor)
     return F.layer_norm(x, (x.size(-1),), weight, bias, eps=1e-5), x
 
 
-def torch_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+def torch_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int) -> Tensor:
     """Mean next-token cross-entropy in nats.
 
     Args:
@@ -83,51 +102,66 @@ class Ops:
 
 def make_ops(
     attention: str = "auto",
+    mlp: str = "auto",
+    norm: str = "auto",
+    loss: str = "auto",
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     head_dim: int = 64,
     dropout: float = 0.0,
+    documents: bool = False,
     tf32: bool = False,
 ) -> tuple[Ops, dict[str, str]]:
-    """The ops asked for, and what each choice became: {"attention": "sdpa"}.
+    """The ops asked for, and what each choice became: {"attention": "sdpa", "mlp": "torch", ...}.
 
     Args:
-        attention: a key of ATTENTION, or "auto".
-        device, dtype, head_dim, dropout: what the attention will be called with.
+        attention, mlp, norm, loss: a key of the slot's table, or "auto".
+        device, dtype: where and in what the matmuls are.
+        head_dim, dropout, documents: what the attention will be called with.
         tf32: float32 products on the matrix units in TF32 (10 bits of mantissa) rather than exactly.
 
     Raises:
-        ConfigError: the implementation named can't run here; the message says why and what would.
+        ConfigError: an implementation named can't run here; the message says why and what would.
     """
     device = torch.device(device)
-    name = "sdpa" if attention == "auto" else attention
-    # auto is SDPA until a measured table shows our kernel ahead on the GPU at hand: bench/results has none yet.
-    if name not in ATTENTION:
-        raise ConfigError(f"no attention {name!r}: there are auto, {', '.join(ATTENTION)}")
-    if name == "triton":
-        _check_triton(device, dtype, head_dim, dropout)
-    function = _load(ATTENTION[name])
-    if name == "triton":
-        function = partial(function, allow_tf32=tf32)
-    return Ops(attention=function), {"attention": name}
+    asked = {"attention": attention, "mlp": mlp, "norm": norm, "loss": loss}
+    chosen = {slot: AUTO[slot] if name == "auto" else name for slot, name in asked.items()}
+    functions = {}
+    for slot, name in chosen.items():
+        if name not in SLOTS[slot]:
+            raise ConfigError(f"no {slot} {name!r}: there are auto, {', '.join(SLOTS[slot])}")
+        if reason := _why_not(slot, name, device, dtype, head_dim, dropout, documents):
+            raise ConfigError(f"{FLAGS[slot]} {name} can't run here: {reason}")
+        functions[slot] = partial(_load(SLOTS[slot][name]), **_options(slot, name, tf32))
+    return Ops(**functions), chosen
 
 
-def _check_triton(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> None:
+def _options(slot: str, name: str, tf32: bool) -> dict[str, Any]:
+    """What an implementation is told beside its tensors."""
+    if slot == "loss" and name != "torch":
+        return {"implementation": name}
+    return {"allow_tf32": tf32} if name == "triton" and slot in ("attention", "mlp") else {}
+
+
+def _why_not(
+    slot: str, name: str, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float, documents: bool
+) -> str | None:
+    """Why an implementation can't run, in a line that says what would work; None where it can."""
+    if name != "triton":
+        return None
     try:
-        kernel = import_module("kernels.attention")
+        launch = import_module("kernels.launch")
+        import_module("triton")
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        raise ConfigError(
-            "--attn triton needs the triton package, which this machine lacks (it is published for Linux): "
-            "use --attn sdpa"
-        ) from None
-    reason = kernel.why_unsupported(device, dtype, head_dim, dropout)
-    if reason:
-        raise ConfigError(f"--attn triton can't run here: {reason}")
+        return f"the triton package is missing (it is published for Linux); use {FLAGS[slot]} {AUTO[slot]}"
+    if slot == "attention":
+        return import_module("kernels.attention").why_unsupported(device, dtype, head_dim, dropout)
+    return launch.why_unsupported(f"Triton's {slot}", device, dtype, f"{FLAGS[slot]} {AUTO[slot]}")
 
 
-def _load(path: str) -> Callable[..., Tensor]:
+def _load(path: str) -> Callable[..., Any]:
     module, function = path.split(":")
     return getattr(import_module(module), function)

@@ -17,14 +17,17 @@ FINAL_LR_FRACTION = 0.1
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Adam (Kingma and Ba 2015) or AdamW (Loshchilov and Hutter 2019), one fused pass over all parameters.
 
-    Matrices (embeddings too) are decayed, vectors (biases, LayerNorm) are not.
+    Matrices (embeddings too) are decayed, vectors (biases, LayerNorm) are not. For a CUDA graph the learning rate is
+    a tensor on the device.
     """
     parameters = list(model.parameters())
+    lr = torch.tensor(config.lr, device=parameters[0].device) if config.cuda_graph else config.lr
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return _OPTIMIZERS[config.optimizer](groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    betas = (config.beta1, config.beta2)
+    return _OPTIMIZERS[config.optimizer](groups, lr=lr, betas=betas, fused=True, capturable=config.cuda_graph)
 
 
 def _constant(progress: float) -> float:

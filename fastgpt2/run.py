@@ -21,7 +21,8 @@ from fastgpt2 import checkpoint
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.data import TokenSource, data_vocab_size, open_data, split
 from fastgpt2.device import pick_device
-from fastgpt2.model import GPT
+from fastgpt2.graph import CapturedStep
+from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import make_ops
 from fastgpt2.optim import learning_rate, make_optimizer
 
@@ -50,6 +51,8 @@ class Run:
     start: int = 0
     """Steps already done by the run that this one resumes."""
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
+    captured: CapturedStep | None = None
+    """The step as a CUDA graph, where one is asked for."""
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision: 16-bit matmuls over float32 weights; nothing in the other precisions."""
@@ -74,6 +77,20 @@ class Run:
         Returns:
             The loss (a scalar on the device, mean over micro-steps) and the gradients' norm before clipping.
         """
+        rate = learning_rate(step, self.config)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        if self.captured is None:
+            return self._work(tokens, want_norm)
+        loss, norm = self.captured(tokens)
+        # The replayed gradients stay where they are until the next replay.
+        return loss, self._norm() if norm is None and want_norm else norm
+
+    def _work(self, tokens: Tensor, want_norm: bool) -> tuple[Tensor, Tensor | None]:
+        """Everything of a step that is the same in every step: what a CUDA graph captures."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for micro in tokens:
@@ -85,15 +102,15 @@ class Run:
         norm = None
         if want_norm or self.config.grad_clip:
             self.scaler.unscale_(self.optimizer)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            norm = self._norm()
             if self.config.grad_clip:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
-        rate = learning_rate(step, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return total / len(tokens), norm
+
+    def _norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def skipped_steps(self, done: int) -> int:
         """Of the `done` steps, those that the gradient scaler left out: the fused optimizer didn't count them."""
@@ -114,6 +131,9 @@ def build(config: TrainConfig) -> Run:
     dtype = TORCH_DTYPE[str(config.dtype)]
     ops, chosen = make_ops(
         config.attn,
+        config.mlp,
+        config.norm,
+        config.loss,
         device=device,
         dtype=dtype,
         head_dim=model_config.head_dim,
@@ -125,11 +145,11 @@ def build(config: TrainConfig) -> Run:
     if latest is not None:
         checkpoint.check_shape(latest, model_config)
     torch.manual_seed(config.seed)
-    model = GPT(model_config, ops)
+    model = GPT(model_config, ops, recompute=config.recompute)
     model.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
     model.train()
     if config.compile:
-        model.compile(dynamic=False)
+        model.compile(dynamic=False, fullgraph=True)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     run = Run(
@@ -143,9 +163,24 @@ def build(config: TrainConfig) -> Run:
         chosen,
         parameters=list(model.parameters()),
     )
+    if config.cuda_graph:
+        run.captured = CapturedStep(lambda tokens: run._work(tokens, want_norm=False), device)
     if latest is not None:
         run.start = checkpoint.restore(latest, model, optimizer, scaler, device)
     return run
+
+
+def activation_bytes(run: Run, *, recompute: bool) -> int:
+    """Bytes that the forward of a micro-step keeps for its backward, counted on fake tensors: nothing is computed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    config, weights = run.config, run.model.state_dict()
+    with FakeTensorMode() as mode, run.device, run.autocast():
+        model = GPT(run.model.config, run.model.ops, recompute=recompute)
+        # .to() can't convert fake parameters.
+        model.load_state_dict({name: mode.from_tensor(weight) for name, weight in weights.items()}, assign=True)
+        tokens = torch.zeros(int(config.batch_size or 0), int(config.block_size or 0), dtype=torch.int64)
+        return saved_bytes(model, tokens, tokens)
 
 
 def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
@@ -167,6 +202,8 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
         )
     if config.compile and device.type == "cpu" and shutil.which(cxx := os.environ.get("CXX", "g++")) is None:
         raise ConfigError(f"--compile on a CPU needs a C++ compiler and {cxx} is not found: install it or set CXX")
+    if config.cuda_graph and device.type != "cuda":
+        raise ConfigError("--cuda-graph needs a CUDA GPU: leave it out")
     resolved = config.resolve(
         cuda=device.type == "cuda",
         bf16=bf16,

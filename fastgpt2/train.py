@@ -26,8 +26,8 @@ from fastgpt2.config import TrainConfig, read_toml, to_arguments
 from fastgpt2.device import device_name, peak_flops, peak_memory_bytes
 from fastgpt2.evaluate import evaluate
 from fastgpt2.metrics import JsonLines, Meter, NonFiniteLossError
-from fastgpt2.model import FLOPS_PER_TOKEN, GPT
-from fastgpt2.run import Run, build, numerics
+from fastgpt2.model import FLOPS_PER_TOKEN, GPT, recompute_flops
+from fastgpt2.run import Run, activation_bytes, build, numerics
 
 MFU_FORMULA = "llm.c"
 
@@ -177,7 +177,7 @@ def _record(run: Run, meter: Meter, step: int, norm: Tensor | None) -> dict[str,
     return {
         "step": step,
         "loss": meter.losses[-1],
-        "lr": run.optimizer.param_groups[0]["lr"],
+        "lr": float(run.optimizer.param_groups[0]["lr"]),
         "grad_norm": None if norm is None else norm.item(),
         "step_ms": step_ms,
         "tokens_per_s": speed,
@@ -223,8 +223,17 @@ def _advice(run: Run) -> str:
 
 def _notes(run: Run) -> Iterator[str]:
     config = run.config
-    if config.attn == "auto":
-        yield f"--attn auto chose {run.chosen['attention']}"
+    flags = {"--attn": config.attn, "--mlp": config.mlp, "--norm": config.norm, "--loss": config.loss}
+    chosen = zip(flags.items(), run.chosen.values(), strict=True)
+    if automatic := [f"{flag} {name}" for (flag, asked), name in chosen if asked == "auto"]:
+        yield f"auto chose {', '.join(automatic)}"
+    if config.recompute:
+        kept, instead = (activation_bytes(run, recompute=r) / 2**20 for r in (True, False))
+        more = recompute_flops(run.model.config) / FLOPS_PER_TOKEN[MFU_FORMULA](run.model.config)
+        yield (
+            f"--recompute keeps {kept:,.1f} MiB of activations rather than {instead:,.1f} "
+            f"and computes the blocks' forward twice: {more:.0%} more FLOPs, which mfu does not count"
+        )
     if run.start:
         yield f"continuing after step {run.start}"
     if run.start >= int(config.steps or 0):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastgpt2 import GPT, ModelConfig
 from fastgpt2.config import PRESETS
-from fastgpt2.model import FLOPS_PER_TOKEN, parameter_count
+from fastgpt2.model import FLOPS_PER_TOKEN, parameter_count, saved_bytes
 from fastgpt2.ops import make_ops
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=101)
@@ -182,25 +182,11 @@ def test_a_sequence_that_is_too_long_is_refused() -> None:
         make()(torch.zeros(1, 25, dtype=torch.int64))
 
 
-def saved_bytes(attention: str, *, B: int = 2, T: int = 32, C: int = 32, L: int = 2) -> int:
-    """Bytes kept for the backward, each storage once, parameters left out."""
+def saved(attention: str, *, B: int = 2, T: int = 32, C: int = 32, L: int = 2) -> int:
     config = ModelConfig(n_layer=L, n_head=2, n_embd=C, block_size=T, vocab_size=128)
-    model = make(config, attention)
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, tuple[int, Tensor]] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            # x is held, so that its address stays its own.
-            storages[storage.data_ptr()] = (storage.nbytes(), x)
-        return x
-
     # Copies: not two views of one storage.
     inputs, targets = (x.clone().to(place(attention)) for x in batch(config, B=B))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(inputs, targets)
-    return sum(size for size, _ in storages.values())
+    return saved_bytes(make(config, attention), inputs, targets)
 
 
 @pytest.mark.parametrize(
@@ -209,14 +195,14 @@ def saved_bytes(attention: str, *, B: int = 2, T: int = 32, C: int = 32, L: int 
 )
 @pytest.mark.parametrize("attention", ["sdpa", "triton"])
 def test_saved_activations_grow_linearly(attention: str, name: str, values: tuple[int, ...]) -> None:
-    sizes = [saved_bytes(attention, **{name: value}) for value in values]
+    sizes = [saved(attention, **{name: value}) for value in values]
     steps = {b - a for a, b in pairwise(sizes)}
     assert len(steps) == 1, sizes
     assert steps.pop() > 0
 
 
 def test_saved_activations_grow_with_the_square_of_t_with_naive() -> None:
-    sizes = [saved_bytes("naive", T=T) for T in (16, 32, 48, 64)]
+    sizes = [saved("naive", T=T) for T in (16, 32, 48, 64)]
     first = [b - a for a, b in pairwise(sizes)]
     second = {b - a for a, b in pairwise(first)}
     # B H T^2 float32 weights and one bool mask T^2 a layer: both are quadratic, so the second difference is

@@ -1,0 +1,180 @@
+"""The step as a whole: what it keeps, what it asks of the device, how it is compiled and captured."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from fastgpt2.config import ConfigError, TrainConfig
+from fastgpt2.model import GPT
+from fastgpt2.ops import Ops, make_ops
+from fastgpt2.optim import make_optimizer
+from fastgpt2.run import Run, activation_bytes, build, settle
+from fastgpt2.train import Reporter, train
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+
+def tiny(**changes: Any) -> TrainConfig:
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 24, "vocab_size": 128, "batch_size": 2}
+    return TrainConfig(**{**shape, "steps": 6, "device": "cpu", "lr": 1e-3, "save_every": 0, **changes})
+
+
+# ----------------------------------------------------------------------------------------------- recompute
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"dtype": "bfloat16"}, {"dropout": 0.2}, {"grad_accum": 2, "grad_clip": 1.0}],
+    ids=["float32", "bfloat16", "dropout", "accumulated"],
+)
+def test_recomputing_gives_the_same_bits(changes: dict[str, Any]) -> None:
+    config = tiny(**changes)
+    plain, again = train(config), train(dataclasses.replace(config, recompute=True))
+    assert again.losses == plain.losses
+    for p, q in zip(plain.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_recomputing_keeps_the_two_inputs_of_a_block() -> None:
+    sizes = [activation_bytes(build(tiny(n_layer=L)), recompute=True) for L in (2, 3, 4)]
+    B, T, C = 2, 24, 32
+    assert [b - a for a, b in pairwise(sizes)] == [2 * B * T * C * 4] * 2
+    run = build(tiny())
+    assert activation_bytes(run, recompute=False) > 3 * activation_bytes(run, recompute=True)
+
+
+def test_counting_the_bytes_leaves_the_run_as_it_was() -> None:
+    run = build(tiny(dropout=0.2))
+    before = torch.get_rng_state()
+    activation_bytes(run, recompute=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_log_says_what_recomputing_saves_and_costs() -> None:
+    class Notes(Reporter):
+        def __init__(self) -> None:
+            self.texts: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.texts.append(text)
+
+    notes = Notes()
+    train(tiny(model="gpt2", n_layer=None, n_head=None, n_embd=None, vocab_size=None, batch_size=1, steps=1,
+               block_size=8, recompute=True), notes)  # fmt: skip
+    (text,) = (t for t in notes.texts if t.startswith("--recompute"))
+    # Without attention the blocks are 85 of 124 million weights, and a forward is a third of their FLOPs: 23%.
+    assert "MiB of activations rather than" in text and "23% more FLOPs" in text
+
+
+# ------------------------------------------------------------------------------- waiting for the device
+
+
+def fake_step(config: TrainConfig, ops: Ops) -> None:
+    """Two steps on fake tensors, which have no values: whatever asks for one, as .item() does, raises."""
+    config, device = settle(config)
+    with FakeTensorMode():
+        model = GPT(config.model_config(), ops, recompute=config.recompute)
+        optimizer = make_optimizer(model, config)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        parameters = list(model.parameters())
+        run = Run(config, device, model, optimizer, scaler, None, None, {}, parameters=parameters)  # type: ignore[arg-type]
+        tokens = torch.zeros(config.grad_accum, int(config.batch_size or 0), 25, dtype=torch.int64)
+        for step in range(2):
+            run.step(step, tokens, want_norm=True)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_step_asks_the_device_for_no_value(dtype: str, recompute: bool) -> None:
+    config = tiny(dtype=dtype, grad_clip=1.0, grad_accum=2, dropout=0.1, recompute=recompute)
+    fake_step(config, make_ops()[0])
+
+
+def test_a_step_that_asks_is_found() -> None:
+    def asks(hidden, weight, targets, *, vocab_size):
+        loss = Ops().loss(hidden, weight, targets, vocab_size=vocab_size)
+        return loss if loss.item() < 100 else 2 * loss
+
+    with pytest.raises(DataDependentOutputException):
+        fake_step(tiny(), Ops(loss=asks))
+
+
+# ---------------------------------------------------------------------------------------------- CUDA graph
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cuda_graph": True}, "--cuda-graph needs a CUDA GPU"),
+        ({"cuda_graph": True, "dtype": "float16"}, "--cuda-graph can't skip a step"),
+        ({"cuda_graph": True, "recompute": True, "dropout": 0.1}, "--cuda-graph can't rewind the generator"),
+    ],
+)
+def test_what_a_cuda_graph_cannot_do_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(tiny(**changes))
+
+
+def graphed(**changes: Any) -> TrainConfig:
+    return tiny(device="cuda", n_embd=64, block_size=200, steps=20, cuda_graph=True, **changes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dtype": "float32"},
+        {"dropout": 0.1},
+        {"grad_accum": 2, "grad_clip": 0.1, "schedule": "cosine", "warmup_steps": 5},
+        {"optimizer": "adamw", "weight_decay": 0.1},
+        {"compile": True},
+        {"recompute": True},
+        {"attn": "triton"},
+        {"attn": "triton", "mlp": "triton", "norm": "triton", "loss": "triton"},
+        {"attn": "triton", "mlp": "triton", "norm": "triton", "loss": "triton", "compile": True},
+    ],
+    ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()) or "default",
+)
+def test_a_cuda_graph_gives_the_same_losses(changes: dict[str, Any]) -> None:
+    config = graphed(**changes)
+    plain = train(dataclasses.replace(config, cuda_graph=False))
+    captured = train(config)
+    assert captured.losses == plain.losses
+    for p, q in zip(plain.model.parameters(), captured.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.gpu
+def test_replays_draw_new_dropout_masks() -> None:
+    """One batch again and again with a learning rate of 0: what differs between the losses is the masks."""
+    for attn in ("sdpa", "triton"):
+        losses = train(graphed(dropout=0.3, data="dummy-fixed", lr=0.0, attn=attn)).losses
+        assert len(set(losses)) == len(losses), attn
+
+
+@pytest.mark.gpu
+def test_a_replayed_step_is_resumed_to_the_bit(tmp_path) -> None:
+    config = graphed(dropout=0.1, grad_clip=1.0, save_every=100)
+    whole = train(dataclasses.replace(config, out=tmp_path / "whole"))
+    train(dataclasses.replace(config, out=tmp_path / "cut", steps=11))
+    rest = train(dataclasses.replace(config, out=tmp_path / "cut", resume=True))
+    assert rest.losses == whole.losses[11:]
+
+
+@pytest.mark.gpu
+def test_the_norm_is_logged_whether_or_not_the_graph_computes_it() -> None:
+    for clip in (0.0, 1.0):
+        config = graphed(grad_clip=clip)
+        run, plain = build(config), build(dataclasses.replace(config, cuda_graph=False))
+        for step in range(6):
+            norms = [r.step(step, r.next_tokens(step), want_norm=True)[1] for r in (run, plain)]
+            assert norms[0] is not None and norms[1] is not None
+            assert norms[0].item() == norms[1].item()
