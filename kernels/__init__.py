@@ -4,11 +4,17 @@ Shapes: B batch, T tokens, H heads, D head size, C = H D channels, V vocabulary.
 
     flash_attention_qkv(qkv (B, T, 3, H, D)) -> (B, T, H, D)
     flash_attention(q, k, v (B, T, H, D)) -> (B, T, H, D)
+    layer_norm(x (..., C), weight (C,), bias (C,)) -> (..., C)
+    add_layer_norm(x (..., C), residual (..., C), weight (C,), bias (C,)) -> (y (..., C), x + residual (..., C))
 
-A function is imported when it is first asked for, so that `import kernels` works without Triton.
+A function is imported when it is first asked for, so that `import kernels` works without Triton. Where a function has
+its module's name, `kernels.<name>` is the function, whatever was imported before; `from kernels.<name> import ...`
+reaches into the module.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 # transformers takes any importable package named `kernels` whose version it knows for one of its own
@@ -16,11 +22,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "add_layer_norm": "kernels.layer_norm",
     "flash_attention": "kernels.attention",
     "flash_attention_qkv": "kernels.attention",
+    "layer_norm": "kernels.layer_norm",
 }
 
-__all__ = ["flash_attention", "flash_attention_qkv"]
+__all__ = ["add_layer_norm", "flash_attention", "flash_attention_qkv", "layer_norm"]
 
 
 def __getattr__(name: str) -> Any:
@@ -31,3 +39,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*globals(), *_HOME]
+
+
+class _Package(ModuleType):
+    """Importing a submodule binds it in its package: not so where the name is a function's."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _HOME or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
