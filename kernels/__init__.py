@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, H heads, D head size, C = H D channels, V vocabulary.
     flash_attention(q, k, v (B, T, H, D)) -> (B, T, H, D)
     layer_norm(x (..., C), weight (C,), bias (C,)) -> (..., C)
     add_layer_norm(x (..., C), residual (..., C), weight (C,), bias (C,)) -> (y (..., C), x + residual (..., C))
+    linear_cross_entropy(hidden (..., C), weight (V, C), targets (...)) -> the mean loss
 
 A function is imported when it is first asked for, so that `import kernels` works without Triton. Where a function has
 its module's name, `kernels.<name>` is the function, whatever was imported before; `from kernels.<name> import ...`
@@ -26,9 +27,10 @@ _HOME = {
     "flash_attention": "kernels.attention",
     "flash_attention_qkv": "kernels.attention",
     "layer_norm": "kernels.layer_norm",
+    "linear_cross_entropy": "kernels.linear_cross_entropy",
 }
 
-__all__ = ["add_layer_norm", "flash_attention", "flash_attention_qkv", "layer_norm"]
+__all__ = ["add_layer_norm", "flash_attention", "flash_attention_qkv", "layer_norm", "linear_cross_entropy"]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,7 @@ from typing import Any
 from kernels.launch import Kernel
 from kernels.tuning import LaunchConfig, architectures, configurations, read_table
 
-MODULES = ("kernels.attention", "kernels.layer_norm")
+MODULES = ("kernels.attention", "kernels.layer_norm", "kernels.cross_entropy")
 """The modules whose KERNELS are inspected."""
 ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "fp32"}
 
