@@ -27,7 +27,7 @@ from bench.shapes import (
     Candidate,
 )
 from bench.timing import input_sets, peak_memory, rates, time_call
-from fastgpt2.verify import error_and_budget
+from fastgpt2.compare import attention_problem, error_and_budget
 
 CANDIDATES = {**OURS, **PEERS, **APART}
 
@@ -125,7 +125,7 @@ def check_attention(name: str, op: Callable[..., Tensor], shape: AttentionShape)
     """Fail where the attention, called with the size that is timed, errs more than the budget allows.
 
     One head of one sequence, the last of each, is compared; the others hold random numbers of their own, so a
-    kernel that reads the wrong rows is found out. The budget is fastgpt2.verify's, relative to naive and sdpa.
+    kernel that reads the wrong rows is found out. The budget is fastgpt2.compare's, relative to naive and sdpa.
     A candidate that has passed with a shape is not compared again.
     """
     if (name, shape) in _checked:
@@ -138,6 +138,7 @@ def check_attention(name: str, op: Callable[..., Tensor], shape: AttentionShape)
         full[-1:, :, :, -1:] = qkv
         return op(full)[-1:, :, -1:]
 
-    for tensor, (error, budget) in error_and_budget(last_head, (1, T, 1, D), shape.dtype, str(DEVICE), [0]).items():
+    problem = attention_problem((1, T, 1, D))
+    for tensor, (error, budget) in error_and_budget(last_head, problem, shape.dtype, DEVICE, [0]).items():
         assert error <= budget, f"not timed: {tensor} is off by {error:.2e}, {budget:.2e} is allowed"
     _checked.add((name, shape))

@@ -89,7 +89,7 @@ class Candidate:
         if device.type == "cpu" and self.peer:
             pytest.skip("PyTorch's attention kernels are told apart on a CUDA GPU only")
         try:
-            ops, _ = make_ops(self.attention, device=device, dtype=dtype, head_dim=head_dim)
+            ops, _ = make_ops({"attention": self.attention}, device=device, dtype=dtype, head_dim=head_dim)
         except ConfigError as error:
             pytest.skip(str(error))
         return ops.attention

@@ -8,7 +8,7 @@ chosen, so that neither Triton nor a kernel is imported by a run that doesn't us
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -32,7 +32,7 @@ MLP: dict[str, str] = {
 }
 NORM: dict[str, str] = {
     "torch": "fastgpt2.ops:torch_norm",
-    "triton": "kernels.layer_norm:add_layer_norm",
+    "triton": "fastgpt2.ops:fused_norm",
 }
 LOSS: dict[str, str] = {
     "torch": "fastgpt2.ops:torch_loss",
@@ -41,7 +41,7 @@ LOSS: dict[str, str] = {
 }
 SLOTS = {"attention": ATTENTION, "mlp": MLP, "norm": NORM, "loss": LOSS}
 FLAGS = {"attention": "--attn", "mlp": "--mlp", "norm": "--norm", "loss": "--loss"}
-AUTO = {"attention": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
+AUTO = {"attention": "sdpa", "mlp": "torch", "norm": "torch", "loss": "chunked"}
 """What `auto` is: PyTorch's own form until a measured table shows ours ahead on the GPU at hand, and bench/results
 has none yet. The loss in chunks needs no measurement to be the default: it never holds the logits whole."""
 
@@ -69,6 +69,15 @@ def torch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor)
     if residual is not None:
         x = residual + x
     return F.layer_norm(x, (x.size(-1),), weight, bias, eps=1e-5), x
+
+
+def fused_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, alone: Callable[..., Any], added: NormOp
+) -> tuple[Tensor, Tensor]:
+    """As torch_norm, by two functions: of x alone, where it begins the stream, and of x added to it."""
+    if residual is None:
+        return alone(x, weight, bias), x
+    return added(x, residual, weight, bias)
 
 
 def torch_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int) -> Tensor:
@@ -101,10 +110,7 @@ class Ops:
 
 
 def make_ops(
-    attention: str = "auto",
-    mlp: str = "auto",
-    norm: str = "auto",
-    loss: str = "auto",
+    choices: Mapping[str, str] | None = None,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -116,7 +122,7 @@ def make_ops(
     """The ops asked for, and what each choice became: {"attention": "sdpa", "mlp": "torch", ...}.
 
     Args:
-        attention, mlp, norm, loss: a key of the slot's table, or "auto".
+        choices: by slot, a key of its table or "auto", which is what slots left out are.
         device, dtype: where and in what the matmuls are.
         head_dim, dropout, documents: what the attention will be called with.
         tf32: float32 products on the matrix units in TF32 (10 bits of mantissa) rather than exactly.
@@ -125,8 +131,8 @@ def make_ops(
         ConfigError: an implementation named can't run here; the message says why and what would.
     """
     device = torch.device(device)
-    asked = {"attention": attention, "mlp": mlp, "norm": norm, "loss": loss}
-    chosen = {slot: AUTO[slot] if name == "auto" else name for slot, name in asked.items()}
+    asked = {slot: name for slot, name in (choices or {}).items() if name != "auto"}
+    chosen = AUTO | asked
     functions = {}
     for slot, name in chosen.items():
         if name not in SLOTS[slot]:
@@ -141,6 +147,8 @@ def _options(slot: str, name: str, tf32: bool) -> dict[str, Any]:
     """What an implementation is told beside its tensors."""
     if slot == "loss" and name != "torch":
         return {"implementation": name}
+    if (slot, name) == ("norm", "triton"):
+        return {"alone": _load("kernels.layer_norm:layer_norm"), "added": _load("kernels.layer_norm:add_layer_norm")}
     return {"allow_tf32": tf32} if name == "triton" and slot in ("attention", "mlp") else {}
 
 

@@ -130,10 +130,7 @@ def build(config: TrainConfig) -> Run:
     source, val_source = _open_sources(config)
     dtype = TORCH_DTYPE[str(config.dtype)]
     ops, chosen = make_ops(
-        config.attn,
-        config.mlp,
-        config.norm,
-        config.loss,
+        {"attention": config.attn, "mlp": config.mlp, "norm": config.norm, "loss": config.loss},
         device=device,
         dtype=dtype,
         head_dim=model_config.head_dim,

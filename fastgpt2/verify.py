@@ -1,14 +1,15 @@
-"""`python -m fastgpt2.verify`: does every backend compute what the reference computes, on this machine?
+"""`python -m fastgpt2.verify`: does every implementation of every slot compute what the reference computes, here?
 
-Three checks, each against the naive form in float64, each with a budget relative to what PyTorch itself
+Three checks, each against the plain form in float64, each with a budget relative to what PyTorch itself
 loses in the same precision:
 
-1. Errors: the attention's output and gradient on random input.
+1. Errors: outputs and gradients of the operation by itself, on random input.
 2. Losses: 100 training steps from the same seed on dummy tokens; a loss may deviate from the reference's by
-   twice what the naive form deviates in that precision, or by LOSS_FLOOR.
+   twice what the plain form deviates in that precision, or by LOSS_FLOOR.
 3. Gradients: losses alone are blind (on random tokens a zeroed dQ hardly moves them), so every tenth step of
    a run whose attention is peaked (qkv weights initialised 5x larger) the backend gets the reference's
-   weights and tokens, and its gradients of the qkv weights may err by twice the larger of naive's and sdpa's.
+   weights and tokens, and the gradient of each parameter may err by twice the larger of what the plain form's
+   and sdpa's does.
 
 Without CUDA the Triton kernels run in the interpreter, in a process of its own.
 """
@@ -16,50 +17,78 @@ Without CUDA the Triton kernels run in the interpreter, in a process of its own.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgpt2.attention import naive_attention, sdpa_attention
-from fastgpt2.config import Attention, ConfigError, Dtype, TrainConfig
+from fastgpt2.compare import ALLOWED, error_and_budget, problems
+from fastgpt2.config import ConfigError, Dtype, TrainConfig
 from fastgpt2.data import split
 from fastgpt2.device import pick_device
 from fastgpt2.model import GPT
-from fastgpt2.ops import ATTENTION, Ops, make_ops
+from fastgpt2.ops import FLAGS, SLOTS, Ops, make_ops
 from fastgpt2.run import TORCH_DTYPE, build, numerics
 from fastgpt2.train import train
 
 LOSS_FLOOR = {"float32": 1e-5, "tf32": 1e-3, "bfloat16": 1e-3, "float16": 1e-3}
-"""What a loss in nats may deviate by however well the naive form does."""
-ALLOWED = 2.0
-"""A backend's error may be this multiple of the yardstick's."""
+"""What a loss in nats may deviate by however well the plain form does."""
 PEAKED = 5.0
 """The qkv weights of the gradient check are initialised this much larger: attention is then far from uniform."""
 EVERY = 10
 """Steps between two gradient checks."""
-UNITS_IN_LAST_PLACE = 4
 FLOAT16_LOSS_SCALE = 1024.0
+PLAIN = {slot: next(iter(table)) for slot, table in SLOTS.items()}
+"""Each slot's reference: naive attention, and torch."""
 
 
-def small_config(device: str = "cpu", steps: int = 100) -> TrainConfig:
-    """A run whose sequences span three tiles of the attention kernel, small enough for the interpreter on a CPU."""
+def small_config(device: str = "cpu", steps: int = 100, *, short: bool = False) -> TrainConfig:
+    """A run whose sequences span three tiles of the attention kernel, small enough for the interpreter on a CPU.
+
+    short: a fifth of the tokens, on a CPU, where the interpreter's time goes with them.
+    """
     shape: dict[str, Any]
     if torch.device(device).type == "cuda":
         shape = {"n_layer": 2, "n_head": 2, "n_embd": 128, "block_size": 320, "batch_size": 3}
     else:
-        shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 40, "batch_size": 1}
+        shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8 if short else 40, "batch_size": 1}
     return TrainConfig(**shape, vocab_size=128, steps=steps, lr=1e-3, device=device, save_every=0, log_every=EVERY)
 
 
-# ---------------------------------------------------------------------------------------------- losses
+@dataclass(frozen=True)
+class Backend:
+    """What is compared: the implementation of a slot, or of several, with the others in their plain form."""
+
+    name: str
+    choices: dict[str, str]
+
+    def config(self, config: TrainConfig) -> TrainConfig:
+        """A run with it."""
+        names: dict[str, Any] = {FLAGS[s].removeprefix("--"): name for s, name in (PLAIN | self.choices).items()}
+        return dataclasses.replace(config, **names)
+
+    def ops(self, device: str, dtype: Dtype) -> Ops:
+        """Its functions.
+
+        Raises:
+            ConfigError: it can't run there; the message says why.
+        """
+        names = PLAIN | self.choices
+        return make_ops(names, device=device, dtype=TORCH_DTYPE[dtype], head_dim=16, tf32=dtype == "tf32")[0]
+
+
+def backends() -> dict[str, Backend]:
+    """Every implementation of every slot by itself, and all of ours together, by the name that the table shows."""
+    single = {
+        f"{slot} {name}": {slot: name} for slot, table in SLOTS.items() for name in table if name != PLAIN[slot]
+    }
+    everything = dict.fromkeys(SLOTS, "triton")
+    return {name: Backend(name, choices) for name, choices in {"plain": {}, **single, "all triton": everything}.items()}
 
 
 @dataclass(frozen=True)
@@ -79,9 +108,12 @@ class Row:
         return self.error <= self.budget
 
 
+# ---------------------------------------------------------------------------------------------- losses
+
+
 def reference_losses(config: TrainConfig) -> list[float]:
-    """The losses of the run in float64 with the naive form."""
-    return train(dataclasses.replace(config, attn="naive", dtype="float64", compile=False)).losses
+    """The losses of the run in float64 with the plain forms."""
+    return train(dataclasses.replace(Backend("plain", {}).config(config), dtype="float64", compile=False)).losses
 
 
 def deviation(losses: list[float], reference: list[float]) -> float:
@@ -92,26 +124,26 @@ def deviation(losses: list[float], reference: list[float]) -> float:
 
 
 class Losses:
-    """Check 2. The reference and the naive run of each precision are made once, when first needed."""
+    """Check 2. The reference and the plain run of each precision are made once, when first needed."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.reference = reference_losses(config)
-        self._naive: dict[Dtype, float] = {}
+        self._plain: dict[Dtype, float] = {}
 
     def budget(self, dtype: Dtype) -> float:
         """What a backend's losses may deviate by in a precision."""
-        if dtype not in self._naive:
-            naive = dataclasses.replace(self.config, attn="naive", dtype=dtype)
-            self._naive[dtype] = deviation(train(naive).losses, self.reference)
-        return max(ALLOWED * self._naive[dtype], LOSS_FLOOR[dtype])
+        if dtype not in self._plain:
+            plain = dataclasses.replace(Backend("plain", {}).config(self.config), dtype=dtype)
+            self._plain[dtype] = deviation(train(plain).losses, self.reference)
+        return max(ALLOWED * self._plain[dtype], LOSS_FLOOR[dtype])
 
-    def check(self, attn: Attention, dtype: Dtype, *, compile: bool = False) -> Row:
+    def check(self, backend: Backend, dtype: Dtype, *, compile: bool = False) -> Row:
         """Train a backend and compare; a float16 run that skipped a step fails."""
         began = time.perf_counter()
-        result = train(dataclasses.replace(self.config, attn=attn, dtype=dtype, compile=compile))
+        result = train(dataclasses.replace(backend.config(self.config), dtype=dtype, compile=compile))
         error = float("inf") if result.skipped_steps else deviation(result.losses, self.reference)
-        name = f"{attn} compiled" if compile else attn
+        name = f"{backend.name}, compiled" if compile else backend.name
         label = f"losses, {len(self.reference)} steps"
         return Row(label, name, dtype, error, self.budget(dtype), time.perf_counter() - began)
 
@@ -121,11 +153,11 @@ class Losses:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A moment of the reference run: its weights, the tokens it is about to see, its qkv weights' gradients."""
+    """A moment of the reference run: its weights, the tokens it is about to see, its parameters' gradients."""
 
     weights: dict[str, Tensor]
     tokens: Tensor
-    gradients: list[Tensor]
+    gradients: dict[str, Tensor]
 
 
 class Gradients:
@@ -133,12 +165,13 @@ class Gradients:
 
     def __init__(self, config: TrainConfig) -> None:
         with numerics(config):
-            self.run = build(dataclasses.replace(config, attn="naive", dtype="float64"))
+            self.run = build(dataclasses.replace(Backend("plain", {}).config(config), dtype="float64"))
             with torch.no_grad():
-                for weight in qkv_weights(self.run.model):
-                    weight.mul_(PEAKED)
+                for name, weight in self.run.model.named_parameters():
+                    if name.endswith("attn.c_attn.weight"):
+                        weight.mul_(PEAKED)
             self.snapshots = [s for step in range(int(config.steps or 0)) if (s := self._advance(step))]
-        self._yardstick: dict[Dtype, list[list[float]]] = {}
+        self._yardstick: dict[Dtype, dict[str, float]] = {}
 
     def _advance(self, step: int) -> Snapshot | None:
         weights = {name: t.clone() for name, t in self.run.model.state_dict().items()} if step % EVERY == 0 else None
@@ -146,15 +179,16 @@ class Gradients:
         self.run.step(step, tokens)
         if weights is None:
             return None
-        return Snapshot(weights, tokens[0], [_gradient(w).clone() for w in qkv_weights(self.run.model)])
+        return Snapshot(weights, tokens[0], {name: g.clone() for name, g in _gradients(self.run.model).items()})
 
-    def errors(self, attention: Callable[..., Tensor], dtype: Dtype) -> list[list[float]]:
-        """The relative error of each layer's qkv weight gradient, |g - g_ref| / |g_ref|, at each snapshot."""
+    def errors(self, ops: Ops, dtype: Dtype) -> dict[str, float]:
+        """The relative error of each parameter's gradient, |g - g_ref| / |g_ref|, as the root of its mean square over
+        the snapshots."""
         device, shape = self.run.device, self.run.model.config
-        model = GPT(shape, Ops(attention=attention)).to(device)
+        model = GPT(shape, ops).to(device)
         compute = TORCH_DTYPE[dtype]
         scale = FLOAT16_LOSS_SCALE if compute == torch.float16 else 1.0
-        rows = []
+        squares: dict[str, list[Tensor]] = {}
         with numerics(dataclasses.replace(self.run.config, dtype=dtype)):
             for snapshot in self.snapshots:
                 model.load_state_dict(snapshot.weights)
@@ -162,150 +196,95 @@ class Gradients:
                 with torch.autocast(device.type, dtype=compute, enabled=compute.itemsize == 2):
                     loss = model(*split(snapshot.tokens))
                 (loss * scale).backward()
-                got = [_gradient(w).double() / scale for w in qkv_weights(model)]
-                rows.append([((g - r).norm() / r.norm()).item() for g, r in zip(got, snapshot.gradients, strict=True)])
-        return rows
+                for name, got in _gradients(model).items():
+                    want = snapshot.gradients[name]
+                    error = (got.double() / scale - want).norm() / want.norm()
+                    squares.setdefault(name, []).append(error.square())
+        return {name: torch.stack(values).mean().sqrt().item() for name, values in squares.items()}
 
-    def yardstick(self, dtype: Dtype) -> list[list[float]]:
-        """The larger of naive's and sdpa's error in a precision, by snapshot and layer."""
+    def yardstick(self, dtype: Dtype) -> dict[str, float]:
+        """The larger of the plain form's and sdpa's error in a precision, by parameter."""
         if dtype not in self._yardstick:
-            pair = [self.errors(op, dtype) for op in (naive_attention, sdpa_attention)]
-            self._yardstick[dtype] = [[max(e) for e in zip(*rows, strict=True)] for rows in zip(*pair, strict=True)]
+            device = str(self.run.device)
+            pair = [self.errors(backends()[name].ops(device, dtype), dtype) for name in ("plain", "attention sdpa")]
+            self._yardstick[dtype] = {name: max(errors[name] for errors in pair) for name in pair[0]}
         return self._yardstick[dtype]
 
-    def check(self, name: str, attention: Callable[..., Tensor], dtype: Dtype) -> Row:
+    def check(self, name: str, ops: Ops, dtype: Dtype) -> Row:
         """The worst of a backend's errors as a multiple of the yardstick's."""
         began = time.perf_counter()
-        pairs = zip(self.errors(attention, dtype), self.yardstick(dtype), strict=True)
-        ratios = [e / y for errors, yardsticks in pairs for e, y in zip(errors, yardsticks, strict=True)]
+        yardstick = self.yardstick(dtype)
+        ratios = {parameter: error / yardstick[parameter] for parameter, error in self.errors(ops, dtype).items()}
         # max() would pass over a NaN that isn't first.
-        worst = max((r if r == r else float("inf") for r in ratios), default=float("inf"))
-        return Row("qkv gradients, x yardstick", name, dtype, worst, ALLOWED, time.perf_counter() - began)
+        worst = max(ratios, key=lambda parameter: ratios[parameter] if ratios[parameter] == ratios[parameter] else 1e9)
+        label = f"gradients, x yardstick: {worst}"
+        return Row(label, name, dtype, ratios[worst], ALLOWED, time.perf_counter() - began)
 
 
-def qkv_weights(model: GPT) -> list[Tensor]:
-    """The weight of each layer's qkv projection."""
-    return [block.get_submodule("attn.c_attn").get_parameter("weight") for block in model.h]
+def _gradients(model: GPT) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _gradient(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
+class Checks:
+    """Losses and Gradients of a device, made when first needed: over whole sequences where the attention is what is
+    compared, over short ones for what works row by row."""
 
+    def __init__(self, device: str, steps: int = 100) -> None:
+        self.device, self.steps = device, steps
+        self._made: dict[tuple[type, bool], Any] = {}
 
-# ---------------------------------------------------------------------------------------------- errors
+    def losses(self, backend: Backend) -> Losses:
+        return self._make(Losses, backend)
 
+    def gradients(self, backend: Backend) -> Gradients:
+        return self._make(Gradients, backend)
 
-def attention_with_gradient(attention: Callable[..., Tensor], qkv: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
-    """Output (B, T, H, D) and gradient (B, T, 3, H, D) of an attention at qkv, as "o", "dq", "dk", "dv"."""
-    qkv = qkv.detach().requires_grad_()
-    o = attention(qkv)
-    (dqkv,) = torch.autograd.grad(o, qkv, grad_output)
-    return {"o": o.detach(), **dict(zip(("dq", "dk", "dv"), dqkv.unbind(2), strict=True))}
-
-
-def error_and_budget(
-    attention: Callable[..., Tensor],
-    shape: tuple[int, int, int, int],
-    dtype: torch.dtype,
-    device: str,
-    seeds: Iterable[int] = range(5),
-) -> dict[str, tuple[float, float]]:
-    """The largest error of an attention against float64 over some seeds, and its budget: {"dq by norm": ...}.
-
-    Args:
-        shape: B, T, H, D.
-
-    By maximum and by norm (root mean square). The budget is twice the larger of naive's and sdpa's error in the
-    same precision, pooled over the seeds, and 4 units in the last place of the tensor's scale: sdpa itself needs
-    that where naive happens to be exact.
-    """
-    B, T, H, D = shape
-    errors: dict[str, float] = {}
-    peers: dict[str, float] = {}
-    scales: dict[str, float] = {}
-
-    def keep(largest: dict[str, float], key: str, value: float) -> None:
-        # max() would pass over a NaN.
-        largest[key] = max(largest.get(key, 0.0), value if value == value else float("inf"))
-
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        qkv = torch.randn(B, T, 3, H, D, generator=generator).to(device, dtype)
-        grad_output = torch.randn(B, T, H, D, generator=generator).to(device, dtype)
-        exact = attention_with_gradient(naive_attention, qkv.double(), grad_output.double())
-        ours = attention_with_gradient(attention, qkv, grad_output)
-        theirs = [attention_with_gradient(op, qkv, grad_output) for op in (naive_attention, sdpa_attention)]
-        for name, want in exact.items():
-            for measure, size in (("maximum", _maximum), ("norm", _root_mean_square)):
-                key = f"{name} by {measure}"
-                keep(scales, key, size(want))
-                keep(errors, key, size(ours[name].double() - want))
-                for peer in theirs:
-                    keep(peers, key, size(peer[name].double() - want))
-    units = {
-        key: UNITS_IN_LAST_PLACE * torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(scale))
-        for key, scale in scales.items()
-    }
-    return {key: (errors[key], ALLOWED * peers[key] + units[key]) for key in errors}
-
-
-def _maximum(x: Tensor) -> float:
-    return x.abs().max().item()
-
-
-def _root_mean_square(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
-
-
-def attention_row(backend: str, attention: Callable[..., Tensor], dtype: Dtype, device: str) -> Row:
-    """Check 1 for one backend and precision: the tensor and measure that use most of their budget."""
-    shape = (2, 1000, 3, 64) if device.startswith("cuda") else (2, 41, 1, 16)
-    began = time.perf_counter()
-    with numerics(TrainConfig(dtype=dtype)):  # in tf32 the peers multiply in TF32, too
-        table = error_and_budget(attention, shape, TORCH_DTYPE[dtype], device)
-    name = max(table, key=lambda key: table[key][0] / table[key][1])
-    check = f"attention {shape}, {name}"
-    return Row(check, backend, dtype, *table[name], time.perf_counter() - began)
+    def _make(self, check: type, backend: Backend) -> Any:
+        short = not set(backend.choices) <= {"attention"}
+        if (check, short) not in self._made:
+            self._made[check, short] = check(small_config(self.device, self.steps, short=short))
+        return self._made[check, short]
 
 
 # --------------------------------------------------------------------------------------------- command
 
 
-def backends(device: str, dtype: Dtype) -> dict[Attention, Callable[..., Tensor]]:
-    """The attention implementations that run on a device in a precision, by name."""
-    found: dict[Attention, Callable[..., Tensor]] = {}
-    for name in ATTENTION:
-        try:
-            ops, _ = make_ops(name, device=device, dtype=TORCH_DTYPE[dtype], head_dim=16, tf32=dtype == "tf32")
-        except ConfigError as error:
-            print(f"{name}, {dtype}: not checked: {error}")
-            continue
-        found[cast(Attention, name)] = ops.attention
-    return found
+def error_row(name: str, slot: str, ops: Ops, dtype: Dtype, device: str) -> Row:
+    """Check 1 for a slot's implementation in a precision: the tensor and measure that use most of their budget."""
+    problem = problems(device)[slot]
+    began = time.perf_counter()
+    with numerics(TrainConfig(dtype=dtype)):  # in tf32 the peers multiply in TF32, too
+        table = error_and_budget(getattr(ops, slot), problem, TORCH_DTYPE[dtype], device)
+    worst = max(table, key=lambda key: table[key][0] / table[key][1])
+    return Row(f"{slot} {problem.shape}, {worst}", name, dtype, *table[worst], time.perf_counter() - began)
 
 
 def verify(device: str, steps: int = 100) -> list[Row]:
     """All three checks of every backend in every precision of a device; prints a line as each is done."""
-    config = small_config(device, steps)
     cuda = torch.device(device).type == "cuda"
     precisions: tuple[Dtype, ...] = ("float32", "tf32", "bfloat16", "float16") if cuda else ("float32", "bfloat16")
-    losses, gradients = Losses(config), Gradients(config)
+    checks = Checks(device, steps)
     rows: list[Row] = []
 
     def add(row: Row) -> None:
         verdict = "ok" if row.passed else "OUT OF BUDGET"
         figures = f"{row.error:>9.2e} of {row.budget:>8.2e} {row.seconds:>7.1f} s"
-        print(f"{row.check:<44} {row.backend:<16} {row.dtype:<9} {figures}  {verdict}", flush=True)
+        print(f"{row.check:<52} {row.backend:<17} {row.dtype:<9} {figures}  {verdict}", flush=True)
         rows.append(row)
 
     for dtype in precisions:
-        for name, attention in backends(device, dtype).items():
-            add(attention_row(name, attention, dtype, device))
-            add(gradients.check(name, attention, dtype))
-            add(losses.check(name, dtype))
+        for name, backend in backends().items():
+            try:
+                ops = backend.ops(device, dtype)
+            except ConfigError as error:
+                print(f"{name}, {dtype}: not checked: {error}", flush=True)
+                continue
+            if len(backend.choices) == 1:
+                add(error_row(name, next(iter(backend.choices)), ops, dtype, device))
+            add(checks.gradients(backend).check(name, ops, dtype))
+            add(checks.losses(backend).check(backend, dtype))
             if cuda and dtype == "bfloat16":  # the precision that is trained in; compiling takes long
-                add(losses.check(name, dtype, compile=True))
+                add(checks.losses(backend).check(backend, dtype, compile=True))
     return rows
 
 
@@ -324,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
         return subprocess.run(again, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
     began = time.perf_counter()
     where = torch.cuda.get_device_name(given.device) if given.device != "cpu" else "this CPU (Triton interpreted)"
-    print(f"fastgpt2 on {where}, torch {torch.__version__}: each backend against the naive form in float64\n")
+    print(f"fastgpt2 on {where}, torch {torch.__version__}: each backend against the plain form in float64\n")
     rows = verify(given.device, given.steps)
     failed = [row for row in rows if not row.passed]
     print(f"\n{len(rows) - len(failed)} of {len(rows)} within budget, in {time.perf_counter() - began:.0f} s")

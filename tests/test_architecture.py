@@ -34,7 +34,8 @@ FASTGPT2 = {
     "run": {"checkpoint", "config", "data", "device", "graph", "model", "ops", "optim"},
     "train": {"checkpoint", "config", "console", "data", "device", "display", "evaluate", "metrics", "model", "run"},
     "display": {"device", "metrics", "model", "run", "train"},
-    "verify": {"attention", "config", "console", "data", "device", "model", "ops", "run", "train"},
+    "compare": {"attention", "ops"},
+    "verify": {"compare", "config", "console", "data", "device", "model", "ops", "run", "train"},
 }
 HEAVY = {"tyro", "rich", "matplotlib", "safetensors", "tiktoken", "transformers", "triton"}
 """Packages that `train()` can do without: imported inside the functions that need them."""
@@ -76,9 +77,9 @@ def test_fastgpt2_imports_only_downwards(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.stem)
 def test_kernels_know_nothing_of_fastgpt2_and_ops_nothing_of_each_other(path: Path) -> None:
     ours = {name for name in imports(path) if name.split(".")[0] in ("fastgpt2", "kernels", "bench", "tests")}
-    shared = {"kernels.tiles", "kernels.tuning", "kernels.launch"}
-    # inspect is a tool over all of them.
-    assert {".".join(n.split(".")[:2]) for n in ours} <= shared or path.stem == "inspect", ours
+    shared = {"kernels.tiles", "kernels.tuning", "kernels.launch", "kernels.dropout"}
+    # Tools over all of them.
+    assert {".".join(n.split(".")[:2]) for n in ours} <= shared or path.stem in ("inspect", "tune"), ours
     assert all(name.startswith("kernels") for name in ours)
 
 

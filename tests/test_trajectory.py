@@ -1,4 +1,4 @@
-"""Every backend follows the float64 reference, and the check that says so rejects planted faults."""
+"""Every implementation of every slot follows the float64 reference, and the check that says so rejects faults."""
 
 from __future__ import annotations
 
@@ -14,23 +14,39 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgpt2 import config
 from fastgpt2.attention import naive_attention, sdpa_attention
-from fastgpt2.verify import TORCH_DTYPE, Gradients, Losses, Row, attention_row, backends, small_config
+from fastgpt2.ops import AUTO, SLOTS, Ops, torch_loss, torch_mlp, torch_norm
+from fastgpt2.run import TORCH_DTYPE
+from fastgpt2.verify import Backend, Checks, Gradients, Row, backends, error_row, small_config
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 PRECISIONS = ["float32", "tf32", "bfloat16", "float16"] if CUDA else ["float32", "bfloat16"]
-BACKENDS = ["naive", "sdpa", "triton"]
+BACKENDS = backends()
+CUDA_ONLY = {"attention cudnn", "attention flex"}
+HERE = [name for name in BACKENDS if CUDA or name not in CUDA_ONLY]
+SINGLE = [name for name in HERE if len(BACKENDS[name].choices) == 1]
+TRITON = [name for name in HERE if "triton" in name]
 
 
 @pytest.fixture(scope="module")
-def losses() -> Losses:
-    return Losses(small_config(DEVICE))
+def checks() -> Checks:
+    return Checks(DEVICE)
 
 
 @pytest.fixture(scope="module")
-def gradients() -> Gradients:
-    return Gradients(small_config(DEVICE))
+def gradients(checks: Checks) -> Gradients:
+    return checks.gradients(BACKENDS["plain"])
+
+
+def skip_unless_supported(name: str, dtype: str) -> None:
+    """What PyTorch has no kernel for on a GPU in a precision; ours and the plain forms must run everywhere."""
+    try:
+        BACKENDS[name].ops(DEVICE, dtype)
+    except config.ConfigError as error:
+        assert name in CUDA_ONLY
+        pytest.skip(str(error))
 
 
 def check(row: Row) -> None:
@@ -44,52 +60,63 @@ def test_sequences_span_three_tiles() -> None:
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("attn", ["naive", "sdpa"])
-def test_losses_follow_the_reference(losses: Losses, attn: str, dtype: str) -> None:
+@pytest.mark.parametrize("name", [name for name in HERE if name not in TRITON])
+def test_losses_follow_the_reference(checks: Checks, name: str, dtype: str) -> None:
+    skip_unless_supported(name, dtype)
+    losses = checks.losses(BACKENDS[name])
     assert len(losses.reference) >= 100
-    check(losses.check(attn, dtype))
+    check(losses.check(BACKENDS[name], dtype))
 
 
-def test_losses_of_the_triton_kernel_follow_the_reference(losses: Losses) -> None:
-    check(losses.check("triton", "float32"))
+@pytest.mark.parametrize("name", TRITON)
+def test_losses_of_the_triton_kernels_follow_the_reference(checks: Checks, name: str) -> None:
+    check(checks.losses(BACKENDS[name]).check(BACKENDS[name], "float32"))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "tf32", "bfloat16", "float16"])
-@pytest.mark.parametrize("attn", BACKENDS)
-def test_losses_on_the_gpu(losses: Losses, attn: str, dtype: str) -> None:
+@pytest.mark.parametrize("dtype", ["tf32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", TRITON)
+def test_losses_of_the_triton_kernels_on_the_gpu(checks: Checks, name: str, dtype: str) -> None:
     """float16 fails, too, where the gradient scaler skipped a step."""
-    check(losses.check(attn, dtype))
+    check(checks.losses(BACKENDS[name]).check(BACKENDS[name], dtype))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("attn", BACKENDS)
-def test_compiled_losses_on_the_gpu(losses: Losses, attn: str, dtype: str) -> None:
-    check(losses.check(attn, dtype, compile=True))
+@pytest.mark.parametrize("name", BACKENDS)
+def test_compiled_losses_on_the_gpu(checks: Checks, name: str, dtype: str) -> None:
+    skip_unless_supported(name, dtype)
+    check(checks.losses(BACKENDS[name]).check(BACKENDS[name], dtype, compile=True))
 
 
 @pytest.mark.skipif(
     not CUDA and shutil.which(os.environ.get("CXX", "g++")) is None,
     reason="on a CPU torch.compile needs a C++ compiler",
 )
-@pytest.mark.parametrize("attn", BACKENDS)
-def test_compiled_losses_follow_the_reference(attn: str) -> None:
-    """Few steps suffice: what compiling could break is the same in each."""
-    check(Losses(small_config(DEVICE, steps=10)).check(attn, "float32", compile=True))
+@pytest.mark.parametrize("name", ["plain", "attention sdpa", "loss chunked", "all triton"])
+def test_compiled_losses_follow_the_reference(name: str) -> None:
+    """As one graph. Few steps suffice: what compiling could break is the same in each."""
+    check(Checks(DEVICE, steps=10).losses(BACKENDS[name]).check(BACKENDS[name], "float32", compile=True))
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("attn", BACKENDS)
-def test_gradients_follow_the_reference(gradients: Gradients, attn: str, dtype: str) -> None:
+@pytest.mark.parametrize("name", HERE)
+def test_gradients_follow_the_reference(checks: Checks, name: str, dtype: str) -> None:
+    gradients = checks.gradients(BACKENDS[name])
     assert len(gradients.snapshots) == 10
-    check(gradients.check(attn, backends(DEVICE, dtype)[attn], dtype))
+    skip_unless_supported(name, dtype)
+    check(gradients.check(name, BACKENDS[name].ops(DEVICE, dtype), dtype))
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("attn", BACKENDS)
-def test_attention_errors_are_within_budget(attn: str, dtype: str) -> None:
-    check(attention_row(attn, backends(DEVICE, dtype)[attn], dtype, DEVICE))
+@pytest.mark.parametrize("name", SINGLE)
+def test_errors_are_within_budget(name: str, dtype: str) -> None:
+    skip_unless_supported(name, dtype)
+    (slot,) = BACKENDS[name].choices
+    check(error_row(name, slot, BACKENDS[name].ops(DEVICE, dtype), dtype, DEVICE))
+
+
+# ----------------------------------------------------------------------------------------- planted faults
 
 
 class _ScaleGradients(torch.autograd.Function):
@@ -125,45 +152,76 @@ def sees_the_next_token(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
+def detached_bias(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor) -> Tensor:
+    return torch_mlp(x, w_fc, b_fc + b_fc.detach().sum() * 0 - (b_fc - b_fc.detach()) * 0.1, w_proj, b_proj)
+
+
+def erf_gelu(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor) -> Tensor:
+    F = torch.nn.functional
+    return F.linear(F.gelu(F.linear(x, w_fc, b_fc)), w_proj, b_proj)
+
+
+def drops_the_stream(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient through the normalised value doesn't reach what came before x."""
+    y, total = torch_norm(x, residual if residual is None else residual.detach(), weight, bias)
+    return y, total if residual is None else x + residual
+
+
+def predicts_padding(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int) -> Tensor:
+    return torch_loss(hidden, weight, targets, vocab_size=weight.size(0) - 1)
+
+
 MUTANTS = {
-    "zeroed dQ": scaled_gradients(0, 1, 1),
-    "zeroed dK": scaled_gradients(1, 0, 1),
-    "doubled dK": scaled_gradients(1, 2, 1),
-    "halved scale": scaled_logits(0.5),
-    "mask off by one": sees_the_next_token,
+    "zeroed dQ": Ops(attention=scaled_gradients(0, 1, 1)),
+    "zeroed dK": Ops(attention=scaled_gradients(1, 0, 1)),
+    "doubled dK": Ops(attention=scaled_gradients(1, 2, 1)),
+    "halved scale": Ops(attention=scaled_logits(0.5)),
+    "mask off by one": Ops(attention=sees_the_next_token),
+    "a tenth of a bias gradient lost": Ops(mlp=detached_bias),
+    "a residual path lost": Ops(norm=drops_the_stream),
 }
+FINE = {
+    "scale 2% off": Ops(attention=scaled_logits(1.02)),
+    "GELU by erf": Ops(mlp=erf_gelu),
+}
+"""What only float32 can tell from rounding."""
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", *(["tf32"] if CUDA else [])])
 def test_the_gradient_check_rejects_planted_faults(gradients: Gradients, dtype: str) -> None:
     # float16 runs on a CPU too, here: autocast has it, only the trainer refuses it.
-    assert gradients.check("untouched", scaled_gradients(1, 1, 1), dtype).passed
-    for name, attention in MUTANTS.items():
-        row = gradients.check(name, attention, dtype)
+    assert gradients.check("untouched", Ops(attention=scaled_gradients(1, 1, 1)), dtype).passed
+    for name, ops in (MUTANTS | (FINE if dtype == "float32" else {})).items():
+        row = gradients.check(name, ops, dtype)
         assert row.error > 4 * row.budget, f"{name} in {dtype} would nearly pass: {row.error:.2f} x the yardstick"
 
 
-def test_the_gradient_check_rejects_a_scale_two_percent_off_in_float32(gradients: Gradients) -> None:
-    row = gradients.check("scale 2% off", scaled_logits(1.02), "float32")
-    assert row.error > 4 * row.budget, row
-
-
 def test_a_nan_is_out_of_budget(gradients: Gradients) -> None:
-    assert not gradients.check("NaN", lambda qkv, dropout_p=0.0: naive_attention(qkv) * float("nan"), "float32").passed
+    broken = Ops(attention=lambda qkv, dropout_p=0.0: naive_attention(qkv) * float("nan"))
+    assert not gradients.check("NaN", broken, "float32").passed
     assert not Row("", "", "", float("nan"), 1.0).passed
 
 
-def test_the_loss_check_rejects_a_mask_off_by_one(losses: Losses, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_check_rejects_a_mask_off_by_one(checks: Checks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastgpt2.attention.sdpa_attention", sees_the_next_token)
-    assert not losses.check("sdpa", "float32").passed
+    broken = Backend("broken", {"attention": "sdpa"})
+    assert not checks.losses(broken).check(broken, "float32").passed
 
 
-def test_every_backend_of_the_table_is_checked() -> None:
-    from fastgpt2.config import Attention
-    from fastgpt2.ops import ATTENTION
+@pytest.mark.parametrize(
+    ("slot", "op"), [("mlp", erf_gelu), ("mlp", detached_bias), ("norm", drops_the_stream), ("loss", predicts_padding)]
+)
+def test_the_error_check_rejects_planted_faults(slot: str, op: Callable[..., Tensor]) -> None:
+    row = error_row("fault", slot, Ops(**{slot: op}), "float32", DEVICE)
+    assert row.error > 4 * row.budget, row
 
-    assert list(ATTENTION) == BACKENDS
-    assert get_args(Attention) == ("auto", *ATTENTION)  # the command line's choices
+
+def test_every_implementation_of_the_tables_is_checked() -> None:
+    flags = {"attention": config.Attention, "mlp": config.Mlp, "norm": config.Norm, "loss": config.Loss}
+    assert set(flags) == set(SLOTS) == set(AUTO)
+    for slot, table in SLOTS.items():
+        assert get_args(flags[slot]) == ("auto", *table)  # the command line's choices
+        assert all(f"{slot} {name}" in BACKENDS for name in list(table)[1:])
     assert {d for d in PRECISIONS if d not in TORCH_DTYPE} == set()
 
 
@@ -179,6 +237,7 @@ def test_verify_prints_the_table_and_passes() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if line.endswith(" ok")]
-    for backend in BACKENDS:
-        assert sum(f" {backend} " in row for row in rows) >= 3 * len(PRECISIONS), done.stdout
+    for name in HERE:
+        least = 2 + (len(BACKENDS[name].choices) == 1)
+        assert sum(f" {name} " in row for row in rows) >= least * (1 if name in CUDA_ONLY else len(PRECISIONS)), name
     assert "OUT OF BUDGET" not in done.stdout
