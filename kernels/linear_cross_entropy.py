@@ -49,9 +49,11 @@ MEMORY_BUDGET = {"cuda": 2**30, "cpu": 2**28}
 """Bytes of a chunk of logits. On a GPU 7 chunks of 64k tokens of GPT-2 in bfloat16, each with matmuls of thousands of
 rows; on a CPU 7 of 8k tokens in float32, where the matmuls are as fast with fewer rows."""
 ROW_TILE = 128
-"""Chunks have a multiple of these rows where there are as many: no matmul tile but the last chunk's is cut."""
+"""Large chunks have a multiple of these rows: no matmul tile but the last chunk's is cut."""
 COLUMN_TILE = 64
 """Elements that a row of the buffer is padded to: aligned for the matmuls and for 16-byte loads."""
+PRODUCT_ROWS = 1024
+"""Rows of a 16-bit product at once, where it has to be added to a float32 sum by a pass of its own."""
 CACHE_BLOCK = {"cuda": 2**28, "cpu": 2**20}
 """Bytes of float32 that the plain rows' step works on at once: half a CPU core's second-level cache."""
 
@@ -118,7 +120,7 @@ def chunk_rows(rows: int, row_bytes: int, memory_budget: int) -> int:
     each = rows
     for chunks in range(1, MOST_CHUNKS + 1):
         each = -(-rows // chunks)
-        if chunks > 1 and each >= ROW_TILE:
+        if chunks > 1 and each >= 8 * ROW_TILE:
             each = -(-each // ROW_TILE) * ROW_TILE
         if each * row_bytes <= memory_budget:
             break
@@ -167,10 +169,12 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
             torch.mm(a, b, out_dtype=total.dtype, out=total)
         else:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    elif first:
-        total.copy_(a @ b)
     else:
-        total.add_(a @ b)
+        # Nothing here stores a 16-bit product in float32: blocks of it are added while they are in the cache.
+        for rows in range(0, len(total), PRODUCT_ROWS):
+            here = slice(rows, rows + PRODUCT_ROWS)
+            product = a[here] @ b
+            total[here].copy_(product) if first else total[here].add_(product)
 
 
 def linear_cross_entropy_forward(
@@ -183,8 +187,7 @@ def linear_cross_entropy_forward(
         hidden, weight: (N, C), (padded V, C), of any dtype; multiplied in `dtype`.
         grad_hidden, grad_weight: whether to make each gradient; empty if not.
     """
-    losses = torch.empty(targets.shape, dtype=statistics(dtype), device=hidden.device)
-    lse = torch.empty_like(losses)
+    losses, lse = (torch.empty(targets.shape, dtype=statistics(dtype), device=hidden.device) for _ in range(2))
     with torch.autocast(hidden.device.type, enabled=False):
         dhidden, dweight = _sweep(
             hidden.to(dtype), weight.to(dtype), targets.contiguous(), losses, lse, None,
