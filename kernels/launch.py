@@ -6,7 +6,7 @@ Triton is imported when first asked about, so that an operation's plain form wor
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,22 @@ class Kernel:
     types: dict[str, str] = field(default_factory=dict)
     multiples_of_16: tuple[str, ...] = ()
     products: int = 0
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `kernels.tune` tries for a kernel, and what it times: the kernel at GPT-2 124M's shape.
+
+    A module's TUNING holds one for each of its KERNELS that can be tuned, by the same name.
+
+    Args:
+        candidates: (precision, size) -> the configurations to try beside the table's.
+        example: (precision, size, device, seed) -> a function of a configuration that launches the kernel, by its
+            launcher, on inputs of its own; the tensors that it returns must not depend on the configuration.
+    """
+
+    candidates: Callable[[str, int], Iterable[Any]]
+    example: Callable[[str, int, torch.device, int], Callable[[Any], Any]]
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:

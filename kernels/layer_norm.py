@@ -62,6 +62,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -69,7 +70,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch
-from kernels.launch import Kernel, on, statistics
+from kernels.launch import Kernel, Tuning, on, statistics
 from kernels.tiles import load_row, load_tile, store_row, store_tile
 from kernels.tuning import LaunchConfig, lookup, precision_name
 
@@ -79,6 +80,8 @@ WARPS = 16
 """Warps of the backward on a multiprocessor, in all its programs: each has a tile's loads in flight."""
 INTERPRETED_PROGRAMS = 2
 """What the interpreter, which has no multiprocessors, takes instead of them: enough to have sums to add."""
+EXAMPLE_ROWS = 65536
+"""Tokens of a micro-step of GPT-2 124M on an 80 GB card, for which the tuner times."""
 
 
 def layer_norm_reference(
@@ -256,6 +259,44 @@ KERNELS = {
     "layer_norm_backward": Kernel(
         layer_norm_backward_kernel, _backward_constants, _TYPES, ("dy_stride", "dtotal_stride", "total_stride")
     ),
+}
+
+
+def _candidates(precision: str, size: int) -> list[LaunchConfig]:
+    """4 to 64 elements a thread."""
+    columns = triton.next_power_of_2(size)
+    pairs = [(rows, warps) for rows in (1, 2, 4, 8, 16) for warps in (1, 2, 4, 8, 16)]
+    return [LaunchConfig(r, num_warps=w) for r, w in pairs if 4 <= r * columns // (32 * w) <= 64]
+
+
+def _draw(precision: str, size: int, device: torch.device, seed: int) -> tuple[Tensor, ...]:
+    """x, residual, weight, bias, dy and dtotal of EXAMPLE_ROWS tokens, as in training under autocast."""
+    generator, dtype = torch.Generator(device).manual_seed(seed), getattr(torch, precision)
+    draw = functools.partial(torch.randn, device=device, generator=generator)
+    x, dy = (draw(EXAMPLE_ROWS, size, dtype=dtype) for _ in range(2))
+    residual, dtotal = (draw(EXAMPLE_ROWS, size) for _ in range(2))
+    return x, residual, 1 + 0.3 * draw(size), draw(size), dy, dtotal
+
+
+def _example_forward(
+    precision: str, size: int, device: torch.device, seed: int
+) -> Callable[[LaunchConfig], tuple[Tensor, ...]]:
+    x, residual, weight, bias, _, _ = _draw(precision, size, device, seed)
+    return lambda config: layer_norm_forward(x, residual, weight, bias, 1e-5, x.dtype, config)
+
+
+def _example_backward(
+    precision: str, size: int, device: torch.device, seed: int
+) -> Callable[[LaunchConfig], tuple[Tensor, ...]]:
+    x, residual, weight, bias, dy, dtotal = _draw(precision, size, device, seed)
+    _, total, mean, rstd = layer_norm_forward(x, residual, weight, bias, 1e-5, x.dtype)
+    dtypes = x.dtype, residual.dtype
+    return lambda config: layer_norm_backward(dy, dtotal, total, mean, rstd, weight, *dtypes, config)
+
+
+TUNING = {
+    "layer_norm_forward": Tuning(_candidates, _example_forward),
+    "layer_norm_backward": Tuning(_candidates, _example_backward),
 }
 
 
