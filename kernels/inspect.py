@@ -2,9 +2,11 @@
 
 Each kernel is compiled to machine code for each architecture that has a table, as its launcher would
 have it compiled, with the assembler that comes with Triton. The report: registers a thread, bytes
-spilled, shared memory, blocks that fit on a multiprocessor, the matrix instructions, and how many
-products missed them. In bfloat16, float16 and TF32 a spill, a product outside the matrix units or a
-tile over the table's shared memory is a failure. Exact float32 has no matrix unit and is reported only.
+spilled, shared memory, blocks that fit on a multiprocessor, the matrix instructions, how many products
+missed them, asynchronous copies, the instructions in each loop, and for kernels of GPT-2's own sizes a bound
+on the time at the 124M model's shape (kernels/bounds.py says what it is worth). In bfloat16, float16 and TF32 a
+spill, a product outside the matrix units or a tile over the table's shared memory is a failure. Exact float32 has
+no matrix unit and is reported only.
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
 
-from kernels.launch import Kernel
+from kernels.bounds import CARDS, Bound, bound, read_code
+from kernels.launch import Kernel, Work
 from kernels.tuning import LaunchConfig, architectures, configurations, read_table
 
 MODULES = ("kernels.attention", "kernels.layer_norm", "kernels.cross_entropy")
 """The modules whose KERNELS are inspected."""
 ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "fp32"}
 
+ASYNCHRONOUS_COPIES = {"cp.async": "LDGSTS", "TMA": "UTMALDG"}
 MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
 
 # A multiprocessor's shared memory in bytes, of which each block takes 1 KiB for the system, and its threads.
@@ -63,6 +67,10 @@ class Report:
     products: int
     missed: int
     expected: int
+    copies: list[str]
+    loops: list[int]
+    at_least: Bound | None
+    unbound: bool
 
     @property
     def faults(self) -> list[str]:
@@ -77,6 +85,10 @@ class Report:
                 (
                     self.expected and not self.products,
                     "no product found: the compiler's output has changed, and this tool must",
+                ),
+                (
+                    self.unbound,
+                    f"loops of {self.loops} instructions are not those whose runs the kernel's work counts",
                 ),
                 (self.missed, f"{self.missed} of {self.products} products miss the matrix units"),
                 (self.shared > most, f"needs {self.shared} bytes of shared memory, the table allows {most}"),
@@ -128,15 +140,18 @@ def inspect_one(case: Case) -> Report:
         file.write(kernel.asm["cubin"])
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
+        usage, sass = (
+            subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
     registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
     spilled = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
     shared = kernel.metadata.shared
     products = re.findall(r"\b(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) .*", kernel.asm["ttgir"])
     # A product that stays a plain dot over blocked operands is done by multiply-adds, one thread at a time.
     missed = [line for line in products if line.startswith("tt.dot ") and "parent = #blocked" in line]
+    code, work = read_code(sass), _work(case)
+    limit = bound(code, work, CARDS[case.arch], case.precision, case.config.num_warps) if work is not None else None
     return Report(
         case=case,
         registers=registers,
@@ -147,7 +162,18 @@ def inspect_one(case: Case) -> Report:
         products=len(products),
         missed=len(missed),
         expected=all_kernels()[case.op].products,
+        copies=[name for name, instruction in ASYNCHRONOUS_COPIES.items() if instruction in sass],
+        loops=[body.total() for body in code.loops],
+        at_least=limit,
+        unbound=work is not None and limit is None,
     )
+
+
+def _work(case: Case) -> Work | None:
+    """What the kernel does at GPT-2 124M's shape; None where that model never calls it like this."""
+    kernel = all_kernels()[case.op]
+    work = kernel.work and kernel.work(case.precision, case.size, case.config)
+    return work if work is not None and work.size == case.size and not case.constants else None
 
 
 def _compile(case: Case) -> Any:
@@ -186,17 +212,24 @@ def _blocks(case: Case, registers: int, shared: int) -> int:
 
 def table(reports: list[Report]) -> str:
     rows = [("kernel", "precision", "size", "arch", "tile, warps, stages",
-             "registers", "spilled", "shared", "blocks", "matrix", "missed", "")]  # fmt: skip
+             "registers", "spilled", "shared", "blocks", "matrix", "missed", "copies", "loops",
+             "at least", "")]  # fmt: skip
     for r in reports:
         c = r.case
         rows.append((
             c.op, c.precision, str(c.size), c.arch, str(c.config),
             str(r.registers), str(r.spilled), str(r.shared), str(r.blocks),
-            "+".join(r.instructions) or "none", f"{r.missed}/{r.products}", "; ".join(r.faults),
+            "+".join(r.instructions) or "none", f"{r.missed}/{r.products}",
+            "+".join(r.copies) or "none", "+".join(map(str, r.loops)), _in_words(r.at_least), "; ".join(r.faults),
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _in_words(limit: Bound | None) -> str:
+    """0.35 ms (special 45%): the bound, what sets it, and the most of the card's limit that it leaves."""
+    return "" if limit is None else f"{limit.seconds * 1e3:.3f} ms ({limit.limit} {limit.fraction:.0%})"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,6 +17,29 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a kernel does at GPT-2 124M's shape, for `kernels.bounds`.
+
+    Args:
+        size: the kernel's size there: 64 channels a head, 768 channels, 50304 rows of the head.
+        flops: of the operation, as credited by its formula.
+        executed_flops: of the products that the kernel forms, masked elements and all.
+        bytes: read and written at least.
+        programs: in the grid.
+        loops: of each of the kernel's loops in the order of the code, how often it runs, all programs together, and
+            how many of a run's elements a program takes through the special-function unit, 0 for none; from the
+            latter the assembler's unrolling is told.
+    """
+
+    size: int
+    flops: float
+    executed_flops: float
+    bytes: float
+    programs: int
+    loops: tuple[tuple[float, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class Kernel:
     """A Triton kernel and how its launcher has it compiled, for `kernels.inspect` and `kernels.tune`.
 
@@ -30,6 +53,7 @@ class Kernel:
             type written {} is that of the precision ("tensordesc<{}[128, 64]>").
         multiples_of_16: integers that divide by 16 at the shapes that matter.
         products: tl.dot calls in the source; 0 for a kernel without.
+        work: (precision, size, configuration) -> what it does at GPT-2 124M's shape.
     """
 
     function: Any
@@ -37,6 +61,7 @@ class Kernel:
     types: dict[str, str] = field(default_factory=dict)
     multiples_of_16: tuple[str, ...] = ()
     products: int = 0
+    work: Callable[[str, int, Any], Work] | None = None
 
 
 @dataclass(frozen=True)

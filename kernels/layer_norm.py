@@ -70,7 +70,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch
-from kernels.launch import Kernel, Tuning, on, statistics
+from kernels.launch import Kernel, Tuning, Work, on, statistics
 from kernels.tiles import load_row, load_tile, store_row, store_tile
 from kernels.tuning import LaunchConfig, lookup, precision_name
 
@@ -254,10 +254,33 @@ def _backward_constants(precision: str, size: int) -> dict[str, object]:
     return {"C": size} | ({"dresidual_ptr": None} if precision == "float32" else {})
 
 
+_TOKENS, _CHANNELS = 65536, 768
+"""GPT-2 124M's, in a micro-step of 64 sequences."""
+
+
+def _forward_work(precision: str, size: int, config: LaunchConfig) -> Work:
+    element = 16 if precision == "float32" else 12
+    tiles = triton.cdiv(_TOKENS, config.block_m)
+    return Work(_CHANNELS, 0.0, 0.0, bytes=element * _TOKENS * _CHANNELS, programs=tiles)
+
+
+def _backward_work(precision: str, size: int, config: LaunchConfig) -> Work:
+    # An H100's programs; what they do outside the loop is nothing beside it.
+    programs = 132 * max(1, WARPS // config.num_warps)
+    tiles = triton.cdiv(_TOKENS, config.block_m)
+    return Work(_CHANNELS, 0.0, 0.0, bytes=16 * _TOKENS * _CHANNELS, programs=programs, loops=((tiles, 0),))
+
+
 KERNELS = {
-    "layer_norm_forward": Kernel(layer_norm_forward_kernel, _constants, _TYPES, ("x_stride", "residual_stride")),
+    "layer_norm_forward": Kernel(
+        layer_norm_forward_kernel, _constants, _TYPES, ("x_stride", "residual_stride"), work=_forward_work
+    ),
     "layer_norm_backward": Kernel(
-        layer_norm_backward_kernel, _backward_constants, _TYPES, ("dy_stride", "dtotal_stride", "total_stride")
+        layer_norm_backward_kernel,
+        _backward_constants,
+        _TYPES,
+        ("dy_stride", "dtotal_stride", "total_stride"),
+        work=_backward_work,
     ),
 }
 

@@ -1,0 +1,193 @@
+"""From a kernel's machine code and its shape to the shortest time that it can take on a card.
+
+The machine code's loops are found (natural loops of its control flow), the instructions of each are counted, and
+the kernel's own `Work` says how often each runs at GPT-2 124M's shape. Then four walls, each as if the others
+were no hindrance; the highest is the bound:
+
+    matrix    products executed, masked halves of tiles and all, over the matrix units' dense peak
+    special   MUFU instructions (exp2, rsqrt, ...): 16 lanes a clock a multiprocessor
+    issue     instructions: one a clock on each of a multiprocessor's four schedulers
+    memory    the bytes that must be read and written once, over the data sheet's bandwidth
+
+Nothing reaches its bound: latencies, barriers, the last wave and L2 misses come on top. It is no forecast, but a
+kernel whose bound gets worse has become worse. Loops from which the compiler has peeled an iteration are counted
+with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from kernels.launch import Work
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a data sheet says, at the boost clock. matrix: dense FLOPs a clock a multiprocessor, by precision."""
+
+    name: str
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+    matrix: dict[str, int]
+
+    def per_second(self, per_clock: float) -> float:
+        """A rate per clock and multiprocessor as one per second of the card."""
+        return per_clock * self.multiprocessors * self.clock
+
+
+def _matrix(dense_16_bit: int) -> dict[str, int]:
+    # Exact float32 has no matrix unit: 128 multiply-adds a clock.
+    return {"bfloat16": dense_16_bit, "float16": dense_16_bit, "tf32": dense_16_bit // 2, "float32": 256}
+
+
+CARDS = {
+    "sm_80": Card("A100 SXM 80 GB", 108, 1.41e9, 2.039e12, _matrix(2048)),
+    "sm_90": Card("H100 SXM", 132, 1.83e9, 3.35e12, _matrix(4096)),
+    "sm_100": Card("B200", 148, 1.855e9, 8.0e12, _matrix(8192)),
+}
+SPECIAL_LANES, SCHEDULERS, WARP = 16, 4, 32
+
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
+_TARGET = re.compile(r"\b(0x[0-9a-f]+)$")
+
+
+@dataclass(frozen=True)
+class Code:
+    """Instruction counts by first part of the mnemonic, such as MUFU: outside loops, and of each loop's own body."""
+
+    outside: Counter[str]
+    loops: tuple[Counter[str], ...]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Seconds at each wall, the highest, and how much of the card's limit the kernel can reach at most."""
+
+    walls: dict[str, float]
+    limit: str
+    seconds: float
+    fraction: float
+
+
+def read_code(sass: str) -> Code:
+    """The loops of a kernel as cuobjdump --dump-sass prints it, in the order of their first instruction.
+
+    Loops that only wait (on a barrier) are left out.
+    """
+    instructions = [(int(m[1], 16), m[2]) for line in sass.splitlines() if (m := _INSTRUCTION.match(line))]
+    names = [_mnemonic(text) for _, text in instructions]
+    edges = _edges(instructions)
+    own = _innermost(_natural_loops(edges))
+    bodies: dict[int, Counter[str]] = {}
+    outside: Counter[str] = Counter()
+    for i in edges:  # what can be reached
+        (bodies.setdefault(own[i], Counter()) if i in own else outside)[names[i]] += 1
+    return Code(outside, tuple(bodies[head] for head in sorted(bodies) if not _only_waits(bodies[head])))
+
+
+def _only_waits(body: Counter[str]) -> bool:
+    return body.total() < 24 and not {"SYNCS", "NANOSLEEP"}.isdisjoint(body)
+
+
+def _mnemonic(text: str) -> str:
+    words = text.split()
+    return (words[1] if words[0].startswith("@") else words[0]).split(".")[0]
+
+
+def _edges(instructions: list[tuple[int, str]]) -> dict[int, list[int]]:
+    """Each instruction that can be reached, with those that can follow it, by index."""
+    index = {address: i for i, (address, _) in enumerate(instructions)}
+
+    def following(i: int) -> list[int]:
+        text = instructions[i][1]
+        name, conditional = _mnemonic(text), text.startswith("@") or "BRA.U" in text or "BRA.DIV" in text
+        after = [i + 1] if i + 1 < len(instructions) else []
+        if name in ("EXIT", "RET", "KILL"):
+            return after if conditional else []
+        if name == "BRA" and (target := _TARGET.search(text)):
+            return [index[int(target[1], 16)], *(after if conditional else [])]
+        return after
+
+    edges: dict[int, list[int]] = {}
+    waiting = [0] if instructions else []
+    while waiting:
+        i = waiting.pop()
+        if i not in edges:
+            edges[i] = following(i)
+            waiting += edges[i]
+    return edges
+
+
+def _natural_loops(edges: dict[int, list[int]]) -> dict[int, set[int]]:
+    """{head: body}: a loop is an edge back to what dominates it, and everything that reaches it without passing there.
+
+    Heads are few: whether one dominates a node is asked by walking from the entry without it.
+    """
+    back: dict[int, list[int]] = {}
+    for i, nexts in edges.items():
+        for head in nexts:
+            if head <= i:
+                back.setdefault(head, []).append(i)
+    before: dict[int, list[int]] = {}
+    for i, nexts in edges.items():
+        for j in nexts:
+            before.setdefault(j, []).append(i)
+    loops: dict[int, set[int]] = {}
+    for head, sources in back.items():
+        without = _reached(0, edges, avoid=head)
+        tails = [i for i in sources if i not in without]
+        if tails and not all(i == head for i in tails):
+            body = {head}
+            for tail in tails:
+                body |= _reached(tail, before, avoid=head)
+            loops[head] = body
+    return loops
+
+
+def _reached(start: int, edges: dict[int, list[int]], avoid: int) -> set[int]:
+    found: set[int] = set()
+    waiting = [start]
+    while waiting:
+        i = waiting.pop()
+        if i != avoid and i not in found:
+            found.add(i)
+            waiting += edges.get(i, [])
+    return found
+
+
+def _innermost(loops: dict[int, set[int]]) -> dict[int, int]:
+    """The head of the smallest loop that holds an instruction."""
+    owner: dict[int, int] = {}
+    for head, body in sorted(loops.items(), key=lambda item: -len(item[1])):
+        owner.update(dict.fromkeys(body, head))
+    return owner
+
+
+def bound(code: Code, work: Work, card: Card, precision: str, warps: int) -> Bound | None:
+    """The bound of a kernel; None where its machine code has other loops than its work says.
+
+    warps: that every program has.
+    """
+    if len(code.loops) != len(work.loops):
+        return None
+    bodies: list[tuple[Counter[str], float]] = [(code.outside, work.programs)]
+    for body, (runs, elements) in zip(code.loops, work.loops, strict=True):
+        unrolled = max(1, round(body["MUFU"] * WARP * warps / elements)) if elements else 1
+        bodies.append((body, runs / unrolled))
+
+    def total(name: str | None) -> float:
+        """Warp instructions of all programs."""
+        return warps * sum(times * (body[name] if name else body.total()) for body, times in bodies)
+
+    walls = {
+        "matrix": work.executed_flops / card.per_second(card.matrix[precision]),
+        "special": WARP * total("MUFU") / card.per_second(SPECIAL_LANES),
+        "issue": total(None) / card.per_second(SCHEDULERS),
+        "memory": work.bytes / card.bandwidth,
+    }
+    limit = max(walls, key=lambda wall: walls[wall])
+    least = max(work.flops / card.per_second(card.matrix[precision]), walls["memory"])
+    return Bound(walls, limit, walls[limit], least / walls[limit])

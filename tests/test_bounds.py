@@ -1,0 +1,91 @@
+"""Loops read off machine code, and the bound that follows from them and a card's data sheet."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from kernels.bounds import CARDS, Code, bound, read_code
+from kernels.launch import Work
+
+
+def sass(*lines: str) -> str:
+    """As cuobjdump prints it: an instruction at every 16 bytes, its encoding behind."""
+    return "\n".join(f"        /*{16 * i:04x}*/  {line} ;   /* 0x0123 */" for i, line in enumerate(lines))
+
+
+def names(body: Counter[str]) -> dict[str, int]:
+    return dict(body)
+
+
+def test_a_loop_and_what_is_around_it() -> None:
+    code = read_code(sass("MOV R1, R2", "LDG.E R3, [R1]", "@!P0 MUFU.EX2 R3, R3", "@P0 BRA 0x10", "EXIT", "BRA 0x50"))
+    assert names(code.outside) == {"MOV": 1, "EXIT": 1}
+    assert [names(body) for body in code.loops] == [{"LDG": 1, "MUFU": 1, "BRA": 1}]
+
+
+def test_loops_in_loops_own_what_is_theirs_alone() -> None:
+    # 0x10 begins the outer loop, 0x20 to 0x30 is the inner one.
+    code = read_code(sass("S2R R0", "FADD R1", "HGMMA R2", "@P0 BRA 0x20", "STG [R0]", "@P1 BRA.U 0x10", "EXIT"))
+    assert [names(body) for body in code.loops] == [{"FADD": 1, "STG": 1, "BRA": 1}, {"HGMMA": 1, "BRA": 1}]
+
+
+def test_a_retry_behind_the_exit_is_no_loop() -> None:
+    """The compiler puts the second look at a barrier behind everything else, from where it jumps back."""
+    lines = ["MOV R1", "SYNCS.PHASECHK P0", "@!P0 BRA 0x70", "FADD R1", "FADD R2", "EXIT", "BRA 0x60",
+             "SYNCS.PHASECHK P0", "@!P0 BRA 0x70", "BRA 0x30"]  # fmt: skip
+    code = read_code(sass(*lines))
+    assert code.loops == ()
+    assert code.outside["FADD"] == 2
+
+
+def test_a_branch_over_code_and_what_nothing_reaches() -> None:
+    code = read_code(sass("@P0 BRA 0x20", "FADD R1", "EXIT", "FMUL R1", "BRA 0x40"))
+    assert names(code.outside) == {"BRA": 1, "FADD": 1, "EXIT": 1}
+
+
+H100 = CARDS["sm_90"]
+
+
+def test_the_cards_are_their_data_sheets() -> None:
+    for arch, dense in (("sm_80", 312e12), ("sm_90", 989.4e12), ("sm_100", 2250e12)):
+        card = CARDS[arch]
+        assert card.per_second(card.matrix["bfloat16"]) == pytest.approx(dense, rel=2e-3)
+        assert card.per_second(card.matrix["tf32"]) == pytest.approx(dense / 2, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("work", "limit", "seconds"),
+    [
+        (Work(1, 4e12, 8e12, 1e6, 1000, ((1000, 0),)), "matrix", 8e12 / 989.4e12),
+        (Work(1, 0, 0, 3.35e12, 1000, ((1000, 0),)), "memory", 1.0),
+        # 4 warps of 10 MUFU at 16 lanes: 80 clocks a run on one of 132 multiprocessors.
+        (Work(1, 0, 0, 1e6, 1, ((1e6, 0),)), "special", 1e6 * 80 / (132 * 1.83e9)),
+    ],
+)
+def test_the_highest_wall_is_the_bound(work: Work, limit: str, seconds: float) -> None:
+    code = Code(Counter(MOV=10), (Counter(MUFU=10, FADD=20),))
+    found = bound(code, work, H100, "bfloat16", 4)
+    assert found is not None and found.limit == limit
+    assert found.seconds == pytest.approx(seconds, rel=2e-3) == max(found.walls.values())
+    assert found.fraction <= 1.0
+
+
+def test_instructions_are_issued_four_a_clock() -> None:
+    code = Code(Counter(MOV=40), (Counter(FADD=100),))
+    found = bound(code, Work(1, 0, 0, 1.0, 10, ((500, 0),)), H100, "bfloat16", 8)
+    assert found is not None and found.limit == "issue"
+    assert found.seconds == pytest.approx(8 * (10 * 40 + 500 * 100) / 4 / (132 * 1.83e9))
+
+
+def test_unrolling_is_told_by_the_special_function_unit() -> None:
+    """4 warps, 256 elements: 2 instructions a run; 8 in the body are 4 runs, 9 as well."""
+    once = bound(Code(Counter(), (Counter(MUFU=2, FADD=10),)), Work(1, 0, 0, 1, 1, ((1e6, 256),)), H100, "float16", 4)
+    four = bound(Code(Counter(), (Counter(MUFU=9, FADD=39),)), Work(1, 0, 0, 1, 1, ((1e6, 256),)), H100, "float16", 4)
+    assert once is not None and four is not None
+    assert once.walls["issue"] == pytest.approx(four.walls["issue"])
+
+
+def test_other_loops_than_counted_have_no_bound() -> None:
+    assert bound(Code(Counter(), ()), Work(1, 0, 0, 1, 1, ((1, 0),)), H100, "bfloat16", 4) is None
