@@ -53,6 +53,8 @@ arXiv:2307.08691).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
@@ -60,7 +62,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch
-from kernels.launch import Kernel, on, statistics
+from kernels.launch import Kernel, Tuning, on, statistics
 from kernels.tiles import cast, dot, load_row, load_tile, store_row, store_tile
 from kernels.tuning import LaunchConfig, lookup, precision_name
 
@@ -358,6 +360,43 @@ KERNELS = {
     "attention_forward": Kernel(attention_forward_kernel, _constants, _TYPES, ("T",), products=4),
     "attention_backward_dq": Kernel(attention_backward_dq_kernel, _constants, _TYPES, ("T",), products=6),
     "attention_backward_dkdv": Kernel(attention_backward_dkdv_kernel, _constants, _TYPES, ("T",), products=12),
+}
+
+
+EXAMPLE = (64, 1024, 768)
+"""(B, T, C) of a micro-step of GPT-2 124M on an 80 GB card, for which the tuner times."""
+
+
+def _candidates(precision: str, size: int) -> list[LaunchConfig]:
+    exact = precision == "float32"
+    tiles = (16, 32, 64) if exact else (32, 64, 128)
+    return [
+        LaunchConfig(m, n, num_warps=warps, num_stages=stages)
+        for m in tiles for n in tiles for warps in (4, 8) for stages in ((1,) if exact else (1, 2, 3))
+    ]  # fmt: skip
+
+
+def _example(
+    of: str | None, precision: str, size: int, device: torch.device, seed: int
+) -> Callable[[LaunchConfig], object]:
+    """The forward, or the backward with the configuration of one of its kernels, on packed inputs."""
+    (B, T, C), tf32 = EXAMPLE, precision == "tf32"
+    dtype = torch.float32 if tf32 else getattr(torch, precision)
+    generator = torch.Generator(device).manual_seed(seed)
+    qkv = torch.randn(B, T, 3, C // size, size, dtype=dtype, device=device, generator=generator)
+    q, k, v = qkv.unbind(2)
+    options = True, size**-0.5, tf32
+    if of is None:
+        return lambda config: attention_forward(q, k, v, *options, config=config)
+    o, lse = attention_forward(q, k, v, *options)
+    do = torch.randn(o.shape, dtype=dtype, device=device, generator=generator)
+    return lambda config: attention_backward(do, q, k, v, o, lse, *options, **{of: config})
+
+
+TUNING = {
+    "attention_forward": Tuning(_candidates, partial(_example, None)),
+    "attention_backward_dq": Tuning(_candidates, partial(_example, "dq_config")),
+    "attention_backward_dkdv": Tuning(_candidates, partial(_example, "dkdv_config")),
 }
 
 

@@ -261,18 +261,25 @@ def test_what_can_be_tuned_is_a_kernel_with_candidates() -> None:
 @pytest.mark.parametrize(
     ("op", "precision", "size"),
     [("layer_norm_forward", "bfloat16", 768), ("layer_norm_backward", "bfloat16", 768),
-     ("layer_norm_forward", "float32", 100), ("layer_norm_backward", "float32", 100)],
+     ("layer_norm_forward", "float32", 100), ("layer_norm_backward", "float32", 100),
+     ("attention_forward", "bfloat16", 16), ("attention_backward_dq", "float32", 16),
+     ("attention_backward_dkdv", "tf32", 16)],
 )  # fmt: skip
 def test_examples_run_and_do_not_depend_on_the_configuration(op, precision, size, monkeypatch) -> None:
     monkeypatch.setattr(sys.modules["kernels.layer_norm"], "EXAMPLE_ROWS", 70)
+    monkeypatch.setattr(sys.modules["kernels.attention"], "EXAMPLE", (1, 70, 32))
     device = torch.device("cpu")
     first, second = (tune.tunings()[op].example(precision, size, device, seed) for seed in (0, 1))
-    configs = [LaunchConfig(16), LaunchConfig(64)]
+    configs = (
+        [LaunchConfig(16, 16), LaunchConfig(64, 32)]
+        if op.startswith("attention")
+        else [LaunchConfig(16), LaunchConfig(64)]
+    )
     assert [fault for _, fault in tune.checked(first, configs)] == [None, None]
     assert tune.disagreement(first(configs[0]), second(configs[0])) > tune.AGREE
 
 
-def test_a_dry_run_compiles_and_says_what_it_drops() -> None:
+def test_a_dry_run_compiles_and_says_what_it_drops(tmp_path) -> None:
     """Of three candidates one spills and one can't compile; in a process that compiles, and so can't interpret."""
     code = (
         "from kernels import tune\n"
@@ -280,17 +287,19 @@ def test_a_dry_run_compiles_and_says_what_it_drops() -> None:
         "from kernels.tuning import LaunchConfig\n"
         "bad = [LaunchConfig(16, num_warps=16), LaunchConfig(3, num_warps=4)]\n"
         "tune.tunings = lambda: {'layer_norm_backward': Tuning(lambda *_: bad, None)}\n"
-        "raise SystemExit(tune.main(['--dry-run', '--arch', 'sm_90', '--precision', 'bfloat16', '--size', '768']))\n"
+        "given = ['--dry-run', '--arch', 'sm_90', '--precision', 'bfloat16', '--size', '768', '--out', 'table.json']\n"
+        "raise SystemExit(tune.main(given))\n"
     )
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    before = (TABLES / "sm_90.json").read_text()
-    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=False)
+    clean["PYTHONPATH"] = str(TABLES.parents[1])
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=clean, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     head, shipped, spilling, impossible = done.stdout.splitlines()
     assert head == "layer_norm_backward bfloat16 768 on sm_90: 1 of 3 candidates would be timed"
     assert "registers" in shipped and "dropped" not in shipped
     assert "dropped: spills" in spilling and "dropped: does not compile" in impossible
-    assert (TABLES / "sm_90.json").read_text() == before
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_gpu_one_line_says_what_to_do(monkeypatch, capsys) -> None:
