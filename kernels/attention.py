@@ -11,6 +11,14 @@ Maths, with c = scale log2(e), so that exp is one multiply-add and one exp2:
     dP = do v^T,  dS = P * (dP - delta)
     dv = P^T do,  dk = scale dS^T q,  dq = scale dS k
 
+With dropout, M = 1 where a weight is kept and 0 elsewhere, r = 1 / (1 - p), from kernels.dropout in each kernel anew:
+
+    o = r (M * P) v,  dP = r M * (do v^T),  dv = r (M * P)^T do;  delta, dS, dk and dq as above
+
+Documents (optional, with the causal mask): a position sees only its own document, whose first position is all that a
+query's side need know, and whose end all that a key's side. Both never fall along a row, so a tile's first and last
+row bound the tiles it meets: those outside are not read, those that every row of the tile sees whole aren't masked.
+
 Memory, e bytes an element, B T H D elements a tensor: the forward reads q, k, v and writes o (4 e) and
 lse; the backward reads q, k, v, o, do and writes dq, dk, dv (8 e), and reads q, k, v, do once more,
 being two passes. Nothing of size T^2 exists. The packed forms read (B, T, 3, H, D) as the projection
@@ -42,7 +50,16 @@ bfloat16, D = 64, Triton 3.6; "loop" is the machine instructions a warp spends o
     dk, dv  64x64     4       254       2     311   reads q and do twice as often
     all     64x128    8       255       1     520   one pass a head, dq summed in float32 scratch; spills 24 bytes
 
-The last does 5 matmuls where two passes do 7: issue and matrix clocks added up, 2320 a tile against 2960.
+Documents and dropout off compile to that. On, with the tiles shipped (an entry: registers, loop; none spills):
+
+                                             forward      dq         dk, dv
+    documents                                127, 299     196, 264   220, 340
+    dropout, eight weights a call            202, 554     210, 502   244, 837   shipped; dk, dv need eight calls for 32
+    dropout, four weights a call, 32 bits    204, 645     234, 598   247, 828
+    dropout, one weight a call               174, 1134    172, 1079  253, 1369
+    dropout, eight a call, ten rounds        204, 618     223, 574   239, 979
+
+One pass does 5 matmuls where two passes do 7: issue and matrix clocks added up, 2320 a tile against 2960.
 It needs B H of twice the multiprocessors to fill the GPU, and waits for dq from L2 in every tile: a GPU must
 decide.
 
@@ -62,6 +79,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch
+from kernels.dropout import BITS, draw_seed, kept, weights_to_drop
 from kernels.launch import Kernel, Tuning, on, statistics
 from kernels.tiles import cast, dot, load_row, load_tile, store_row, store_tile
 from kernels.tuning import LaunchConfig, lookup, precision_name
@@ -69,21 +87,32 @@ from kernels.tuning import LaunchConfig, lookup, precision_name
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+# Where the running maximum begins when a query's first tiles may hide all their keys: -inf less itself is NaN.
+LOWEST = tl.constexpr(-3e38)
+# DROP of so many weights are dropped, the rest scaled by WEIGHTS / (WEIGHTS - DROP).
+WEIGHTS = tl.constexpr(2**BITS)
 # Half the L2 of an A100 or H100, less room for what streams through: the k and v of the heads in flight.
 L2_BYTES = tl.constexpr(16 * 2**20)
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None
-) -> Tensor:
-    """The same function in plain PyTorch, (B, T, H, D) each; the softmax is float32 at least."""
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None,
+    documents: Tensor | None = None, keep: Tensor | None = None, dropout_p: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """The same function in plain PyTorch, (B, T, H, D) each; the softmax is float32 at least.
+
+    keep: the weights that dropout keeps, (B, H, T, T) bool; they are scaled by 1 / (1 - dropout_p).
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q @ k.mT) * (scale or q.size(-1) ** -0.5)
+    position = torch.arange(q.size(-2), device=q.device)
     if causal:
-        T = q.size(-2)
-        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
+        scores = scores.masked_fill(position > position[:, None], float("-inf"))
+    if documents is not None:
+        scores = scores.masked_fill(position < documents[0][:, None, :, None], float("-inf"))
     weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype)
+    if keep is not None:
+        weights = weights * keep / (1.0 - dropout_p)
     return (weights @ v).transpose(1, 2)
 
 
@@ -109,36 +138,56 @@ def _place(T, H, D: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr, LAST
 
 
 @triton.jit
-def _visible(query, key, T, CAUSAL: tl.constexpr):
-    """Whether a query sees a key. Queries before T see no key past T either way; those past T aren't kept."""
-    return (query >= key) if CAUSAL else (key < T)
+def _visible(query, key, first, T, CAUSAL: tl.constexpr):
+    """Whether each query sees each key. Queries before T see no key past T either way; those past T aren't kept.
+
+    first: of each query's document, or None.
+    """
+    query, key = query[:, None], key[None, :]
+    visible = (query >= key) if CAUSAL else (key < T)
+    if first is not None:
+        visible &= key >= first[:, None]
+    return visible
 
 
 @triton.jit
-def _keys(start, T, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(edge, end): the queries start.. all see the keys before edge, which exist; from there to end, ask."""
+def _keys(start, first_ptr, T, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(begin, whole, edge, end): the queries start.. all see the keys from whole to edge, which exist; from begin to
+    whole and from edge to end, ask. first_ptr: the first position of each query's document, which never falls; or None.
+    """
+    begin, whole = 0, 0
     if CAUSAL:
         edge, end = start // BLOCK_N * BLOCK_N, tl.minimum(start + BLOCK_M, T)
     else:
         edge, end = T // BLOCK_N * BLOCK_N, T
-    return edge, end
+    if first_ptr is not None:
+        begin = tl.load(first_ptr + start) // BLOCK_N * BLOCK_N
+        whole = tl.minimum(tl.cdiv(tl.load(first_ptr + end - 1), BLOCK_N) * BLOCK_N, edge)
+    return begin, whole, edge, end
 
 
 @triton.jit
-def _attend(q, o, m, total, k_ptr, v_ptr, k_stride, v_stride, query, begin, end, T, c, D: tl.constexpr,
-            CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Update o = sum_j 2^(c S - m) v, m = max_j c S, total = sum_j 2^(c S - m) with the keys begin..end."""
+def _attend(q, o, m, total, k_ptr, v_ptr, k_stride, v_stride, row, first, begin, end, T, c, stream, D: tl.constexpr,
+            CAUSAL: tl.constexpr, DROP: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
+    """Update o = sum_j M_j 2^(c S - m) v, m = max_j c S, total = sum_j 2^(c S - m) with the keys begin..end.
+
+    row: the first query. first: of each query's document, or None. stream: the dropout's seed, and this head.
+    """
+    query = row + tl.arange(0, q.shape[0])
     for start in range(begin, end, BLOCK_N):
         k = load_tile(k_ptr, start, k_stride, T, D, BLOCK_N, MASKED)
         s = dot(q, tl.trans(k), None, PRECISION)
         if MASKED:
             key = start + tl.arange(0, BLOCK_N)
-            s = tl.where(_visible(query[:, None], key[None, :], T, CAUSAL), s, float("-inf"))
-        # Every query sees key 0, and it comes first: m is finite from the first tile on.
+            s = tl.where(_visible(query, key, first, T, CAUSAL), s, float("-inf"))
+        # m is finite from the first tile on: every query sees key 0, or m began so where documents hide it.
         m_new = tl.maximum(m, tl.max(s, 1) * c)
         p = tl.exp2(s * c - m_new[:, None])
         shrink = tl.exp2(m - m_new)
         total = total * shrink + tl.sum(p, 1)
+        if DROP:
+            p = tl.where(kept(stream, row, start, q.shape[0], BLOCK_N, DROP), p, 0.0)
         v = load_tile(v_ptr, start, v_stride, T, D, BLOCK_N, MASKED)
         o = dot(cast(p, v.dtype), v, o * shrink[:, None], PRECISION)
         m = m_new
@@ -148,9 +197,11 @@ def _attend(q, o, m, total, k_ptr, v_ptr, k_stride, v_stride, query, begin, end,
 @triton.jit(do_not_specialize=["H"])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,  # (B, T, H, D) three times by strides, then contiguous; (B, H, T)
+    first_ptr, seed_ptr,  # (B, T) or None; one integer, None without dropout
     q_strides, k_strides, v_strides,  # of batch, token and head
     T, H, scale,
-    D: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head against all keys they see."""
     BYTES: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth // 8
@@ -160,35 +211,50 @@ def attention_forward_kernel(
     v_ptr += b * v_strides[0] + h * v_strides[2]
 
     SUM: tl.constexpr = lse_ptr.dtype.element_ty
-    query = start + tl.arange(0, BLOCK_M)
     q = load_tile(q_ptr, start, q_strides[1], T, D, BLOCK_M, True)
     o = tl.zeros((BLOCK_M, triton.next_power_of_2(D)), SUM)
-    m = tl.full((BLOCK_M,), float("-inf"), SUM)
+    m = tl.full((BLOCK_M,), float("-inf") if first_ptr is None else LOWEST, SUM)
     total = tl.zeros((BLOCK_M,), SUM)
     c = scale * LOG2_E
+    stream = (tl.load(seed_ptr) if DROP else 0, b * H + h)
+    first = None
+    if first_ptr is not None:
+        first_ptr += b * T
+        first = load_row(first_ptr, start, T, BLOCK_M, True)
 
-    edge, end = _keys(start, T, CAUSAL, BLOCK_M, BLOCK_N)
-    o, m, total = _attend(q, o, m, total, k_ptr, v_ptr, k_strides[1], v_strides[1], query, 0, edge, T, c,
-                          D, CAUSAL, False, BLOCK_N, PRECISION)  # fmt: skip
-    o, m, total = _attend(q, o, m, total, k_ptr, v_ptr, k_strides[1], v_strides[1], query, edge, end, T, c,
-                          D, CAUSAL, True, BLOCK_N, PRECISION)  # fmt: skip
+    begin, whole, edge, end = _keys(start, first_ptr, T, CAUSAL, BLOCK_M, BLOCK_N)
+    if first_ptr is not None:
+        o, m, total = _attend(q, o, m, total, k_ptr, v_ptr, k_strides[1], v_strides[1], start, first, begin, whole,
+                              T, c, stream, D, CAUSAL, DROP, True, BLOCK_N, PRECISION)  # fmt: skip
+    o, m, total = _attend(q, o, m, total, k_ptr, v_ptr, k_strides[1], v_strides[1], start, first, whole, edge, T, c,
+                          stream, D, CAUSAL, DROP, False, BLOCK_N, PRECISION)  # fmt: skip
+    o, m, total = _attend(q, o, m, total, k_ptr, v_ptr, k_strides[1], v_strides[1], start, first, edge, end, T, c,
+                          stream, D, CAUSAL, DROP, True, BLOCK_N, PRECISION)  # fmt: skip
 
-    store_tile(o_ptr + (b * T * H + h) * D, o / total[:, None], start, H * D, T, D, BLOCK_M)
+    o = o / total[:, None]
+    if DROP:
+        o *= WEIGHTS / (WEIGHTS - DROP)
+    store_tile(o_ptr + (b * T * H + h) * D, o, start, H * D, T, D, BLOCK_M)
     store_row(lse_ptr + (b * H + h) * T, m + tl.log2(total), start, T, BLOCK_M)
 
 
 @triton.jit
-def _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_stride, v_stride, query, begin, end, T, c, D: tl.constexpr,
-               CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """dq + dS k over the keys begin..end."""
+def _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_stride, v_stride, row, first, begin, end, T, c, stream,
+               D: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
+    """dq + dS k over the keys begin..end; arguments as of _attend."""
+    query = row + tl.arange(0, q.shape[0])
     for start in range(begin, end, BLOCK_N):
         k = load_tile(k_ptr, start, k_stride, T, D, BLOCK_N, MASKED)
         v = load_tile(v_ptr, start, v_stride, T, D, BLOCK_N, MASKED)
         p = tl.exp2(dot(q, tl.trans(k), None, PRECISION) * c - lse[:, None])
         if MASKED:
             key = start + tl.arange(0, BLOCK_N)
-            p = tl.where(_visible(query[:, None], key[None, :], T, CAUSAL), p, 0.0)
+            p = tl.where(_visible(query, key, first, T, CAUSAL), p, 0.0)
         dp = dot(do, tl.trans(v), None, PRECISION)
+        if DROP:
+            keep = kept(stream, row, start, q.shape[0], BLOCK_N, DROP)
+            dp = tl.where(keep, dp, 0.0) * (WEIGHTS / (WEIGHTS - DROP))
         ds = p * (dp - delta[:, None])
         dq = dot(cast(ds, k.dtype), k, dq, PRECISION)
     return dq
@@ -197,9 +263,11 @@ def _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_stride, v_stride, query, b
 @triton.jit(do_not_specialize=["H"])
 def attention_backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr,  # dqkv (B, T, 3, H, D) contiguous
+    first_ptr, seed_ptr,
     q_strides, k_strides, v_strides, do_strides,
     T, H, scale,
-    D: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: dq, and delta for the other pass, of BLOCK_M queries of one head."""
     BYTES: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth // 8
@@ -211,7 +279,6 @@ def attention_backward_dq_kernel(
     o_ptr += (b * T * H + h) * D
 
     SUM: tl.constexpr = lse_ptr.dtype.element_ty
-    query = start + tl.arange(0, BLOCK_M)
     q = load_tile(q_ptr, start, q_strides[1], T, D, BLOCK_M, True)
     do = load_tile(do_ptr, start, do_strides[1], T, D, BLOCK_M, True)
     o = load_tile(o_ptr, start, H * D, T, D, BLOCK_M, True)
@@ -221,24 +288,36 @@ def attention_backward_dq_kernel(
     dq = tl.zeros((BLOCK_M, triton.next_power_of_2(D)), SUM)
     c = scale * LOG2_E
 
-    edge, end = _keys(start, T, CAUSAL, BLOCK_M, BLOCK_N)
-    dq = _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_strides[1], v_strides[1], query, 0, edge, T, c,
-                    D, CAUSAL, False, BLOCK_N, PRECISION)  # fmt: skip
-    dq = _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_strides[1], v_strides[1], query, edge, end, T, c,
-                    D, CAUSAL, True, BLOCK_N, PRECISION)  # fmt: skip
+    stream = (tl.load(seed_ptr) if DROP else 0, b * H + h)
+    first = None
+    if first_ptr is not None:
+        first_ptr += b * T
+        first = load_row(first_ptr, start, T, BLOCK_M, True)
+
+    begin, whole, edge, end = _keys(start, first_ptr, T, CAUSAL, BLOCK_M, BLOCK_N)
+    if first_ptr is not None:
+        dq = _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_strides[1], v_strides[1], start, first, begin, whole,
+                        T, c, stream, D, CAUSAL, DROP, True, BLOCK_N, PRECISION)  # fmt: skip
+    dq = _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_strides[1], v_strides[1], start, first, whole, edge, T, c,
+                    stream, D, CAUSAL, DROP, False, BLOCK_N, PRECISION)  # fmt: skip
+    dq = _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_strides[1], v_strides[1], start, first, edge, end, T, c,
+                    stream, D, CAUSAL, DROP, True, BLOCK_N, PRECISION)  # fmt: skip
 
     store_tile(dqkv_ptr + (b * T * 3 * H + h) * D, dq * scale, start, 3 * H * D, T, D, BLOCK_M)
 
 
 @triton.jit
-def _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_stride, do_stride, lse_ptr, delta_ptr, key, begin, end, T, c,
-                 D: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
-    """dk + dS^T q and dv + P^T do over the queries begin..end.
+def _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_stride, do_stride, lse_ptr, delta_ptr, row, last, begin, end, T, c,
+                 stream, D: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, MASKED: tl.constexpr,
+                 BLOCK_M: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """dk + dS^T q and dv + (M P)^T do over the queries begin..end.
+
+    row: the first key. last: one past each key's document, or None.
 
     S is formed transposed, keys down and queries across, so that P^T and dS^T are left operands straight
     from registers. Queries past T have q = do = delta = 0 and so add 0.
     """
+    key = row + tl.arange(0, k.shape[0])
     for start in range(begin, end, BLOCK_M):
         q = load_tile(q_ptr, start, q_stride, T, D, BLOCK_M, MASKED)
         lse = load_row(lse_ptr, start, T, BLOCK_M, MASKED)
@@ -246,10 +325,18 @@ def _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_stride, do_stride, lse_ptr, delt
         if MASKED and CAUSAL:
             query = start + tl.arange(0, BLOCK_M)
             p = tl.where(query[None, :] >= key[:, None], p, 0.0)
+            if last is not None:
+                p = tl.where(query[None, :] < last[:, None], p, 0.0)
         do = load_tile(do_ptr, start, do_stride, T, D, BLOCK_M, MASKED)
-        dv = dot(cast(p, do.dtype), do, dv, PRECISION)
+        if DROP:
+            keep = tl.trans(kept(stream, start, row, BLOCK_M, k.shape[0], DROP))
+            dv = dot(cast(tl.where(keep, p, 0.0), do.dtype), do, dv, PRECISION)
+        else:
+            dv = dot(cast(p, do.dtype), do, dv, PRECISION)
         delta = load_row(delta_ptr, start, T, BLOCK_M, MASKED)
         dp = dot(v, tl.trans(do), None, PRECISION)
+        if DROP:
+            dp = tl.where(keep, dp, 0.0) * (WEIGHTS / (WEIGHTS - DROP))
         ds = p * (dp - delta[None, :])
         dk = dot(cast(ds, q.dtype), q, dk, PRECISION)
     return dk, dv
@@ -257,10 +344,11 @@ def _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_stride, do_stride, lse_ptr, delt
 
 @triton.jit(do_not_specialize=["H"])
 def attention_backward_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr, last_ptr, seed_ptr,
     q_strides, k_strides, v_strides, do_strides,
     T, H, scale,
-    D: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of BLOCK_N keys of one head, from all queries that see them."""
     BYTES: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth // 8
@@ -273,36 +361,49 @@ def attention_backward_dkdv_kernel(
     delta_ptr += (b * H + h) * T
 
     SUM: tl.constexpr = lse_ptr.dtype.element_ty
-    key = start + tl.arange(0, BLOCK_N)
     k = load_tile(k_ptr, start, k_strides[1], T, D, BLOCK_N, True)
     v = load_tile(v_ptr, start, v_strides[1], T, D, BLOCK_N, True)
     dk = tl.zeros((BLOCK_N, triton.next_power_of_2(D)), SUM)
     dv = tl.zeros((BLOCK_N, triton.next_power_of_2(D)), SUM)
     c = scale * LOG2_E
 
-    # Queries from `edge` to `tail` exist and see all of these keys; those before and after, ask.
-    edge, tail = 0, T // BLOCK_M * BLOCK_M
+    stream = (tl.load(seed_ptr) if DROP else 0, b * H + h)
+
+    # Queries from `edge` to `tail` exist and see all of these keys; those before and after, ask; from `end` on none do.
+    edge, tail, end = 0, T // BLOCK_M * BLOCK_M, T
+    last = None
+    if last_ptr is not None:
+        last_ptr += b * T
+        last = load_row(last_ptr, start, T, BLOCK_N, True)
+        tail = tl.load(last_ptr + start) // BLOCK_M * BLOCK_M
+        end = tl.load(last_ptr + tl.minimum(start + BLOCK_N, T) - 1)
     if CAUSAL:
         edge = tl.cdiv(start + BLOCK_N, BLOCK_M) * BLOCK_M
-        dk, dv = _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_strides[1], do_strides[1], lse_ptr, delta_ptr, key,
-                              start // BLOCK_M * BLOCK_M, tl.minimum(edge, T), T, c,
-                              D, CAUSAL, True, BLOCK_M, PRECISION)  # fmt: skip
-    dk, dv = _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_strides[1], do_strides[1], lse_ptr, delta_ptr, key,
-                          edge, tail, T, c, D, CAUSAL, False, BLOCK_M, PRECISION)  # fmt: skip
-    dk, dv = _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_strides[1], do_strides[1], lse_ptr, delta_ptr, key,
-                          tl.maximum(edge, tail), T, T, c, D, CAUSAL, True, BLOCK_M, PRECISION)  # fmt: skip
+        dk, dv = _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_strides[1], do_strides[1], lse_ptr, delta_ptr, start, last,
+                              start // BLOCK_M * BLOCK_M, tl.minimum(edge, end), T, c, stream,
+                              D, CAUSAL, DROP, True, BLOCK_M, PRECISION)  # fmt: skip
+    dk, dv = _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_strides[1], do_strides[1], lse_ptr, delta_ptr, start, last,
+                          edge, tail, T, c, stream, D, CAUSAL, DROP, False, BLOCK_M, PRECISION)  # fmt: skip
+    dk, dv = _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_strides[1], do_strides[1], lse_ptr, delta_ptr, start, last,
+                          tl.maximum(edge, tail), end, T, c, stream,
+                          D, CAUSAL, DROP, True, BLOCK_M, PRECISION)  # fmt: skip
 
+    if DROP:
+        dv *= WEIGHTS / (WEIGHTS - DROP)
     dqkv_ptr += (b * T * 3 * H + h) * D
     store_tile(dqkv_ptr + H * D, dk * scale, start, 3 * H * D, T, D, BLOCK_N)
     store_tile(dqkv_ptr + 2 * H * D, dv, start, 3 * H * D, T, D, BLOCK_N)
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, allow_tf32: bool, config: LaunchConfig | None = None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, allow_tf32: bool,
+    documents: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
+    config: LaunchConfig | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o (B, T, H, D) contiguous and the base-2 lse (B, H, T), float32 at least.
 
-    q, k, v: (B, T, H, D), any strides but the last, which is 1. config overrides the table's.
+    q, k, v: (B, T, H, D), any strides but the last, which is 1. documents: (2, B, T) int32, contiguous. seed: one
+    int64, where dropout_p isn't 0. config overrides the table's.
     """
     B, T, H, D = q.shape
     q, k, v = _tiled(q), _tiled(k), _tiled(v)
@@ -312,14 +413,16 @@ def attention_forward(
     lse = torch.empty((B, H, T), dtype=statistics(q.dtype), device=q.device)
     with on(q.device):
         attention_forward_kernel[(B * H * triton.cdiv(T, config.block_m),)](
-            q, k, v, o, lse, q.stride()[:3], k.stride()[:3], v.stride()[:3], T, H, scale,
-            D=D, CAUSAL=causal, PRECISION=_products(precision), **config.arguments(),
+            q, k, v, o, lse, None if documents is None else documents[0], seed,
+            q.stride()[:3], k.stride()[:3], v.stride()[:3], T, H, scale,
+            D=D, CAUSAL=causal, DROP=weights_to_drop(dropout_p), PRECISION=_products(precision), **config.arguments(),
         )  # fmt: skip
     return o, lse
 
 
 def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float, allow_tf32: bool,
+    documents: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
     dq_config: LaunchConfig | None = None, dkdv_config: LaunchConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """dqkv (B, T, 3, H, D) contiguous, from do (B, T, H, D) of any strides and what the forward was given and gave."""
@@ -331,13 +434,14 @@ def attention_backward(
     dqkv = torch.empty((B, T, 3, H, D), dtype=q.dtype, device=q.device)
     delta = torch.empty((B, H, T), dtype=lse.dtype, device=q.device)
     strides = [x.stride()[:3] for x in (q, k, v, do)]
-    constants = {"D": D, "CAUSAL": causal, "PRECISION": _products(precision)}
+    first, last = (None, None) if documents is None else documents.unbind(0)
+    constants = {"D": D, "CAUSAL": causal, "DROP": weights_to_drop(dropout_p), "PRECISION": _products(precision)}
     with on(q.device):
         attention_backward_dq_kernel[(B * H * triton.cdiv(T, dq_config.block_m),)](
-            q, k, v, o, do, lse, delta, dqkv, *strides, T, H, scale, **constants, **dq_config.arguments()
+            q, k, v, o, do, lse, delta, dqkv, first, seed, *strides, T, H, scale, **constants, **dq_config.arguments()
         )
         attention_backward_dkdv_kernel[(B * H * triton.cdiv(T, dkdv_config.block_n),)](
-            q, k, v, do, lse, delta, dqkv, *strides, T, H, scale, **constants, **dkdv_config.arguments()
+            q, k, v, do, lse, delta, dqkv, last, seed, *strides, T, H, scale, **constants, **dkdv_config.arguments()
         )
     return dqkv
 
@@ -352,10 +456,14 @@ def _products(precision: str) -> str:
 
 
 def _constants(precision: str, size: int) -> dict[str, object]:
-    return {"D": size, "CAUSAL": True, "PRECISION": _products(precision)}
+    off = {"DROP": 0, "first_ptr": None, "last_ptr": None, "seed_ptr": None}
+    return {"D": size, "CAUSAL": True, "PRECISION": _products(precision), **off}
 
 
-_TYPES = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32"}
+_TYPES = {
+    "lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32",
+    "first_ptr": "*i32", "last_ptr": "*i32", "seed_ptr": "*i64",
+}  # fmt: skip
 KERNELS = {
     "attention_forward": Kernel(attention_forward_kernel, _constants, _TYPES, ("T",), products=4),
     "attention_backward_dq": Kernel(attention_backward_dq_kernel, _constants, _TYPES, ("T",), products=6),
@@ -402,7 +510,7 @@ TUNING = {
 
 # Operators that torch.compile takes whole. Autograd sees the Function below, never these.
 _INPUTS = "Tensor q, Tensor k, Tensor v"
-_OPTIONS = "bool causal, float scale, bool allow_tf32"
+_OPTIONS = "bool causal, float scale, bool allow_tf32, Tensor? documents=None, Tensor? seed=None, float dropout_p=0.0"
 torch.library.define("fastgpt2::attention_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 torch.library.define(
     "fastgpt2::attention_backward", f"(Tensor do, {_INPUTS}, Tensor o, Tensor lse, {_OPTIONS}) -> Tensor"
@@ -412,14 +520,17 @@ torch.library.impl("fastgpt2::attention_backward", "default", attention_backward
 
 
 @torch.library.register_fake("fastgpt2::attention_forward")
-def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, allow_tf32: bool) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, allow_tf32: bool,
+      documents: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, T, H, D = q.shape
     return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=statistics(q.dtype))
 
 
 @torch.library.register_fake("fastgpt2::attention_backward")
 def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-      causal: bool, scale: float, allow_tf32: bool) -> Tensor:  # fmt: skip
+      causal: bool, scale: float, allow_tf32: bool, documents: Tensor | None = None, seed: Tensor | None = None,
+      dropout_p: float = 0.0) -> Tensor:  # fmt: skip
     B, T, H, D = q.shape
     return q.new_empty(B, T, 3, H, D)
 
@@ -428,34 +539,44 @@ class _FlashAttention(torch.autograd.Function):
     """qkv is one packed (B, T, 3, H, D) tensor, or q, k and v apart; the gradient comes in the same form."""
 
     @staticmethod
-    def forward(ctx, causal: bool, scale: float, allow_tf32: bool, *qkv: Tensor) -> Tensor:
+    def forward(
+        ctx, causal: bool, scale: float, allow_tf32: bool, documents: Tensor | None, seed: Tensor | None,
+        dropout_p: float, *qkv: Tensor,
+    ) -> Tensor:  # fmt: skip
         q, k, v = qkv if len(qkv) == 3 else qkv[0].unbind(2)
-        o, lse = torch.ops.fastgpt2.attention_forward(q, k, v, causal, scale, allow_tf32)
-        ctx.save_for_backward(o, lse, *qkv)
+        options = causal, scale, allow_tf32, documents, seed, dropout_p
+        o, lse = torch.ops.fastgpt2.attention_forward(q, k, v, *options)
+        ctx.save_for_backward(o, lse, documents, seed, *qkv)
         ctx.options = causal, scale, allow_tf32
+        ctx.dropout_p = dropout_p
         return o
 
     @staticmethod
     def backward(ctx, do: Tensor):
         launch.refuse_second_derivative("flash attention", "--attn naive")
-        o, lse, *qkv = ctx.saved_tensors
+        o, lse, documents, seed, *qkv = ctx.saved_tensors
         q, k, v = qkv if len(qkv) == 3 else qkv[0].unbind(2)
-        dqkv = torch.ops.fastgpt2.attention_backward(do, q, k, v, o, lse, *ctx.options)
-        return None, None, None, *(dqkv.unbind(2) if len(qkv) == 3 else (dqkv,))
+        options = *ctx.options, documents, seed, ctx.dropout_p
+        dqkv = torch.ops.fastgpt2.attention_backward(do, q, k, v, o, lse, *options)
+        return (None,) * 6 + (dqkv.unbind(2) if len(qkv) == 3 else (dqkv,))
 
 
 def flash_attention_qkv(
-    qkv: Tensor, *, causal: bool = True, scale: float | None = None, dropout_p: float = 0.0, allow_tf32: bool = False
-) -> Tensor:
+    qkv: Tensor, dropout_p: float = 0.0, documents: Tensor | None = None, *,
+    causal: bool = True, scale: float | None = None, allow_tf32: bool = False, seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """softmax(scale q k^T + mask) v on the packed projection, as it leaves the matmul.
 
     Args:
         qkv: (B, T, 3, H, D), bfloat16, float16 or float32; T >= 1, D one of HEAD_DIMS; any strides, the
             last 1. Differentiable once; its gradient is one contiguous (B, T, 3, H, D) tensor.
+        dropout_p: the probability of dropping a weight, in [0, 1), rounded to 2^-16 (kernels.dropout.weights_to_drop).
+        documents: (2, B, T) int32, where each token's document begins and one past where it ends, both never falling
+            within a row: a token sees only its own. It isn't checked, as that would wait for the GPU. Needs causal.
         causal: whether a token sees only itself and those before it.
         scale: positive; 1 / sqrt(D) by default.
-        dropout_p: 0. Anything else is an error for now.
         allow_tf32: multiply float32 in TF32, 10 bits of mantissa, rather than exactly.
+        seed: one int64 on qkv's device, which decides what is dropped; drawn from torch's generator by default.
 
     Returns:
         (B, T, H, D), contiguous, in qkv's dtype, or autocast's where that is on.
@@ -466,20 +587,20 @@ def flash_attention_qkv(
     if qkv.dim() != 5 or qkv.size(2) != 3:
         raise ValueError(f"qkv must be (B, T, 3, H, D), got shape {tuple(qkv.shape)}")
     (qkv,) = launch.autocast(qkv)
-    scale = _validate({"qkv": qkv}, scale, dropout_p)
-    return _FlashAttention.apply(causal, scale, allow_tf32, qkv)
+    scale, documents, seed = _validate({"qkv": qkv}, scale, dropout_p, causal, documents, seed)
+    return _FlashAttention.apply(causal, scale, allow_tf32, documents, seed, dropout_p, qkv)
 
 
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, *,
-    causal: bool = True, scale: float | None = None, dropout_p: float = 0.0, allow_tf32: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, documents: Tensor | None = None, *,
+    causal: bool = True, scale: float | None = None, allow_tf32: bool = False, seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """softmax(scale q k^T + mask) v.
 
     Args:
         q, k, v: (B, T, H, D) each, alike in shape, dtype and device, each with strides of its own, the
             last 1. Differentiable once; the gradients are views of one (B, T, 3, H, D) tensor.
-        causal, scale, dropout_p, allow_tf32: as for flash_attention_qkv.
+        dropout_p, documents, causal, scale, allow_tf32, seed: as for flash_attention_qkv.
 
     Returns:
         (B, T, H, D), contiguous, in q's dtype, or autocast's where that is on.
@@ -494,14 +615,17 @@ def flash_attention(
             if of_x != of_q:
                 raise ValueError(f"{name} must have q's {what}, {of_q}, got {of_x}")
     q, k, v = launch.autocast(q, k, v)
-    scale = _validate({"q": q, "k": k, "v": v}, scale, dropout_p)
-    return _FlashAttention.apply(causal, scale, allow_tf32, q, k, v)
+    scale, documents, seed = _validate({"q": q, "k": k, "v": v}, scale, dropout_p, causal, documents, seed)
+    return _FlashAttention.apply(causal, scale, allow_tf32, documents, seed, dropout_p, q, k, v)
 
 
-def _validate(inputs: dict[str, Tensor], scale: float | None, dropout_p: float) -> float:
-    """The scale, once the inputs are found to be what the kernels can take."""
+def _validate(
+    inputs: dict[str, Tensor], scale: float | None, dropout_p: float, causal: bool,
+    documents: Tensor | None, seed: Tensor | None,
+) -> tuple[float, Tensor | None, Tensor | None]:  # fmt: skip
+    """The scale, documents and seed, once all is found to be what the kernels can take."""
     first = next(iter(inputs.values()))
-    *_, T, D = (first.size(1), first.size(-1))
+    B, T, D = first.size(0), first.size(1), first.size(-1)
     for name, x in inputs.items():
         if x.dtype != first.dtype:
             raise ValueError(f"{name} must have q's dtype, {first.dtype}, got {x.dtype}")
@@ -513,10 +637,26 @@ def _validate(inputs: dict[str, Tensor], scale: float | None, dropout_p: float) 
         if x.stride(-1) != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension, got stride {x.stride(-1)}")
     if scale is None:
-        return D**-0.5
+        scale = D**-0.5
     if not 0.0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, got {scale}")
-    return scale
+    if documents is not None:
+        if not causal:
+            raise ValueError("documents needs causal=True: without it, leave documents out")
+        _require("documents", documents, (2, B, T), torch.int32, first.device)
+        documents = documents.contiguous()
+    if not weights_to_drop(dropout_p):
+        return scale, documents, None
+    if seed is None:
+        return scale, documents, draw_seed(first.device)
+    _require("seed", seed, (1,), torch.int64, first.device)
+    return scale, documents, seed
+
+
+def _require(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    expected = f"{shape} {dtype} on {device}"
+    if (tuple(x.shape), x.dtype, x.device) != (shape, dtype, device):
+        raise ValueError(f"{name} must be {expected}, got {tuple(x.shape)} {x.dtype} on {x.device}")
 
 
 def why_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, dropout_p: float) -> str | None:
@@ -525,6 +665,6 @@ def why_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, dro
         return reason
     if head_dim not in HEAD_DIMS:
         return f"Triton attention has head sizes {HEAD_DIMS}, got {head_dim}; choose one, or use --attn sdpa"
-    if dropout_p != 0.0:
-        return f"Triton attention has no dropout, got {dropout_p}; a later version puts it into the kernel: use sdpa"
+    if not 0.0 <= dropout_p < 1.0:
+        return f"Triton attention drops with a probability of at least 0 and less than 1, got {dropout_p}"
     return None

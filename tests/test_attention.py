@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
@@ -66,10 +67,15 @@ def exact(q, k, v, do, **options) -> Results:
     return naive(q.double(), k.double(), v.double(), do.double(), **options)
 
 
-def sdpa(q, k, v, do, causal: bool = True, scale: float | None = None) -> Results:
+def sdpa(q, k, v, do, causal: bool = True, scale: float | None = None, documents: Tensor | None = None) -> Results:
+    position, mask = torch.arange(q.size(1), device=q.device), None
+    if documents is not None:
+        mask = (position <= position[:, None]) & (position >= documents[0][:, None, :, None])
+
     def function(q, k, v):
         heads = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*heads, is_causal=causal, scale=scale).transpose(1, 2)
+        options = {"attn_mask": mask, "is_causal": causal and mask is None, "scale": scale}
+        return F.scaled_dot_product_attention(*heads, **options).transpose(1, 2)
 
     return differentiate(function, q, k, v, do)
 
@@ -99,10 +105,10 @@ def rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
-def excess(
-    compute: Compute, make: Callable[[int], Results], causal: bool = True, scale: float | None = None
-) -> dict[str, float]:
+def excess(compute: Compute, make: Callable[[int], Results], **options) -> dict[str, float]:
     """Error over budget for o, dq, dk and dv, by maximum and by norm: right is at most 1.
+
+    options: the reference's. SDPA can't replay a dropout's mask: naive alone is the peer there.
 
     The budget is twice the larger of naive's and SDPA's error in the same precision, pooled over the
     seeds, plus four units in the last place of the tensor's own scale.
@@ -112,8 +118,8 @@ def excess(
     theirs: dict[str, float] = {}
     for seed in range(SEEDS):
         q, k, v, do = make(seed)
-        truth = exact(q, k, v, do, causal=causal, scale=scale)
-        peers = [f(q, k, v, do, causal=causal, scale=scale) for f in (naive, sdpa)]
+        truth = exact(q, k, v, do, **options)
+        peers = [f(q, k, v, do, **options) for f in ((naive,) if "keep" in options else (naive, sdpa))]
         # Interpreted kernels are slow: one seed of ours against five of theirs.
         mine = compute(q, k, v, do) if seed == 0 or DEVICE == "cuda" else truth
         for i, name in enumerate(names):
@@ -199,6 +205,83 @@ def test_rows_where_one_key_takes_all(causal, tiles) -> None:
         return q, k, v, do
 
     assert_right(functools.partial(flash, causal=causal), make, causal=causal)
+
+
+def bounds(T: int, *openings: Iterable[int]) -> Tensor:
+    """documents (2, B, T) of rows where documents begin at 0 and at the openings."""
+    rows = []
+    for row in openings:
+        starts = [*sorted({0, *row}), T]
+        spans = [(a, b) for a, b in itertools.pairwise(starts) for _ in range(a, b)]
+        rows.append(spans)
+    return torch.tensor(rows, dtype=torch.int32, device=DEVICE).permute(2, 0, 1).contiguous()
+
+
+DOCUMENTS = {
+    "one": ((), ()),
+    "each token its own": (range(75), range(75)),
+    "edges of tiles": ((16, 32, 48, 64), (15, 17, 31, 33, 63, 65)),
+    "long and short": ((40,), (3, 4, 5, 6, 70)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tile", [(16, 16), (32, 16), (16, 64)], ids=lambda x: "x".join(map(str, x)))
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_documents(kind, tile, dtype, tiles) -> None:
+    tiles(*tile)
+    documents = bounds(75, *DOCUMENTS[kind])
+    compute = functools.partial(packed, documents=documents)
+    assert_right(compute, lambda seed: inputs((2, 75, 1, 16), dtype, seed=seed), documents=documents)
+
+
+def test_one_document_a_row_is_no_document_at_all(tiles) -> None:
+    tiles(16, 16)
+    args = inputs((2, 40, 2, 16))
+    assert_same(packed(*args, documents=bounds(40, (), ())), packed(*args))
+
+
+def test_peaked_logits_in_documents(tiles) -> None:
+    """The first tile hides all keys of some queries, whose maximum may be far below zero."""
+    tiles(16, 16)
+    documents = bounds(49, (14, 33))
+    make = lambda seed: inputs((1, 49, 2, 32), seed=seed, gain=50.0)  # noqa: E731
+    assert_right(functools.partial(packed, documents=documents), make, documents=documents)
+
+
+@pytest.mark.parametrize("fault", ["ignored", "begins late", "begins early", "ends early", "of another row"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_planted_fault_in_documents_is_found(fault, dtype, tiles) -> None:
+    tiles(16, 16)
+    documents = bounds(40, (9, 32), (16, 17, 20))
+    position = torch.arange(40, dtype=torch.int32, device=DEVICE)
+    first, last = documents
+    wrong = {
+        "ignored": None,
+        "begins late": torch.stack((torch.minimum(first + 1, position), last)),
+        "begins early": torch.stack(((first - 1).clamp(min=0), last)),
+        "ends early": torch.stack((first, torch.maximum(last - 1, position + 1))),
+        "of another row": documents.flip(1),
+    }[fault]
+    compute = functools.partial(packed, documents=wrong)
+    make = lambda seed: inputs((2, 40, 1, 16), dtype, seed=seed)  # noqa: E731
+    assert max(excess(compute, make, documents=documents).values()) > 2.0
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
+def test_tiles_outside_a_document_are_not_read(tiles) -> None:
+    """Queries of the second document skip the NaN keys of the first, and keys of the first the NaN queries after it."""
+    tiles(16, 16)
+    q, k, v, do = inputs((1, 64, 1, 16))
+    documents = bounds(64, (32,))
+    o, lse = attention_forward(q, k, v, True, 0.25, False, documents)
+    before = [torch.cat((torch.full_like(x[:, :32], math.nan), x[:, 32:]), 1) for x in (k, v)]
+    poisoned, _ = attention_forward(q, *before, True, 0.25, False, documents)
+    assert torch.equal(poisoned[:, 32:], o[:, 32:])
+    after = [torch.cat((x[:, :32], torch.full_like(x[:, 32:], math.nan)), 1) for x in (q, do)]
+    options = (o, lse, True, 0.25, False, documents)
+    dqkv, poisoned = attention_backward(do, q, k, v, *options), attention_backward(after[1], after[0], k, v, *options)
+    assert torch.equal(poisoned[:, :32], dqkv[:, :32])
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.03])
@@ -330,14 +413,17 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tens
         yield made
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("kind", ["causal", "full", "documents and dropout"])
 @pytest.mark.parametrize(("T", "D", "tile"), [(17, 80, (16, 16)), (33, 16, (32, 16)), (20, 32, (16, 64))])
-def test_every_element_is_written_and_nothing_beside_it(T, D, tile, causal, tiles, monkeypatch) -> None:
+def test_every_element_is_written_and_nothing_beside_it(T, D, tile, kind, tiles, monkeypatch) -> None:
     tiles(*tile)
     q, k, v, do = inputs((2, T, 3, D))
+    options = (kind != "full", 0.25, False)
+    if kind == "documents and dropout":
+        options = (*options, bounds(T, (1, 5, 16), (7,)), torch.tensor([3], device=DEVICE), 0.5)
     with guarded(monkeypatch) as made:
-        o, lse = attention_forward(q, k, v, causal, 0.25, False)
-        attention_backward(do, q, k, v, o, lse, causal, 0.25, False)
+        o, lse = attention_forward(q, k, v, *options)
+        attention_backward(do, q, k, v, o, lse, *options)
     assert len(made) == 4  # o, lse, dqkv, delta
     for whole, middle in made:
         assert not middle.isnan().any()
@@ -372,16 +458,22 @@ def test_repeats_are_bitwise_equal(tiles) -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="float64 is for the interpreter")
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_gradcheck(causal) -> None:
+@pytest.mark.parametrize("kind", ["causal", "full", "documents and dropout"])
+def test_gradcheck(kind) -> None:
     qkv = torch.stack(inputs((1, 19, 2, 16), torch.float64)[:3], 2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: flash_attention_qkv(x, causal=causal), qkv, fast_mode=True)
+    options = {"causal": kind != "full"}
+    if kind == "documents and dropout":
+        options = {"documents": bounds(19, (7, 17)), "dropout_p": 0.3, "seed": torch.tensor([5])}
+    assert torch.autograd.gradcheck(lambda x: flash_attention_qkv(x, **options), qkv, fast_mode=True)
 
 
-def test_operators_pass_opcheck(tiles) -> None:
+@pytest.mark.parametrize("kind", ["plain", "documents and dropout"])
+def test_operators_pass_opcheck(kind, tiles) -> None:
     tiles(16, 16)
     q, k, v, do = inputs((1, 5, 2, 16))
     options = (True, 0.25, False)
+    if kind == "documents and dropout":
+        options = (*options, bounds(5, (2,)), torch.tensor([5], device=DEVICE), 0.5)
     o, lse = torch.ops.fastgpt2.attention_forward(q, k, v, *options)
     torch.library.opcheck(torch.ops.fastgpt2.attention_forward.default, (q, k, v, *options))
     torch.library.opcheck(torch.ops.fastgpt2.attention_backward.default, (do, q, k, v, o, lse, *options))
@@ -400,6 +492,24 @@ def test_compiles_whole(backend, dynamic, tiles) -> None:
     results = []
     for function in (layer, torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)):
         y = function(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+def test_documents_and_a_seed_compile_whole(backend, tiles) -> None:
+    tiles(16, 16)
+    torch._dynamo.reset()
+    documents, seed = bounds(17, (5,), (9,)), torch.tensor([5], device=DEVICE)
+
+    def layer(x: Tensor, documents: Tensor, seed: Tensor) -> Tensor:
+        return flash_attention_qkv((2.0 * x).unflatten(-1, (3, 2, 16)), 0.5, documents, seed=seed).flatten(-2).sin()
+
+    x = torch.randn(2, 17, 96, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    results = []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend=backend)):
+        y = function(x, documents, seed)
         results.append((y, *torch.autograd.grad(y.square().sum(), x)))
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
@@ -438,7 +548,11 @@ def test_errors_name_the_argument() -> None:
         (lambda: flash_attention_qkv(qkv.transpose(-1, -2)), "head sizes"),
         (lambda: flash_attention_qkv(qkv.mT.contiguous().mT), "qkv must be contiguous in its last dimension"),
         (lambda: flash_attention_qkv(qkv.int()), "got torch.int32"),
-        (lambda: flash_attention_qkv(qkv, dropout_p=0.1), "no dropout"),
+        (lambda: flash_attention_qkv(qkv, dropout_p=1.0), "at least 0 and less than 1, got 1.0"),
+        (lambda: flash_attention_qkv(qkv, 0.1, seed=torch.tensor(3)), r"seed must be \(1,\) torch.int64 on"),
+        (lambda: flash_attention_qkv(qkv, documents=bounds(3, ())), r"documents must be \(2, 1, 4\) torch.int32 on"),
+        (lambda: flash_attention_qkv(qkv, documents=bounds(4, ()).long()), "documents must be .*, got .*int64"),
+        (lambda: flash_attention_qkv(qkv, documents=bounds(4, ()), causal=False), "documents needs causal=True"),
         (lambda: flash_attention_qkv(qkv, scale=0.0), "scale must be positive"),
         (lambda: flash_attention(q[0], k, v), r"q must be \(B, T, H, D\)"),
         (lambda: flash_attention(q, k[:, :2], v), r"k must have q's shape, \(1, 4, 2, 16\), got \(1, 2, 2, 16\)"),
@@ -459,7 +573,8 @@ def test_why_unsupported(monkeypatch) -> None:
     assert why_unsupported(cuda, torch.bfloat16, 64, 0.0) is None
     assert "float64" in str(why_unsupported(cuda, torch.float64, 64, 0.0))
     assert "got 48" in str(why_unsupported(cuda, torch.float32, 48, 0.0))
-    assert "dropout" in str(why_unsupported(cuda, torch.float32, 64, 0.1))
+    assert why_unsupported(cuda, torch.float32, 64, 0.1) is None
+    assert "less than 1, got 1.0" in str(why_unsupported(cuda, torch.float32, 64, 1.0))
     monkeypatch.setattr(launch, "capability", lambda _: (7, 5))
     assert "sdpa" in str(why_unsupported(cuda, torch.float16, 64, 0.0))
 
@@ -488,21 +603,39 @@ def test_full_head_sizes(D, gain) -> None:
 
 
 @pytest.mark.gpu
-def test_250_repeats_are_bitwise_equal() -> None:
-    args = inputs((4, 1024, 12, 64), torch.bfloat16)
-    first = packed(*args)
-    for _ in range(250):
-        assert all(torch.equal(x, y) for x, y in zip(packed(*args), first, strict=True))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("T", [1, 127, 128, 129, 1000, 1024, 2048])
+def test_full_lengths_in_documents(T, dtype) -> None:
+    generator = torch.Generator().manual_seed(T)
+    openings = [torch.randint(T, (n,), generator=generator).tolist() for n in (0, 3, 40)]
+    documents = bounds(T, *openings, [*range(0, T, 64)])
+    make = lambda seed: inputs((4, T, 3, 64), dtype, seed=seed)  # noqa: E731
+    assert_right(functools.partial(packed, documents=documents), make, documents=documents)
 
 
 @pytest.mark.gpu
-def test_offsets_past_32_bits() -> None:
+@pytest.mark.parametrize("kind", ["plain", "documents and dropout"])
+def test_250_repeats_are_bitwise_equal(kind) -> None:
+    args = inputs((4, 1024, 12, 64), torch.bfloat16)
+    options = {}
+    if kind == "documents and dropout":
+        documents = bounds(1024, (), (100, 900), range(0, 1024, 64), (1,))
+        options = {"documents": documents, "dropout_p": 0.1, "seed": torch.tensor([7], device=DEVICE)}
+    first = packed(*args, **options)
+    for _ in range(250):
+        assert all(torch.equal(x, y) for x, y in zip(packed(*args, **options), first, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("documents", [False, True], ids=["plain", "documents"])
+def test_offsets_past_32_bits(documents) -> None:
     """B T 3 H D passes 2^31: the last batch must be computed like the first."""
     B, T, H, D = 1000, 1024, 12, 64
     qkv = torch.empty((B, T, 3, H, D), dtype=torch.bfloat16, device="cuda")
     assert qkv.numel() > 2**31
     qkv[:] = torch.randn(1, T, 3, H, D, device="cuda").bfloat16()
-    o = flash_attention_qkv(qkv.requires_grad_())
+    spans = bounds(T, (100, 700)).expand(2, B, T) if documents else None
+    o = flash_attention_qkv(qkv.requires_grad_(), documents=spans)
     o.backward(o.detach()[:1].expand(o.shape))
     assert qkv.grad is not None
     assert torch.equal(o[0], o[-1]) and torch.equal(qkv.grad[0], qkv.grad[-1])
