@@ -19,8 +19,8 @@ V = 50304, Triton 3.6 / 3.9; "loops" are the machine instructions that a warp sp
 first pass + in the second.
 
     design                         block  warps  registers   spilled  blocks  loops
-    shipped                         8192   32     25 / 28          0     2    59 + 68 / 58 + 74
-    twice the work a thread         8192   16     40 / 32          0   3 / 4  54 + 68 / 55 + 72
+    shipped                         8192   32     26 / 26          0     2    59 + 68 / 58 + 74
+    twice the work a thread         8192   16     57 / 32          0   2 / 4  54 + 68 / 55 + 72
     lanes hold single columns, one
       exponential, masks everywhere 8192   32     42 / 43          0     1   121 + 114 / 113 + 114
     the row held in registers      65536   32     64 / 64  208 / 336     1
@@ -36,19 +36,22 @@ Paper: online normaliser calculation for softmax (Milakov and Gimelshein 2018, a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Kernel, Work, on
+from kernels.launch import Kernel, Tuning, Work, on, statistics
 from kernels.tiles import cast
 from kernels.tuning import LaunchConfig, lookup, precision_name
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 # Below every logit, and far enough above the lowest float32 for a difference with one times log2(e) to be finite.
 LOWEST = tl.constexpr(-1.0e38)
+EXAMPLE_ROWS = 9472
+"""A chunk of 65536 tokens of GPT-2 in bfloat16, for which the tuner times."""
 
 
 def cross_entropy_reference(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +100,7 @@ def _normaliser(row_ptr, stride, vocab_size, SUM: tl.constexpr, BLOCK_N: tl.cons
     total = tl.zeros((BLOCK_N // 8,), SUM)
     edge = vocab_size // BLOCK_N * BLOCK_N
     m, total = _accumulate(m, total, row_ptr, 0, edge, stride, vocab_size, False, BLOCK_N)
-    m, total = _accumulate(m, total, row_ptr, edge, stride, stride, vocab_size, True, BLOCK_N)
+    m, total = _accumulate(m, total, row_ptr, edge, vocab_size, stride, vocab_size, True, BLOCK_N)
     highest = tl.max(m, 0)
     return highest, tl.sum(total * tl.exp2(m - highest), 0)
 
@@ -113,14 +116,6 @@ def _write_gradient(row_ptr, begin, end, target, upstream, m, total, stride, voc
         gradient = tl.exp2(x * LOG2_E - m) * scale
         gradient = cast(tl.where(column == hit, gradient - upstream, gradient), row_ptr.dtype.element_ty)
         tl.store(row_ptr + column, gradient, mask=column < stride) if MASKED else tl.store(row_ptr + column, gradient)
-
-
-@triton.jit
-def _write_zeros(row_ptr, stride, BLOCK_N: tl.constexpr):
-    for start in range(0, stride, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        zeros = tl.zeros((BLOCK_N,), row_ptr.dtype.element_ty)
-        tl.store(row_ptr + column, zeros, mask=column < stride)
 
 
 @triton.jit(do_not_specialize=["vocab_size", "ignore_index"])
@@ -149,16 +144,16 @@ def cross_entropy_kernel(
         tl.store(lse_ptr + row, (m + log2_total) / LOG2_E)
         upstream = tl.full((), 1.0, SUM)
     else:
-        m, total = tl.load(lse_ptr + row) * LOG2_E, 1.0
+        m, total = tl.load(lse_ptr + row) * LOG2_E, tl.full((), 1.0, SUM)
         upstream = tl.load(upstream_ptr + row)
 
     if GRADIENT:
-        if known:
-            edge = vocab_size // BLOCK_N * BLOCK_N
-            _write_gradient(row_ptr, edge, stride, target, upstream, m, total, stride, vocab_size, True, BLOCK_N)
-            _write_gradient(row_ptr, 0, edge, target, upstream, m, total, stride, vocab_size, False, BLOCK_N)
-        else:
-            _write_zeros(row_ptr, stride, BLOCK_N)
+        # A row without a target has no gradient: 2^(c x - inf) is 0, and 0 is taken from it.
+        m = tl.where(known, m, float("inf"))
+        total, upstream = tl.where(known, total, 1.0), tl.where(known, upstream, 0.0)
+        edge = vocab_size // BLOCK_N * BLOCK_N
+        _write_gradient(row_ptr, edge, stride, target, upstream, m, total, stride, vocab_size, True, BLOCK_N)
+        _write_gradient(row_ptr, 0, edge, target, upstream, m, total, stride, vocab_size, False, BLOCK_N)
 
 
 def cross_entropy_rows(
@@ -188,11 +183,40 @@ _TYPES = {"targets_ptr": "*i64", "loss_ptr": "*fp32", "lse_ptr": "*fp32"}
 def _work(precision: str, size: int, config: LaunchConfig) -> Work:
     """GPT-2's vocabulary, stored padded, for 64 sequences of 1024 tokens."""
     rows, vocab_size, stride = 65536, 50257, 50304
-    whole, element = vocab_size // config.block_n, 4 if precision == "float32" else 2
-    # Maximum and sum of whole blocks and of the last one, the gradient of the last and of whole ones, no zeros.
-    runs, block = (whole * rows, rows, rows, whole * rows), config.block_n or 0
-    loops = (*((times, block) for times in runs), (0, 0))
+    block, element = config.block_n or 1, 4 if precision == "float32" else 2
+    whole = vocab_size // block
+    # Maximum and sum of whole blocks and of the last one, the gradient of the last and of whole ones.
+    loops = tuple((runs, block) for runs in (whole * rows, rows, rows, whole * rows))
     return Work(stride, 0.0, 0.0, bytes=2 * element * rows * stride, programs=rows, loops=loops)
 
 
 KERNELS = {"cross_entropy": Kernel(cross_entropy_kernel, _constants, _TYPES, ("stride",), work=_work)}
+
+
+def _candidates(precision: str, size: int) -> list[LaunchConfig]:
+    """8 to 32 columns a thread."""
+    pairs = [(block, warps) for block in (1024, 2048, 4096, 8192, 16384) for warps in (4, 8, 16, 32)]
+    return [LaunchConfig(block_n=b, num_warps=w) for b, w in pairs if 8 <= b // (32 * w) <= 32 and b <= 2 * size]
+
+
+def _example(
+    precision: str, size: int, device: torch.device, seed: int
+) -> Callable[[LaunchConfig], tuple[Tensor, ...]]:
+    """A chunk, which each launch overwrites with the gradient of what the last one left; and of the same
+    kind 16 rows that are new each time, whose results can be compared."""
+    generator, dtype = torch.Generator(device).manual_seed(seed), getattr(torch, precision)
+    logits = torch.randn(EXAMPLE_ROWS, size, device=device, dtype=dtype, generator=generator)
+    targets = torch.randint(size, (EXAMPLE_ROWS,), device=device, generator=generator)
+    losses, lse = torch.empty(2, EXAMPLE_ROWS, device=device, dtype=statistics(dtype))
+    few = logits[:16].clone()
+
+    def launch(config: LaunchConfig) -> tuple[Tensor, ...]:
+        cross_entropy_rows(logits, targets, losses, lse, None, size, -100, True, config)
+        rows, results = few.clone(), torch.empty(2, len(few), device=device, dtype=lse.dtype)
+        cross_entropy_rows(rows, targets, results[0], results[1], None, size, -100, True, config)
+        return rows, results
+
+    return launch
+
+
+TUNING = {"cross_entropy": Tuning(_candidates, _example)}

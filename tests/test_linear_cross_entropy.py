@@ -716,6 +716,17 @@ def test_the_implementation_is_what_runs(monkeypatch) -> None:
     assert not driver._takes_triton("auto", cuda, torch.bfloat16)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the GPU's own test of the tuner times it")
+def test_the_tuners_example_does_not_depend_on_the_configuration(monkeypatch) -> None:
+    monkeypatch.setattr(cross_entropy, "EXAMPLE_ROWS", 20)
+    first, other = (
+        cross_entropy.TUNING["cross_entropy"].example("bfloat16", 96, torch.device("cpu"), i) for i in (0, 1)
+    )
+    results = [f(config) for f in (first, other) for config in (LaunchConfig(block_n=32), LaunchConfig(block_n=64))]
+    torch.testing.assert_close(results[0], results[1])
+    assert not torch.equal(results[0][0], results[2][0])
+
+
 FULL = (4096, 50257, 50304, 768)
 
 
