@@ -67,7 +67,7 @@ class Files:
 
 
 def all_stages(scratch: Path, results: Path, commit_id: str) -> list[Stage]:
-    """By importance: is it right, how fast is the attention, how fast the step, and then the rest."""
+    """By importance: is it right, how fast is the step, what is each kernel worth, and then the rest."""
 
     def bench(name: str, file: str, keyword: str, seconds_limit: float) -> Stage:
         options = ["--bench-jsonl", str(results), "--bench-commit", commit_id, "--tb=short"]
@@ -76,18 +76,25 @@ def all_stages(scratch: Path, results: Path, commit_id: str) -> list[Stage]:
     junit = scratch / "tests.xml"
     tests = ["-v", "-m", "gpu", "--continue-on-collection-errors", f"--junitxml={junit}", *gpu_test_files()]
     attention, step = "bench_attention.py", "bench_train_step.py"
+    whole = "compiled and not recompute and not graph"
+    peers = "(all-triton or plain or sdpa)"
     return [
         Stage("ceilings", [sys.executable, "-m", "bench.timing", "--jsonl", str(results)], 60),
         # Some hundred kernels are compiled for them, at one or two seconds each.
-        Stage("gpu tests", [*_PYTEST, *tests], 270, required=True, junit=junit),
+        Stage("gpu tests", [*_PYTEST, *tests], 300, required=True, junit=junit),
         bench("attention T=1024", attention, "T1024", 90),
-        bench("step, triton compiled", step, "triton and compiled", 150),
-        bench("step, sdpa compiled", step, "sdpa and compiled", 240),
+        bench("step, ours and peers", step, f"B32 and {whole} and {peers}", 300),
+        bench("linear cross-entropy", "bench_linear_cross_entropy.py", "test", 120),
+        bench("gelu_mlp", "bench_gelu_mlp.py", "test", 120),
+        bench("layer norm", "bench_layer_norm.py", "test", 90),
+        bench("step, one slot changed", step, f"B32 and {whole} and (mlp or norm or loss or attention)", 300),
         # Its checks are among the tests; this is their table.
         Stage("verify", [sys.executable, "-m", "fastgpt2.verify"], 240, required=True),
+        bench("step, CUDA graphs", step, "(B1- or B4-) and (plain or all-triton) and not recompute", 300),
+        bench("step, recomputed", step, "B32 and compiled and recompute", 150),
+        bench("step, other batches", step, f"(B16 or B64) and {whole} and {peers}", 300),
         bench("attention T=2048 and up", attention, "T2048 or T4096 or T8192", 120),
-        bench("step, eager", step, "eager", 120),
-        bench("step, naive compiled", step, "naive and compiled", 120),
+        bench("step, eager", step, "B32 and eager and not recompute and not graph", 180),
         # The same again: differences between candidates that are smaller than these are noise.
         bench("attention T=1024, repeated", attention, "T1024", 90),
     ]

@@ -56,7 +56,8 @@ if CUDA:
     # The same 65,536 tokens at every length, so that only the attention's T^2 grows.
     ATTENTION_SHAPES = [AttentionShape(65536 // T, T, 12, 64, torch.bfloat16) for T in (1024, 2048, 4096, 8192)]
     # By importance: a run that is cut short has the middle size of every candidate first.
-    STEP_SHAPES = [StepShape("gpt2", B, "bfloat16") for B in (32, 64, 16)]
+    # 1 and 4 are where launching takes longer than computing.
+    STEP_SHAPES = [StepShape("gpt2", B, "bfloat16") for B in (32, 64, 16, 4, 1)]
 else:
     ATTENTION_SHAPES = [AttentionShape(2, 256, 4, 64, torch.float32)]
     # One block: most of a CPU's time goes into compiling.

@@ -97,16 +97,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_shape(checkpoint: Path, model: ModelConfig) -> dict[str, Any]:
-    """state.json of a checkpoint that fits a model; dropout may differ, since no tensor depends on it.
+    """state.json of a checkpoint that fits a model; what no tensor depends on may differ.
 
     Raises:
         ConfigError: the checkpoint is of another shape; the message names each difference.
     """
     state = read_state(checkpoint)
-    wanted = dataclasses.asdict(model)
-    different = [
-        f"{k} {state['model'][k]} not {v}" for k, v in wanted.items() if k != "dropout" and state["model"][k] != v
-    ]
+    wanted = {k: v for k, v in dataclasses.asdict(model).items() if k not in ("dropout", "end_of_text")}
+    different = [f"{k} {state['model'][k]} not {v}" for k, v in wanted.items() if state["model"][k] != v]
     if different:
         raise ConfigError(f"{checkpoint} is a checkpoint of another shape: it has {', '.join(different)}")
     return state

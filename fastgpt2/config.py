@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Attention = Literal["auto", "naive", "sdpa", "triton"]
+Attention = Literal["auto", "naive", "sdpa", "cudnn", "flex", "triton"]
 Mlp = Literal["auto", "torch", "triton"]
 Norm = Literal["auto", "torch", "triton"]
 Loss = Literal["auto", "torch", "chunked", "triton"]
@@ -41,6 +41,8 @@ class ModelConfig:
     block_size: int = 1024
     vocab_size: int = 50257
     dropout: float = 0.0
+    end_of_text: int | None = None
+    """The token that opens a document, where a position is to attend within its own document alone."""
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
@@ -53,6 +55,8 @@ class ModelConfig:
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"--dropout must be in [0, 1), got {self.dropout}")
+        if self.end_of_text is not None and not 0 <= self.end_of_text < self.vocab_size:
+            raise ConfigError(f"--end-of-text must be in [0, {self.vocab_size}), got {self.end_of_text}")
 
     def _nearest_width(self) -> int:
         return max(1, round(self.n_embd / self.n_head)) * self.n_head
@@ -97,6 +101,10 @@ class TrainConfig:
     """Vocabulary; stored padded to a multiple of 128 (default: the data's, else the preset's)."""
     dropout: float = 0.0
     """Dropout after the embeddings, on the attention weights and on each residual branch."""
+    document_mask: bool = False
+    """Let a position attend within its own document alone, as GPT-2 did not; --end-of-text opens one."""
+    end_of_text: int | None = None
+    """The token that opens a document, for --document-mask (default: the data's)."""
 
     data: str = "dummy"
     """dummy (uniform random tokens), dummy-fixed (one such batch, repeated), or a folder of token shards."""
@@ -131,6 +139,8 @@ class TrainConfig:
     float32)."""
     device: str | None = None
     """cpu, cuda or cuda:N (default: cuda where there is one)."""
+    deterministic: bool = True
+    """Only algorithms that give the same bits every time; without it PyTorch may have faster ones, and --attn cudnn."""
     attn: Attention = "auto"
     """Which implementation computes the attention; one asked for by name runs or is an error."""
     mlp: Mlp = "auto"
@@ -199,7 +209,13 @@ class TrainConfig:
             raise ConfigError("--resume needs --out: the folder of the run to continue")
 
     def resolve(
-        self, *, cuda: bool, bf16: bool = True, memory_bytes: int = 0, data_vocab_size: int | None = None
+        self,
+        *,
+        cuda: bool,
+        bf16: bool = True,
+        memory_bytes: int = 0,
+        data_vocab_size: int | None = None,
+        data_end_of_text: int | None = None,
     ) -> TrainConfig:
         """Fill every field left at None.
 
@@ -208,6 +224,7 @@ class TrainConfig:
             bf16: whether that device computes in bfloat16.
             memory_bytes: its memory, which decides the batch.
             data_vocab_size: the vocabulary of the token shards, None for dummy data.
+            data_end_of_text: their end-of-text token, None where it isn't known.
 
         Raises:
             ConfigError: no such preset, or a block_size over what the published model has positions for.
@@ -229,9 +246,16 @@ class TrainConfig:
             raise ConfigError(
                 f"--vocab-size {vocab_size} is smaller than the vocabulary of {self.data}: {data_vocab_size}"
             )
+        end_of_text = _default(self.end_of_text, data_end_of_text) if self.document_mask else self.end_of_text
+        if self.document_mask and end_of_text is None:
+            raise ConfigError(
+                f"--document-mask needs the token that opens a document, which {self.data} doesn't tell: "
+                "give it by --end-of-text"
+            )
         return dataclasses.replace(
             self,
             model=name,
+            end_of_text=end_of_text,
             **shape,
             vocab_size=vocab_size,
             batch_size=_default(self.batch_size, _sequences_that_fit(memory_bytes) if cuda else 8),
@@ -242,11 +266,11 @@ class TrainConfig:
 
     def model_config(self) -> ModelConfig:
         """The shape of the model; the configuration must be resolved."""
-        shape = {f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig)}
+        shape = {f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig) if f.name != "end_of_text"}
         unsettled = [name for name, value in shape.items() if value is None]
         if unsettled:
             raise ConfigError(f"resolve() the configuration first: {', '.join(unsettled)} not settled")
-        return ModelConfig(**shape)
+        return ModelConfig(**shape, end_of_text=self.end_of_text if self.document_mask else None)
 
     def to_toml(self) -> str:
         """The configuration as `--config` reads it, without `resume` and fields at None."""

@@ -227,8 +227,17 @@ def data_vocab_size(data: str) -> int | None:
     return None if data in DUMMY else read_meta(_folder(data))["vocab_size"]
 
 
+def data_end_of_text(data: str) -> int | None:
+    """The end-of-text token of what --data names, None where it has none or doesn't say.
+
+    Raises:
+        ConfigError: as data_vocab_size does.
+    """
+    return None if data in DUMMY else read_meta(_folder(data)).get("end_of_text")
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The folder's meta.json, or {"vocab_size": 50257} where there is none; "vocab_size" is always valid.
+    """The folder's meta.json, or GPT-2's where there is none; "vocab_size" is always valid.
 
     Raises:
         ConfigError: not JSON, or without a vocabulary that uint16 tokens can have.
@@ -237,7 +246,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {"vocab_size": GPT2_VOCAB_SIZE}
+        return {"vocab_size": GPT2_VOCAB_SIZE, "end_of_text": GPT2_VOCAB_SIZE - 1}
     except (OSError, ValueError) as error:
         raise ConfigError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from None
     vocab_size = meta.get("vocab_size") if isinstance(meta, dict) else None

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastgpt2.attention import document_bounds
 from fastgpt2.config import ModelConfig
 from fastgpt2.ops import Ops
 
@@ -52,14 +53,15 @@ class GPT(nn.Module):
             raise ValueError(f"tokens has {T} positions, the model {self.config.block_size}")
         x = self.wte(tokens) + self.wpe(torch.arange(T, device=tokens.device))
         x = self.drop(x)
+        opens = self.config.end_of_text
+        documents = None if opens is None else document_bounds(tokens, opens)
         residual = None
         for block in self.h:
             if self.recompute and self.training:
-                x, residual = checkpoint(
-                    block, x, residual, use_reentrant=False, preserve_rng_state=self.config.dropout > 0.0
-                )
+                draws = self.config.dropout > 0.0
+                x, residual = checkpoint(block, x, residual, documents, use_reentrant=False, preserve_rng_state=draws)
             else:
-                x, residual = block(x, residual)
+                x, residual = block(x, residual, documents)
         hidden, _ = self.ln_f(x, residual)
         if targets is not None:
             return self.ops.loss(hidden, self.wte.weight, targets, vocab_size=self.config.vocab_size)
@@ -97,15 +99,15 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config, ops)
         self.mlp = Mlp(config, ops)
 
-    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, T, C) is the branch not yet added to the residual stream; returns the same two."""
         y, residual = self.ln_1(x, residual)
-        y, residual = self.ln_2(self.attn(y), residual)
+        y, residual = self.ln_2(self.attn(y, documents), residual)
         return self.mlp(y), residual
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention: (B, T, C) -> (B, T, C)."""
+    """Causal multi-head self-attention: (B, T, C) -> (B, T, C); documents as document_bounds gives them, or None."""
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
@@ -113,10 +115,10 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, documents: Tensor | None) -> Tensor:
         dropout = self.config.dropout if self.training else 0.0
         qkv = self.c_attn(x).unflatten(-1, (3, self.config.n_head, self.config.head_dim))
-        y = self.op(qkv, dropout_p=dropout).flatten(-2)
+        y = self.op(qkv, dropout_p=dropout, documents=documents).flatten(-2)
         return F.dropout(self.c_proj(y), dropout, self.training)
 
 

@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt2.attention import sdpa_attention
+from fastgpt2.attention import sdpa_attention, unsupported
 from fastgpt2.config import ConfigError
 
 ATTENTION: dict[str, str] = {
     "naive": "fastgpt2.attention:naive_attention",
     "sdpa": "fastgpt2.attention:sdpa_attention",
+    "cudnn": "fastgpt2.attention:cudnn_attention",
+    "flex": "fastgpt2.attention:flex_attention",
     "triton": "kernels.attention:flash_attention_qkv",
 }
 MLP: dict[str, str] = {
@@ -116,7 +118,6 @@ def make_ops(
     dtype: torch.dtype = torch.float32,
     head_dim: int = 64,
     dropout: float = 0.0,
-    documents: bool = False,
     tf32: bool = False,
 ) -> tuple[Ops, dict[str, str]]:
     """The ops asked for, and what each choice became: {"attention": "sdpa", "mlp": "torch", ...}.
@@ -124,7 +125,7 @@ def make_ops(
     Args:
         choices: by slot, a key of its table or "auto", which is what slots left out are.
         device, dtype: where and in what the matmuls are.
-        head_dim, dropout, documents: what the attention will be called with.
+        head_dim, dropout: what the attention will be called with.
         tf32: float32 products on the matrix units in TF32 (10 bits of mantissa) rather than exactly.
 
     Raises:
@@ -137,7 +138,7 @@ def make_ops(
     for slot, name in chosen.items():
         if name not in SLOTS[slot]:
             raise ConfigError(f"no {slot} {name!r}: there are auto, {', '.join(SLOTS[slot])}")
-        if reason := _why_not(slot, name, device, dtype, head_dim, dropout, documents):
+        if reason := _why_not(slot, name, device, dtype, head_dim, dropout):
             raise ConfigError(f"{FLAGS[slot]} {name} can't run here: {reason}")
         functions[slot] = partial(_load(SLOTS[slot][name]), **_options(slot, name, tf32))
     return Ops(**functions), chosen
@@ -153,11 +154,11 @@ def _options(slot: str, name: str, tf32: bool) -> dict[str, Any]:
 
 
 def _why_not(
-    slot: str, name: str, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float, documents: bool
+    slot: str, name: str, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float
 ) -> str | None:
     """Why an implementation can't run, in a line that says what would work; None where it can."""
     if name != "triton":
-        return None
+        return unsupported(name, device, dtype, head_dim, dropout) if slot == "attention" else None
     try:
         launch = import_module("kernels.launch")
         import_module("triton")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgpt2 import checkpoint
 from fastgpt2.config import ConfigError, TrainConfig
-from fastgpt2.data import TokenSource, data_vocab_size, open_data, split
+from fastgpt2.data import TokenSource, data_end_of_text, data_vocab_size, open_data, split
 from fastgpt2.device import pick_device
 from fastgpt2.graph import CapturedStep
 from fastgpt2.model import GPT, saved_bytes
@@ -206,6 +206,7 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
         bf16=bf16,
         memory_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0,
         data_vocab_size=data_vocab_size(config.data),
+        data_end_of_text=data_end_of_text(config.data),
     )
     return dataclasses.replace(resolved, device=str(device)), device
 
@@ -213,8 +214,8 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
 @contextlib.contextmanager
 def numerics(config: TrainConfig) -> Iterator[None]:
     """Set torch's global numerics for a run and put them back: exact float32 products unless tf32 is asked for,
-    and algorithms that give the same bits every time. SDPA's flash and memory-efficient backwards on CUDA add in
-    any order otherwise, and do so still where torch is only told to warn."""
+    and, unless the configuration does without, algorithms that give the same bits every time. SDPA's flash and
+    memory-efficient backwards on CUDA add in any order otherwise, and do so still where torch is only told to warn."""
     # cuBLAS is deterministic only with this workspace setting, which it reads when its handle is made.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     precision = torch.get_float32_matmul_precision()
@@ -222,7 +223,7 @@ def numerics(config: TrainConfig) -> Iterator[None]:
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(config.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield

@@ -70,7 +70,7 @@ class Backend:
     def config(self, config: TrainConfig) -> TrainConfig:
         """A run with it."""
         names: dict[str, Any] = {FLAGS[s].removeprefix("--"): name for s, name in (PLAIN | self.choices).items()}
-        return dataclasses.replace(config, **names)
+        return dataclasses.replace(config, **names, deterministic=self.choices != {"attention": "cudnn"})
 
     def ops(self, device: str, dtype: Dtype) -> Ops:
         """Its functions.

@@ -16,11 +16,14 @@ with it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 
 from kernels.launch import Work
+from kernels.tuning import TABLES
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ CARDS = {
     "sm_100": Card("B200", 148, 1.855e9, 8.0e12, _matrix(8192)),
 }
 SPECIAL_LANES, SCHEDULERS, WARP = 16, 4, 32
+
+CHECKED_IN = TABLES / "bounds.json"
+"""{architecture: {kernel: {precision: {Triton's minor version: seconds}}}}, for kernels of GPT-2 124M's sizes."""
+SLACK = 1.001
+"""A bound may exceed the one checked in by this factor: rounding."""
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 _TARGET = re.compile(r"\b(0x[0-9a-f]+)$")
@@ -191,3 +199,27 @@ def bound(code: Code, work: Work, card: Card, precision: str, warps: int) -> Bou
     limit = max(walls, key=lambda wall: walls[wall])
     least = max(work.flops / card.per_second(card.matrix[precision]), walls["memory"])
     return Bound(walls, limit, walls[limit], least / walls[limit])
+
+
+@cache
+def checked_in() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    return json.loads(CHECKED_IN.read_text()) if CHECKED_IN.exists() else {}
+
+
+def allowed(arch: str, op: str, precision: str, triton: str) -> float | None:
+    """The seconds checked in for a version of Triton, or for another the largest; None where there are none."""
+    known = checked_in().get(arch, {}).get(op, {}).get(precision, {})
+    return known.get(_minor(triton), max(known.values(), default=None))
+
+
+def check_in(found: list[tuple[str, str, str, float]], triton: str) -> None:
+    """Write (architecture, kernel, precision, seconds) as what a version of Triton makes; others' entries stay."""
+    bounds = json.loads(CHECKED_IN.read_text()) if CHECKED_IN.exists() else {}
+    for arch, op, precision, seconds in found:
+        known = bounds.setdefault(arch, {}).setdefault(op, {}).setdefault(precision, {})
+        known[_minor(triton)] = float(f"{seconds:.4g}")
+    CHECKED_IN.write_text(json.dumps(bounds, indent=1, sort_keys=True) + "\n")
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])

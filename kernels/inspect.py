@@ -25,11 +25,11 @@ from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
 
-from kernels.bounds import CARDS, Bound, bound, read_code
+from kernels.bounds import CARDS, SLACK, Bound, allowed, bound, check_in, read_code
 from kernels.launch import Kernel, Work
 from kernels.tuning import LaunchConfig, architectures, configurations, read_table
 
-MODULES = ("kernels.attention", "kernels.layer_norm", "kernels.cross_entropy")
+MODULES = ("kernels.attention", "kernels.layer_norm", "kernels.cross_entropy", "kernels.gelu_mlp")
 """The modules whose KERNELS are inspected."""
 ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "fp32"}
 
@@ -77,7 +77,8 @@ class Report:
         """What must not ship; empty for exact float32."""
         if self.case.precision == "float32":
             return []
-        most = read_table(self.case.arch)["shared_memory"]
+        case, most = self.case, read_table(self.case.arch)["shared_memory"]
+        least = allowed(case.arch, case.op, case.precision, _triton_version()) if self.at_least else None
         return [
             fault
             for wrong, fault in (
@@ -89,6 +90,10 @@ class Report:
                 (
                     self.unbound,
                     f"loops of {self.loops} instructions are not those whose runs the kernel's work counts",
+                ),
+                (
+                    self.at_least is not None and least is not None and self.at_least.seconds > SLACK * least,
+                    f"takes {_in_words(self.at_least)} at least, {(least or 0.0) * 1e3:.3f} ms is checked in",
                 ),
                 (self.missed, f"{self.missed} of {self.products} products miss the matrix units"),
                 (self.shared > most, f"needs {self.shared} bytes of shared memory, the table allows {most}"),
@@ -227,6 +232,12 @@ def table(reports: list[Report]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
 def _in_words(limit: Bound | None) -> str:
     """0.35 ms (special 45%): the bound, what sets it, and the most of the card's limit that it leaves."""
     return "" if limit is None else f"{limit.seconds * 1e3:.3f} ms ({limit.limit} {limit.fraction:.0%})"
@@ -238,9 +249,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", nargs="+", choices=list(ELEMENTS), help="default: all")
     parser.add_argument("--op", nargs="+", metavar="PREFIX", help="kernels whose name begins so (default: all)")
     parser.add_argument("--size", nargs="+", type=int, help="head size, channels or vocabulary (default: all)")
+    parser.add_argument("--check-in-bounds", action="store_true", help="write the bounds to kernels/tables/bounds.json")
     parser.add_argument("--json", action="store_true", help="a list of objects instead of the table")
     options = parser.parse_args(arguments)
     reports = inspect_all(shipped(options.arch, options.precision, options.size, options.op))
+    if options.check_in_bounds:
+        found = [(r.case.arch, r.case.op, r.case.precision, r.at_least.seconds) for r in reports if r.at_least]
+        check_in(found, _triton_version())
     if options.json:
         print(json.dumps([asdict(r) | {"faults": r.faults} for r in reports], indent=1))
     else:

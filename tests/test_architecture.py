@@ -19,7 +19,7 @@ FASTGPT2 = {
     "console": {"config"},
     "attention": set(),
     "ops": {"attention", "config"},
-    "model": {"config", "ops"},
+    "model": {"attention", "config", "ops"},
     "data": {"config"},
     "optim": {"config"},
     "checkpoint": {"config"},

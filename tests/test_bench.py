@@ -217,6 +217,24 @@ def test_every_stage_finds_what_it_runs(tmp_path: Path) -> None:
         assert 0 < stage.seconds_limit <= 300
 
 
+def test_every_stage_of_the_step_selects_something_on_a_gpu(tmp_path: Path) -> None:
+    from _pytest.mark.expression import Expression
+
+    from bench.bench_train_step import VARIANTS
+
+    names = [
+        f"test_train_step[B{B}-{how}-{variant}]"
+        for B in (32, 64, 16, 4, 1)
+        for how in ("compiled", "eager")
+        for variant in VARIANTS
+    ]
+    for stage in all_stages(tmp_path, tmp_path / "lines", "abc"):
+        if "bench/bench_train_step.py" in stage.argv:
+            chosen = Expression.compile(stage.argv[stage.argv.index("-k") + 1])
+            found = [n for n in names if chosen.evaluate(lambda text, n=n, **_: text.lower() in n.lower())]
+            assert 2 <= len(found) <= 16, (stage.name, found)
+
+
 @pytest.mark.parametrize("modules", ["bench.gpu, bench.timing", "fastgpt2.verify, bench.bench_train_step"])
 def test_a_gpu_machine_needs_only_torch_triton_numpy_and_pytest(modules: str) -> None:
     program = f"""

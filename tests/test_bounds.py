@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from kernels import bounds
 from kernels.bounds import CARDS, Code, bound, read_code
 from kernels.launch import Work
 
@@ -85,6 +86,20 @@ def test_unrolling_is_told_by_the_special_function_unit() -> None:
     four = bound(Code(Counter(), (Counter(MUFU=9, FADD=39),)), Work(1, 0, 0, 1, 1, ((1e6, 256),)), H100, "float16", 4)
     assert once is not None and four is not None
     assert once.walls["issue"] == pytest.approx(four.walls["issue"])
+
+
+def test_a_bound_is_held_against_the_one_of_its_triton(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(bounds, "CHECKED_IN", tmp_path / "bounds.json")
+    bounds.checked_in.cache_clear()
+    try:
+        assert bounds.allowed("sm_90", "op", "bfloat16", "3.9.0") is None
+        bounds.check_in([("sm_90", "op", "bfloat16", 2e-3)], "3.6.0")
+        bounds.check_in([("sm_90", "op", "bfloat16", 1e-3), ("sm_80", "op", "tf32", 5e-3)], "3.9.0")
+        bounds.checked_in.cache_clear()
+        versions = ("3.6.1", "3.9.0", "3.10.0")
+        assert [bounds.allowed("sm_90", "op", "bfloat16", v) for v in versions] == [2e-3, 1e-3, 2e-3]
+    finally:
+        bounds.checked_in.cache_clear()
 
 
 def test_other_loops_than_counted_have_no_bound() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -117,6 +118,32 @@ def test_no_gradient_reaches_the_future(attention: str) -> None:
     (gradient,) = torch.autograd.grad(logits[0, position].sum(), embedded[0])
     assert torch.equal(gradient[0, position + 1 :], torch.zeros_like(gradient[0, position + 1 :]))
     assert (gradient[0, : position + 1].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("attention", EVERY)
+def test_with_the_document_mask_a_document_is_blind_to_the_others(attention: str) -> None:
+    """And without it, it is not: positions stay what they are, so nothing else may differ."""
+    masked = make(dataclasses.replace(SMALL, end_of_text=5), attention).eval()
+    open_ = make(SMALL, attention).eval()
+    tokens = batch(B=2)[0].to(place(attention))
+    tokens[tokens == 5] = 6
+    tokens[:, 10] = tokens[:, 17] = 5  # documents 0..9, 10..16 and 17..23
+    changed = tokens.clone()
+    changed[:, 3] = (changed[:, 3] - 5) % 40 + 6
+    for model, elsewhere in ((masked, True), (open_, False)):
+        before, after = model(tokens), model(changed)
+        assert torch.equal(before[:, :3], after[:, :3])
+        assert not torch.equal(before[:, 3:10], after[:, 3:10])
+        assert torch.equal(before[:, 10:], after[:, 10:]) is elsewhere
+
+
+def test_a_document_at_the_start_of_a_row_is_what_it_is_alone() -> None:
+    model = make(dataclasses.replace(SMALL, end_of_text=5)).double().eval()
+    tokens = batch(B=1)[0]
+    tokens[tokens == 5] = 6
+    alone = model(tokens[:, :9])
+    tokens[:, 9] = 5
+    torch.testing.assert_close(model(tokens)[:, :9], alone, rtol=0, atol=1e-12)
 
 
 def test_loss_is_the_hand_computed_mean_over_the_real_vocabulary() -> None:

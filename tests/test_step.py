@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -14,6 +17,7 @@ from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.model import GPT
 from fastgpt2.ops import Ops, make_ops
 from fastgpt2.optim import make_optimizer
+from fastgpt2.pretrained import load_run
 from fastgpt2.run import Run, activation_bytes, build, settle
 from fastgpt2.train import Reporter, train
 
@@ -104,6 +108,56 @@ def test_a_step_that_asks_is_found() -> None:
 
     with pytest.raises(DataDependentOutputException):
         fake_step(tiny(), Ops(loss=asks))
+
+
+# ------------------------------------------------------------------------------------------ document mask
+
+
+def shards(folder: Path, end_of_text: int | None) -> Path:
+    """Documents of 10 tokens that count up from a number of their own, each opened by the end-of-text token."""
+    folder.mkdir()
+    meta = {"vocab_size": 128} | ({} if end_of_text is None else {"end_of_text": end_of_text})
+    (folder / "meta.json").write_text(json.dumps(meta))
+    numbers = np.random.default_rng(0).integers(1, 100, 400)
+    tokens = np.concatenate([[0, *range(n, n + 9)] for n in numbers]).astype(np.uint16)
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, len(tokens)
+    for split in ("train", "val"):
+        (folder / f"x_{split}.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    return folder
+
+
+def test_the_document_mask_takes_the_datas_end_of_text_token(tmp_path: Path) -> None:
+    data = str(shards(tmp_path / "data", end_of_text=0))
+    config = tiny(data=data, steps=3, document_mask=True)
+    run = build(config)
+    assert run.config.end_of_text == run.model.config.end_of_text == 0
+    assert build(tiny(data=data)).model.config.end_of_text is None
+    masked = train(config).losses
+    assert masked != train(tiny(data=data, steps=3)).losses
+    # What the trainer computes is what the naive mask computes, whichever the backend.
+    assert train(dataclasses.replace(config, attn="naive")).losses == pytest.approx(masked, abs=1e-5)
+    if not CUDA:
+        assert train(dataclasses.replace(config, attn="triton")).losses == pytest.approx(masked, abs=1e-5)
+    assert train(dataclasses.replace(config, recompute=True)).losses == masked
+
+
+def test_a_document_mask_without_an_end_of_text_token_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--document-mask needs the token .* dummy doesn't tell: give it by --end"):
+        build(tiny(document_mask=True))
+    data = str(shards(tmp_path / "data", end_of_text=None))
+    with pytest.raises(ConfigError, match="give it by --end-of-text"):
+        build(tiny(data=data, document_mask=True))
+    assert build(tiny(data=data, document_mask=True, end_of_text=7)).model.config.end_of_text == 7
+    with pytest.raises(ConfigError, match=r"--end-of-text must be in \[0, 128\), got 128"):
+        build(tiny(data=data, document_mask=True, end_of_text=128))
+
+
+def test_evaluation_of_a_masked_run_is_masked(tmp_path: Path) -> None:
+    data = str(shards(tmp_path / "data", end_of_text=0))
+    train(tiny(data=data, steps=2, document_mask=True, out=tmp_path / "run", save_every=2))
+    model, _ = load_run(tmp_path / "run", torch.device("cpu"))
+    assert model.config.end_of_text == 0
 
 
 # ---------------------------------------------------------------------------------------------- CUDA graph

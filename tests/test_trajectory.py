@@ -134,11 +134,11 @@ class _ScaleGradients(torch.autograd.Function):
 
 
 def scaled_gradients(*factors: float) -> Callable[..., Tensor]:
-    return lambda qkv, dropout_p=0.0: sdpa_attention(_ScaleGradients.apply(qkv, factors))
+    return lambda qkv, **_: sdpa_attention(_ScaleGradients.apply(qkv, factors))
 
 
 def scaled_logits(factor: float) -> Callable[..., Tensor]:
-    def attention(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
+    def attention(qkv: Tensor, **_: object) -> Tensor:
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         scale = factor / math.sqrt(q.size(-1))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
@@ -146,7 +146,7 @@ def scaled_logits(factor: float) -> Callable[..., Tensor]:
     return attention
 
 
-def sees_the_next_token(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
+def sees_the_next_token(qkv: Tensor, **_: object) -> Tensor:
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     mask = torch.ones(q.size(-2), q.size(-2), dtype=torch.bool, device=q.device).tril(1)
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
@@ -197,7 +197,7 @@ def test_the_gradient_check_rejects_planted_faults(gradients: Gradients, dtype: 
 
 
 def test_a_nan_is_out_of_budget(gradients: Gradients) -> None:
-    broken = Ops(attention=lambda qkv, dropout_p=0.0: naive_attention(qkv) * float("nan"))
+    broken = Ops(attention=lambda qkv, **_: naive_attention(qkv) * float("nan"))
     assert not gradients.check("NaN", broken, "float32").passed
     assert not Row("", "", "", float("nan"), 1.0).passed
 
