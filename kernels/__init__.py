@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, H heads, D head size, C = H D channels, V vocabulary.
 
     flash_attention_qkv(qkv (B, T, 3, H, D)) -> (B, T, H, D)
     flash_attention(q, k, v (B, T, H, D)) -> (B, T, H, D)
+    gelu_mlp(x (..., C), w_fc (4C, C), b_fc (4C,), w_proj (C, 4C), b_proj (C,)) -> (..., C)
     layer_norm(x (..., C), weight (C,), bias (C,)) -> (..., C)
     add_layer_norm(x (..., C), residual (..., C), weight (C,), bias (C,)) -> (y (..., C), x + residual (..., C))
     linear_cross_entropy(hidden (..., C), weight (V, C), targets (...)) -> the mean loss
@@ -26,11 +27,12 @@ _HOME = {
     "add_layer_norm": "kernels.layer_norm",
     "flash_attention": "kernels.attention",
     "flash_attention_qkv": "kernels.attention",
+    "gelu_mlp": "kernels.gelu_mlp",
     "layer_norm": "kernels.layer_norm",
     "linear_cross_entropy": "kernels.linear_cross_entropy",
 }
 
-__all__ = ["add_layer_norm", "flash_attention", "flash_attention_qkv", "layer_norm", "linear_cross_entropy"]
+__all__ = ["add_layer_norm", "flash_attention", "flash_attention_qkv", "gelu_mlp", "layer_norm", "linear_cross_entropy"]
 
 
 def __getattr__(name: str) -> Any:
