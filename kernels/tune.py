@@ -1,8 +1,9 @@
 """`python -m kernels.tune`: choose the launch configurations of the GPU at hand, and write its table.
 
 For each kernel, precision and size of the table: compile the candidates, in parallel, without the GPU; drop those that
-spill, don't fit or miss the matrix units; time the rest at GPT-2 124M's shape; keep the fastest. The table is written
-after each, at once or not at all: a run that is cut short leaves what it has done.
+spill, don't fit or miss the matrix units, and those whose results are not those of the table's own; time the rest at
+GPT-2 124M's shape; keep the fastest. The table is written after each, at once or not at all: a run that is cut short
+leaves what it has done.
 
 Calls are timed by device events, on inputs that rotate, four times the L2 cache in all, so that none is found there.
 Candidates take turns, a call each a round, so that clocks and temperature are the same for all; the median of the
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import itertools
 import json
 import math
 import os
@@ -153,13 +155,14 @@ def why_dropped(report: Report | str) -> str | None:
     return None
 
 
-def compiled(arch: str, table: dict[str, Any], wanted: list[Key]) -> dict[Key, Reports]:
-    """Every candidate of every key."""
-    cases = [Case(k.op, k.precision, k.size, arch, config) for k in wanted for config in candidates(table, k)]
-    results: dict[Key, Reports] = {key: {} for key in wanted}
-    for case, report in zip(cases, compile_all(cases), strict=True):
-        results[Key(case.op, case.precision, case.size)][case.config] = report
-    return results
+def compiled(arch: str, table: dict[str, Any], wanted: list[Key]) -> Iterator[tuple[Key, Reports]]:
+    """Every candidate of every key, a kernel and precision at a time: timing needn't wait for them all."""
+    for _, group in itertools.groupby(wanted, key=lambda key: (key.op, key.precision)):
+        cases = [Case(k.op, k.precision, k.size, arch, config) for k in group for config in candidates(table, k)]
+        results: dict[Key, Reports] = {}
+        for case, report in zip(cases, compile_all(cases), strict=True):
+            results.setdefault(Key(case.op, case.precision, case.size), {})[case.config] = report
+        yield from results.items()
 
 
 # ---------------------------------------------------------------------------------------------- timing
@@ -317,23 +320,24 @@ Measure = Callable[[Key, list[LaunchConfig]], Measured]
 
 
 def tune(
-    arch: str, reports: dict[Key, Reports], out: Path, measure: Measure, where: dict[str, Any],
+    arch: str, made: Iterable[tuple[Key, Reports]], out: Path, measure: Measure, where: dict[str, Any],
     minutes: float = math.inf, say: Callable[[str], None] = print,
 ) -> int:  # fmt: skip
     """Time what compiled well, write what is chosen to `out` after each key; how many keys were done.
 
     Args:
+        made: what `compiled` yields.
         measure: times the configurations of a key, and says why it didn't some.
         where: what to note beside the time: date, GPU, versions.
         minutes: begin no further key after so many.
     """
     began = time.monotonic()
     done = 0
-    for i, (key, made) in enumerate(reports.items()):
+    for key, reports in made:
         if time.monotonic() - began > 60 * minutes:
-            say(f"{minutes:g} minutes are over: {len(reports) - i} of {len(reports)} are left as they were")
+            say(f"{minutes:g} minutes are over: {key} and what comes after it are left as they were")
             break
-        times, faults = measure(key, [config for config, report in made.items() if not why_dropped(report)])
+        times, faults = measure(key, [config for config, report in reports.items() if not why_dropped(report)])
         for config, fault in faults.items():
             say(f"{key}: {config} not timed: it {fault}")
         if not times:
@@ -362,9 +366,9 @@ def read(arch: str, out: Path) -> dict[str, Any]:
     return table | {"chosen_by": measured + table["chosen_by"].removeprefix(measured)}
 
 
-def dry_run(arch: str, made: dict[Key, Reports], say: Callable[[str], None] = print) -> None:
+def dry_run(arch: str, made: Iterable[tuple[Key, Reports]], say: Callable[[str], None] = print) -> None:
     """Say which candidates would be timed."""
-    for key, reports in made.items():
+    for key, reports in made:
         reasons = {config: why_dropped(report) for config, report in reports.items()}
         say(f"{key} on {arch}: {list(reasons.values()).count(None)} of {len(reasons)} candidates would be timed")
         for config, reason in reasons.items():
@@ -416,12 +420,12 @@ def main(arguments: list[str] | None = None) -> int:
     if not wanted:
         print(f"kernels.tune: the table {arch} has nothing to tune by these options", file=sys.stderr)
         return 2
-    reports = compiled(arch, table, wanted)
+    made = compiled(arch, table, wanted)
     if given.dry_run:
-        dry_run(arch, reports)
+        dry_run(arch, made)
     else:
         device, where = _present()
-        tune(arch, reports, out, functools.partial(measure, device), where, given.minutes)
+        tune(arch, made, out, functools.partial(measure, device), where, given.minutes)
     return 0
 
 

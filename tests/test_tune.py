@@ -42,7 +42,7 @@ def run(out: Path, reports: dict, times: dict, **options: Any) -> tuple[list[str
         timed.extend(configs)
         return {config: times[config] for config in configs}, {}
 
-    tune.tune("sm_90", reports, out, measure, WHERE, say=lines.append, **options)
+    tune.tune("sm_90", reports.items(), out, measure, WHERE, say=lines.append, **options)
     return lines, timed
 
 
@@ -140,7 +140,7 @@ def test_each_choice_is_written_before_the_next_is_measured(tmp_path) -> None:
 
     reports: dict = {key: {LARGE: report()} for key in (KEY, other, last)}
     with pytest.raises(KeyboardInterrupt):
-        tune.tune("sm_90", reports, out, measure, WHERE, say=lambda _: None)
+        tune.tune("sm_90", reports.items(), out, measure, WHERE, say=lambda _: None)
     table = json.loads(out.read_text())
     assert [configurations(table)[key] for key in (KEY, other, last)] == [LARGE, LARGE, MIDDLE]
     assert table["chosen_by"].startswith("kernels.tune where") and table["chosen_by"].count("kernels.tune") == 1
@@ -165,14 +165,14 @@ def test_what_cannot_be_timed_is_said_and_left(tmp_path) -> None:
     out = tmp_path / "sm_90.json"
     faults = {SMALL: "fails: OutOfResources", LARGE: "disagrees with the first by 1.0e+00 of its norm"}
     reports: dict = {KEY: {SMALL: report(), LARGE: report()}}
-    assert tune.tune("sm_90", reports, out, lambda *_: ({}, faults), WHERE, say=lines.append) == 0
+    assert tune.tune("sm_90", reports.items(), out, lambda *_: ({}, faults), WHERE, say=lines.append) == 0
     assert len(lines) == 3 and "it fails: OutOfResources" in lines[0] and "left as it was" in lines[2]
     assert not out.exists()
 
 
 def test_minutes_end_a_run_between_two_kernels(tmp_path) -> None:
     lines, timed = run(tmp_path / "t.json", {KEY: {LARGE: report()}}, {LARGE: 1.0}, minutes=-1.0)
-    assert timed == [] and "1 of 1 are left" in lines[0]
+    assert timed == [] and "are left as they were" in lines[0]
 
 
 def test_keys_follow_the_options_16_bit_first() -> None:
