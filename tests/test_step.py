@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.model import GPT
-from fastgpt2.ops import Ops, make_ops
+from fastgpt2.ops import FLAGS, SLOTS, Ops, make_ops
 from fastgpt2.optim import make_optimizer
 from fastgpt2.pretrained import load_run
 from fastgpt2.run import Run, activation_bytes, build, settle
@@ -94,11 +94,22 @@ def fake_step(config: TrainConfig, ops: Ops) -> None:
             run.step(step, tokens, want_norm=True)
 
 
+SLOT_CHOICES = {
+    "auto": {},
+    "plain": {"loss": "torch"},
+    **{f"{slot} triton": {slot: "triton"} for slot in SLOTS},
+    "all triton": dict.fromkeys(SLOTS, "triton"),
+}
+
+
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_step_asks_the_device_for_no_value(dtype: str, recompute: bool) -> None:
-    config = tiny(dtype=dtype, grad_clip=1.0, grad_accum=2, dropout=0.1, recompute=recompute)
-    fake_step(config, make_ops()[0])
+@pytest.mark.parametrize("slots", SLOT_CHOICES)
+def test_the_step_asks_the_device_for_no_value(slots: str, dtype: str, recompute: bool) -> None:
+    config = tiny(dtype=dtype, grad_clip=1.0, grad_accum=2, dropout=0.1, recompute=recompute, document_mask=True,
+                  end_of_text=3)  # fmt: skip
+    compute = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    fake_step(config, make_ops(SLOT_CHOICES[slots], dtype=compute, head_dim=16, dropout=0.1)[0])
 
 
 def test_a_step_that_asks_is_found() -> None:
@@ -108,6 +119,34 @@ def test_a_step_that_asks_is_found() -> None:
 
     with pytest.raises(DataDependentOutputException):
         fake_step(tiny(), Ops(loss=asks))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("slots", SLOT_CHOICES)
+def test_the_step_does_not_wait_for_the_gpu(slots: str, dtype: str) -> None:
+    flags = {FLAGS[slot].removeprefix("--"): name for slot, name in SLOT_CHOICES[slots].items()}
+    run = build(tiny(device="cuda", dtype=dtype, grad_clip=1.0, grad_accum=2, **flags))
+    tokens = run.next_tokens(0)
+    run.step(0, tokens)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(1, 4):
+            run.step(step, tokens, want_norm=True)
+            tokens = run.next_tokens(step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("slots", ["plain", "all triton"])
+def test_another_gpu_than_the_current_one_computes_the_same(slots: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    flags = {FLAGS[slot].removeprefix("--"): name for slot, name in SLOT_CHOICES[slots].items()}
+    first, second = (train(tiny(device=f"cuda:{i}", **flags)).losses for i in (0, 1))
+    assert first == second and torch.cuda.current_device() == 0
 
 
 # ------------------------------------------------------------------------------------------ document mask
