@@ -151,18 +151,18 @@ def _visible(query, key, first, T, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _keys(start, first_ptr, T, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _keys(start, limit_ptr, T, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(begin, whole, edge, end): the queries start.. all see the keys from whole to edge, which exist; from begin to
-    whole and from edge to end, ask. first_ptr: the first position of each query's document, which never falls; or None.
+    whole and from edge to end, ask. limit_ptr: the first position of each query's document, which never falls; or None.
     """
     begin, whole = 0, 0
     if CAUSAL:
         edge, end = start // BLOCK_N * BLOCK_N, tl.minimum(start + BLOCK_M, T)
     else:
         edge, end = T // BLOCK_N * BLOCK_N, T
-    if first_ptr is not None:
-        begin = tl.load(first_ptr + start) // BLOCK_N * BLOCK_N
-        whole = tl.minimum(tl.cdiv(tl.load(first_ptr + end - 1), BLOCK_N) * BLOCK_N, edge)
+    if limit_ptr is not None:
+        begin = tl.load(limit_ptr + start) // BLOCK_N * BLOCK_N
+        whole = tl.minimum(tl.cdiv(tl.load(limit_ptr + end - 1), BLOCK_N) * BLOCK_N, edge)
     return begin, whole, edge, end
 
 
@@ -197,7 +197,7 @@ def _attend(q, o, m, total, k_ptr, v_ptr, k_stride, v_stride, row, first, begin,
 @triton.jit(do_not_specialize=["H"])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,  # (B, T, H, D) three times by strides, then contiguous; (B, H, T)
-    first_ptr, seed_ptr,  # (B, T) or None; one integer, None without dropout
+    limit_ptr, seed_ptr,  # (B, T), the first position of each query's document, or None; int64, None without dropout
     q_strides, k_strides, v_strides,  # of batch, token and head
     T, H, scale,
     D: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -213,17 +213,17 @@ def attention_forward_kernel(
     SUM: tl.constexpr = lse_ptr.dtype.element_ty
     q = load_tile(q_ptr, start, q_strides[1], T, D, BLOCK_M, True)
     o = tl.zeros((BLOCK_M, triton.next_power_of_2(D)), SUM)
-    m = tl.full((BLOCK_M,), float("-inf") if first_ptr is None else LOWEST, SUM)
+    m = tl.full((BLOCK_M,), float("-inf") if limit_ptr is None else LOWEST, SUM)
     total = tl.zeros((BLOCK_M,), SUM)
     c = scale * LOG2_E
     stream = (tl.load(seed_ptr) if DROP else 0, b * H + h)
     first = None
-    if first_ptr is not None:
-        first_ptr += b * T
-        first = load_row(first_ptr, start, T, BLOCK_M, True)
+    if limit_ptr is not None:
+        limit_ptr += b * T
+        first = load_row(limit_ptr, start, T, BLOCK_M, True)
 
-    begin, whole, edge, end = _keys(start, first_ptr, T, CAUSAL, BLOCK_M, BLOCK_N)
-    if first_ptr is not None:
+    begin, whole, edge, end = _keys(start, limit_ptr, T, CAUSAL, BLOCK_M, BLOCK_N)
+    if limit_ptr is not None:
         o, m, total = _attend(q, o, m, total, k_ptr, v_ptr, k_strides[1], v_strides[1], start, first, begin, whole,
                               T, c, stream, D, CAUSAL, DROP, True, BLOCK_N, PRECISION)  # fmt: skip
     o, m, total = _attend(q, o, m, total, k_ptr, v_ptr, k_strides[1], v_strides[1], start, first, whole, edge, T, c,
@@ -263,7 +263,7 @@ def _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_stride, v_stride, row, fir
 @triton.jit(do_not_specialize=["H"])
 def attention_backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr,  # dqkv (B, T, 3, H, D) contiguous
-    first_ptr, seed_ptr,
+    limit_ptr, seed_ptr,
     q_strides, k_strides, v_strides, do_strides,
     T, H, scale,
     D: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -290,12 +290,12 @@ def attention_backward_dq_kernel(
 
     stream = (tl.load(seed_ptr) if DROP else 0, b * H + h)
     first = None
-    if first_ptr is not None:
-        first_ptr += b * T
-        first = load_row(first_ptr, start, T, BLOCK_M, True)
+    if limit_ptr is not None:
+        limit_ptr += b * T
+        first = load_row(limit_ptr, start, T, BLOCK_M, True)
 
-    begin, whole, edge, end = _keys(start, first_ptr, T, CAUSAL, BLOCK_M, BLOCK_N)
-    if first_ptr is not None:
+    begin, whole, edge, end = _keys(start, limit_ptr, T, CAUSAL, BLOCK_M, BLOCK_N)
+    if limit_ptr is not None:
         dq = _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_strides[1], v_strides[1], start, first, begin, whole,
                         T, c, stream, D, CAUSAL, DROP, True, BLOCK_N, PRECISION)  # fmt: skip
     dq = _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_strides[1], v_strides[1], start, first, whole, edge, T, c,
@@ -344,7 +344,8 @@ def _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_stride, do_stride, lse_ptr, delt
 
 @triton.jit(do_not_specialize=["H"])
 def attention_backward_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr, last_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr,
+    limit_ptr, seed_ptr,  # (B, T), one past the last position of each key's document, or None
     q_strides, k_strides, v_strides, do_strides,
     T, H, scale,
     D: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -372,11 +373,11 @@ def attention_backward_dkdv_kernel(
     # Queries from `edge` to `tail` exist and see all of these keys; those before and after, ask; from `end` on none do.
     edge, tail, end = 0, T // BLOCK_M * BLOCK_M, T
     last = None
-    if last_ptr is not None:
-        last_ptr += b * T
-        last = load_row(last_ptr, start, T, BLOCK_N, True)
-        tail = tl.load(last_ptr + start) // BLOCK_M * BLOCK_M
-        end = tl.load(last_ptr + tl.minimum(start + BLOCK_N, T) - 1)
+    if limit_ptr is not None:
+        limit_ptr += b * T
+        last = load_row(limit_ptr, start, T, BLOCK_N, True)
+        tail = tl.load(limit_ptr + start) // BLOCK_M * BLOCK_M
+        end = tl.load(limit_ptr + tl.minimum(start + BLOCK_N, T) - 1)
     if CAUSAL:
         edge = tl.cdiv(start + BLOCK_N, BLOCK_M) * BLOCK_M
         dk, dv = _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_strides[1], do_strides[1], lse_ptr, delta_ptr, start, last,
@@ -456,13 +457,13 @@ def _products(precision: str) -> str:
 
 
 def _constants(precision: str, size: int) -> dict[str, object]:
-    off = {"DROP": 0, "first_ptr": None, "last_ptr": None, "seed_ptr": None}
+    off = {"DROP": 0, "limit_ptr": None, "seed_ptr": None}
     return {"D": size, "CAUSAL": True, "PRECISION": _products(precision), **off}
 
 
 _TYPES = {
     "lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32",
-    "first_ptr": "*i32", "last_ptr": "*i32", "seed_ptr": "*i64",
+    "limit_ptr": "*i32", "seed_ptr": "*i64",
 }  # fmt: skip
 KERNELS = {
     "attention_forward": Kernel(attention_forward_kernel, _constants, _TYPES, ("T",), products=4),
@@ -498,7 +499,8 @@ def _example(
         return lambda config: attention_forward(q, k, v, *options, config=config)
     o, lse = attention_forward(q, k, v, *options)
     do = torch.randn(o.shape, dtype=dtype, device=device, generator=generator)
-    return lambda config: attention_backward(do, q, k, v, o, lse, *options, **{of: config})
+    backward: Callable[..., object] = partial(attention_backward, do, q, k, v, o, lse, *options)
+    return lambda config: backward(**{of: config})
 
 
 TUNING = {

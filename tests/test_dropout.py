@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -218,6 +222,30 @@ def test_a_drawn_seed_compiles_whole() -> None:
         results.append((o.detach(), torch.autograd.grad(o.square().sum(), qkv)[0]))
     assert_same(*results)
     assert not torch.equal(compiled(qkv), compiled(qkv))
+
+
+def test_shipped_tiles_dont_spill_with_documents_and_dropout() -> None:
+    code = (
+        "import json\n"
+        "from dataclasses import replace\n"
+        "from kernels import attention, inspect\n"
+        "def on(kernel):\n"
+        "    off = kernel.constants\n"
+        "    def constants(precision, size):\n"
+        "        return {k: v for k, v in off(precision, size).items() if not k.endswith('_ptr')} | {'DROP': 6554}\n"
+        "    return replace(kernel, constants=constants)\n"
+        "cases = inspect.shipped(['sm_90'], ['bfloat16'], [64], ['attention'])\n"
+        "plain = inspect.inspect_all(cases)\n"
+        "attention.KERNELS |= {op: on(kernel) for op, kernel in attention.KERNELS.items()}\n"
+        "print(json.dumps([[[r.registers, r.spilled, r.missed, r.shared] for r in reports]\n"
+        "                  for reports in (plain, inspect.inspect_all(cases))]))"
+    )
+    compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=compiling, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plain, both = json.loads(done.stdout)
+    assert len(plain) == len(both) == 3 and plain != both
+    assert all((spilled, missed) == (0, 0) for _, spilled, missed, _ in plain + both)
 
 
 def test_errors() -> None:
