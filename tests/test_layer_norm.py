@@ -362,6 +362,21 @@ def test_layouts_change_nothing(names, kind, rows) -> None:
     assert_same(results, ours(replace(c, **{name: t.contiguous() for name, t in given.items()})))
 
 
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_layouts_of_what_the_norm_keeps_change_nothing(kind, rows) -> None:
+    """Without a residual it is x itself that the backward reads again."""
+    rows(4)
+    c = case((2, 5, 20))
+
+    def results(x: Tensor) -> Results:
+        leaves = [t.detach().requires_grad_() for t in (x, c.weight, c.bias)]
+        y = layer_norm(*leaves)
+        return (y.detach(), *torch.autograd.grad(y, leaves, c.dy))
+
+    x = strided(kind, c.x)
+    assert_same(results(x), results(x.contiguous()))
+
+
 @contextlib.contextmanager
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Every torch.empty is NaN, in the middle of a larger tensor of NaN: (the whole, the middle)."""
