@@ -24,6 +24,19 @@ inputs' dtype, as the plain form rounds them. Every sum has a fixed order, witho
 Two implementations of the rows' step: Triton (kernels.cross_entropy) and plain PyTorch, for any device, in blocks of
 rows that stay in the cache. The rest is shared.
 
+Versions tried, of the plain rows' step. No GPU has timed anything here yet. One core of a shared x86 server, torch 2.13,
+1024 rows, C = 768, V = 50304, forward and backward, against F.linear + F.cross_entropy; medians of interleaved calls:
+
+    float32          0.91 of its time, in 1 chunk and in 4, and 1.03 of the three matmuls'; torch's own
+                     F.linear_cross_entropy 0.96, and with its own chunks 5.6
+    bfloat16         0.69, in 4 chunks 0.81; torch's own 0.68, with its own chunks 16
+      autocast       0.61, in 4 chunks 0.61
+    4 chunks before 16-bit products were added to dW in blocks: 1.15; dW alone at 256 rows 0.36 s, now 0.15
+    rows in blocks of 4 in place 0.041 s; a whole chunk at once 0.073; log_softmax and exp of blocks 0.051
+
+One step of GPT-2 124M, 8 sequences of 1024, float32, on a CPU: the process holds 6.83 GB at most, 11.33 with the
+plain loss, and 5.94 against 10.45 more than before the step.
+
 Papers: Cut Your Losses (Wijmans et al. 2024, arXiv:2411.09009), which recomputes the logits where this keeps a
 chunk: at C = 768 reading a chunk costs less than a fourth matmul.
 """
