@@ -24,8 +24,8 @@ inputs' dtype, as the plain form rounds them. Every sum has a fixed order, witho
 Two implementations of the rows' step: Triton (kernels.cross_entropy) and plain PyTorch, for any device, in blocks of
 rows that stay in the cache. The rest is shared.
 
-Versions tried, of the plain rows' step. No GPU has timed anything here yet. One core of a shared x86 server, torch 2.13,
-1024 rows, C = 768, V = 50304, forward and backward, against F.linear + F.cross_entropy; medians of interleaved calls:
+Versions tried, of the plain rows' step; no GPU has timed anything here yet. One core of a shared x86 server, torch
+2.13, 1024 rows, C = 768, V = 50304, forward and backward, against F.linear + F.cross_entropy, medians of calls in turn:
 
     float32          0.91 of its time, in 1 chunk and in 4, and 1.03 of the three matmuls'; torch's own
                      F.linear_cross_entropy 0.96, and with its own chunks 5.6
