@@ -50,13 +50,15 @@ PLAIN = {slot: next(iter(table)) for slot, table in SLOTS.items()}
 def small_config(device: str = "cpu", steps: int = 100, *, short: bool = False) -> TrainConfig:
     """A run whose sequences span three tiles of the attention kernel, small enough for the interpreter on a CPU.
 
-    short: a fifth of the tokens, on a CPU, where the interpreter's time goes with them.
+    short: one block and a fifth of the tokens, on a CPU, where the interpreter's time goes with both.
     """
     shape: dict[str, Any]
     if torch.device(device).type == "cuda":
         shape = {"n_layer": 2, "n_head": 2, "n_embd": 128, "block_size": 320, "batch_size": 3}
+    elif short:
+        shape = {"n_layer": 1, "n_head": 1, "n_embd": 32, "block_size": 8, "batch_size": 1}
     else:
-        shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 8 if short else 40, "batch_size": 1}
+        shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 40, "batch_size": 1}
     return TrainConfig(**shape, vocab_size=128, steps=steps, lr=1e-3, device=device, save_every=0, log_every=EVERY)
 
 

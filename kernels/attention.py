@@ -50,7 +50,8 @@ bfloat16, D = 64, Triton 3.6; "loop" is the machine instructions a warp spends o
     dk, dv  64x64     4       254       2     311   reads q and do twice as often
     all     64x128    8       255       1     520   one pass a head, dq summed in float32 scratch; spills 24 bytes
 
-Documents and dropout off compile to that. On, with the tiles shipped (an entry: registers, loop; none spills):
+Documents and dropout off compile to that. On, with the tiles shipped (an entry: registers, loop; none spills at
+D = 64, and of D = 128 only dk, dv with dropout, 16 bytes):
 
                                              forward      dq         dk, dv
     documents                                127, 299     196, 264   220, 340
@@ -80,7 +81,7 @@ from torch import Tensor
 
 from kernels import launch
 from kernels.dropout import BITS, draw_seed, kept, weights_to_drop
-from kernels.launch import Kernel, Tuning, on, statistics
+from kernels.launch import Kernel, Loop, Tuning, Work, on, statistics
 from kernels.tiles import cast, dot, load_row, load_tile, store_row, store_tile
 from kernels.tuning import LaunchConfig, lookup, precision_name
 
@@ -465,15 +466,59 @@ _TYPES = {
     "lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32",
     "limit_ptr": "*i32", "seed_ptr": "*i64",
 }  # fmt: skip
-KERNELS = {
-    "attention_forward": Kernel(attention_forward_kernel, _constants, _TYPES, ("T",), products=4),
-    "attention_backward_dq": Kernel(attention_backward_dq_kernel, _constants, _TYPES, ("T",), products=6),
-    "attention_backward_dkdv": Kernel(attention_backward_dkdv_kernel, _constants, _TYPES, ("T",), products=12),
-}
-
-
 EXAMPLE = (64, 1024, 768)
 """(B, T, C) of a micro-step of GPT-2 124M on an 80 GB card, for which the tuner times."""
+EXAMPLE_HEAD_DIM = 64
+
+
+def _work(products: int, tensors: int, runs: list[int], precision: str, config: LaunchConfig, programs: int) -> Work:
+    """Of a head's programs: `products` matmuls a tile, `tensors` of (B, T, H, D) read or written, `runs` a loop."""
+    (B, T, C), D = EXAMPLE, EXAMPLE_HEAD_DIM
+    heads, tile = B * C // D, (config.block_m or 1) * (config.block_n or 1)
+    element = 4 if precision in ("float32", "tf32") else 2
+    return Work(
+        size=D,
+        flops=heads * products * T * T * D,  # half of 2 T^2 D: causal
+        executed_flops=heads * sum(runs) * products * 2 * tile * D,
+        bytes=B * T * (tensors * C * element + 8 * C // D),
+        programs=heads * programs,
+        loops=tuple(Loop(heads * n, special=tile) for n in runs),
+    )
+
+
+def _work_by_queries(products: int, tensors: int) -> Callable[[str, int, LaunchConfig], Work]:
+    """The forward and dq: key tiles before the diagonal, then those on it."""
+
+    def work(precision: str, size: int, config: LaunchConfig) -> Work:
+        T, m, n = EXAMPLE[1], config.block_m or 1, config.block_n or 1
+        starts = range(0, T, m)
+        whole = sum(start // n for start in starts)
+        edge = sum(triton.cdiv(min(start + m, T) - start // n * n, n) for start in starts)
+        return _work(products, tensors, [whole, edge], precision, config, len(starts))
+
+    return work
+
+
+def _work_by_keys(precision: str, size: int, config: LaunchConfig) -> Work:
+    """dk and dv: query tiles on the diagonal, those after it, and past T none."""
+    T, m, n = EXAMPLE[1], config.block_m or 1, config.block_n or 1
+    starts = range(0, T, n)
+    edges = [triton.cdiv(start + n, m) * m for start in starts]
+    on_diagonal = sum((min(edge, T) - start // m * m) // m for start, edge in zip(starts, edges, strict=True))
+    return _work(4, 6, [on_diagonal, sum((T - edge) // m for edge in edges), 0], precision, config, len(starts))
+
+
+KERNELS = {
+    "attention_forward": Kernel(
+        attention_forward_kernel, _constants, _TYPES, ("T",), products=4, work=_work_by_queries(2, 4)
+    ),
+    "attention_backward_dq": Kernel(
+        attention_backward_dq_kernel, _constants, _TYPES, ("T",), products=6, work=_work_by_queries(3, 6)
+    ),
+    "attention_backward_dkdv": Kernel(
+        attention_backward_dkdv_kernel, _constants, _TYPES, ("T",), products=12, work=_work_by_keys
+    ),
+}
 
 
 def _candidates(precision: str, size: int) -> list[LaunchConfig]:

@@ -63,11 +63,22 @@ _TARGET = re.compile(r"\b(0x[0-9a-f]+)$")
 
 
 @dataclass(frozen=True)
+class Body:
+    """A loop's own instructions, those of loops within it left out: of every run, and of runs that take a branch."""
+
+    always: Counter[str]
+    guarded: Counter[str]
+
+    def total(self) -> int:
+        return self.always.total() + self.guarded.total()
+
+
+@dataclass(frozen=True)
 class Code:
-    """Instruction counts by first part of the mnemonic, such as MUFU: outside loops, and of each loop's own body."""
+    """Instruction counts by first part of the mnemonic, such as MUFU: outside loops, and of each loop."""
 
     outside: Counter[str]
-    loops: tuple[Counter[str], ...]
+    loops: tuple[Body, ...]
 
 
 @dataclass(frozen=True)
@@ -88,16 +99,45 @@ def read_code(sass: str) -> Code:
     instructions = [(int(m[1], 16), m[2]) for line in sass.splitlines() if (m := _INSTRUCTION.match(line))]
     names = [_mnemonic(text) for _, text in instructions]
     edges = _edges(instructions)
-    own = _innermost(_natural_loops(edges))
-    bodies: dict[int, Counter[str]] = {}
+    loops = _natural_loops(edges)
+    own = _innermost(loops)
+    always = {head: _always(head, body, edges) for head, body in loops.items()}
+    bodies = {head: Body(Counter(), Counter()) for head in sorted(loops)}
     outside: Counter[str] = Counter()
     for i in edges:  # what can be reached
-        (bodies.setdefault(own[i], Counter()) if i in own else outside)[names[i]] += 1
-    return Code(outside, tuple(bodies[head] for head in sorted(bodies) if not _only_waits(bodies[head])))
+        if i not in own:
+            outside[names[i]] += 1
+        elif i in always[own[i]]:
+            bodies[own[i]].always[names[i]] += 1
+        else:
+            bodies[own[i]].guarded[names[i]] += 1
+    return Code(outside, tuple(body for body in bodies.values() if not _only_waits(body)))
 
 
-def _only_waits(body: Counter[str]) -> bool:
-    return body.total() < 24 and not {"SYNCS", "NANOSLEEP"}.isdisjoint(body)
+def _only_waits(body: Body) -> bool:
+    return body.total() < 8 and not {"SYNCS", "NANOSLEEP"}.isdisjoint({*body.always, *body.guarded})
+
+
+def _always(head: int, body: set[int], edges: dict[int, list[int]]) -> set[int]:
+    """The instructions of a loop that every run passes: without them its head can't be reached again."""
+    inside = {i: [j for j in edges[i] if j in body] for i in body}
+    entries = {head} | {j for i in body for j in inside[i] if len(inside[i]) > 1 or j != i + 1}
+    found: set[int] = set()
+    for first in entries:
+        if head == first or head not in _ends(head, inside, avoid=first):
+            # The straight line from a branch's target on is passed as a whole.
+            i = first
+            while i not in found:
+                found.add(i)
+                if inside[i] != [i + 1] or i + 1 in entries:
+                    break
+                i += 1
+    return found
+
+
+def _ends(head: int, inside: dict[int, list[int]], avoid: int) -> set[int]:
+    """What follows the instructions that are reached from a loop's head without one of them."""
+    return {j for i in _reached(head, inside, avoid) for j in inside[i]}
 
 
 def _mnemonic(text: str) -> str:
@@ -181,14 +221,15 @@ def bound(code: Code, work: Work, card: Card, precision: str, warps: int) -> Bou
     """
     if len(code.loops) != len(work.loops):
         return None
-    bodies: list[tuple[Counter[str], float]] = [(code.outside, work.programs)]
-    for body, (runs, elements) in zip(code.loops, work.loops, strict=True):
-        unrolled = max(1, round(body["MUFU"] * WARP * warps / elements)) if elements else 1
-        bodies.append((body, runs / unrolled))
+    parts: list[tuple[Counter[str], float]] = [(code.outside, work.programs)]
+    for body, loop in zip(code.loops, work.loops, strict=True):
+        special = body.always["MUFU"] * WARP * warps
+        runs = loop.runs / (max(1, round(special / loop.special)) if loop.special else 1)
+        parts += [(body.always, runs), (body.guarded, runs if loop.conditional is None else loop.conditional)]
 
     def total(name: str | None) -> float:
         """Warp instructions of all programs."""
-        return warps * sum(times * (body[name] if name else body.total()) for body, times in bodies)
+        return warps * sum(times * (part[name] if name else part.total()) for part, times in parts)
 
     walls = {
         "matrix": work.executed_flops / card.per_second(card.matrix[precision]),

@@ -43,7 +43,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Kernel, Tuning, Work, on, statistics
+from kernels.launch import Kernel, Loop, Tuning, Work, on, statistics
 from kernels.tiles import cast
 from kernels.tuning import LaunchConfig, lookup, precision_name
 
@@ -186,7 +186,7 @@ def _work(precision: str, size: int, config: LaunchConfig) -> Work:
     block, element = config.block_n or 1, 4 if precision == "float32" else 2
     whole = vocab_size // block
     # Maximum and sum of whole blocks and of the last one, the gradient of the last and of whole ones.
-    loops = tuple((runs, block) for runs in (whole * rows, rows, rows, whole * rows))
+    loops = tuple(Loop(runs, special=block) for runs in (whole * rows, rows, rows, whole * rows))
     return Work(stride, 0.0, 0.0, bytes=2 * element * rows * stride, programs=rows, loops=loops)
 
 

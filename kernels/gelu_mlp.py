@@ -75,7 +75,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch
-from kernels.launch import Kernel, on, statistics
+from kernels.launch import Kernel, Loop, Work, on, statistics
 from kernels.tiles import INTERPRETED, cast, dot
 from kernels.tuning import LaunchConfig, lookup, precision_name
 
@@ -378,10 +378,11 @@ def _programs(M: int, HIDDEN: int, tma: bool, config: LaunchConfig, device: torc
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(HIDDEN, config.block_n)
     if not tma:
         return tiles
-    # A block's float32 sums take at most half of a multiprocessor's 65,536 registers. Interpreted: several tiles each.
+    if device.type == "cpu":  # interpreted: several tiles each
+        return min(tiles, 2)
+    # A block's float32 sums take at most half of a multiprocessor's 65,536 registers.
     blocks = max(1, 2**15 // (config.block_m * config.block_n))
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return min(tiles, (blocks * processors) if device.type == "cuda" else 2)
+    return min(tiles, blocks * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _run(device: torch.device, kernel: Callable[[], object]) -> None:
@@ -404,13 +405,44 @@ def _constants(tma: bool, **more: object) -> Callable[[str, int], dict[str, obje
     return lambda precision, size: more | _shared_constants(precision, tma, True)
 
 
+_TOKENS, _CHANNELS = 65536, 768
+"""GPT-2 124M's, in a micro-step of 64 sequences."""
+
+
+def _work(tma: bool, tensors: int) -> Callable[[str, int, LaunchConfig], Work]:
+    """One product of 2 M C F, and `tensors` of (M, F) read or written beside the (M, C) one."""
+
+    def work(precision: str, size: int, config: LaunchConfig) -> Work:
+        M, C, F = _TOKENS, _CHANNELS, 4 * _CHANNELS
+        assert config.block_m and config.block_n and config.block_k
+        tiles, element = (M // config.block_m) * (F // config.block_n), 4 if precision in ("float32", "tf32") else 2
+        # Flattened, the loop over K has the epilogue in it, behind an `if`; the second is for K = 0.
+        runs = tiles * (C // config.block_k)
+        loops = (Loop(runs, conditional=tiles), Loop(0)) if tma else (Loop(tiles), Loop(runs))
+        blocks = max(1, 2**15 // (config.block_m * config.block_n))
+        return Work(
+            size=C,
+            flops=2.0 * M * C * F,
+            executed_flops=2.0 * M * C * F,
+            bytes=element * (M * C + tensors * M * F + F * C),
+            programs=blocks * 132 if tma else tiles,  # an H100's; what they do outside the loop is nothing beside it
+            loops=loops,
+        )
+
+    return work
+
+
 _SUMS = {"partial_ptr": "*fp32"}
 _FORWARD, _BACKWARD = (gelu_mlp_forward_kernel, ("HIDDEN", "C")), (gelu_mlp_backward_kernel, ("HIDDEN", "N"))
 KERNELS = {
-    "gelu_mlp_forward": Kernel(_FORWARD[0], _constants(False, KEEP=True), {}, _FORWARD[1], products=1),
-    "gelu_mlp_forward_tma": Kernel(_FORWARD[0], _constants(True, KEEP=True), {}, _FORWARD[1], products=1),
-    "gelu_mlp_backward": Kernel(_BACKWARD[0], _constants(False), _SUMS, _BACKWARD[1], products=1),
-    "gelu_mlp_backward_tma": Kernel(_BACKWARD[0], _constants(True), _SUMS, _BACKWARD[1], products=1),
+    f"gelu_mlp_{direction}{'_tma' if tma else ''}": Kernel(
+        kernel, _constants(tma, **more), types, multiples, products=1, work=_work(tma, tensors)
+    )
+    for direction, (kernel, multiples), more, types, tensors in (
+        ("forward", _FORWARD, {"KEEP": True}, {}, 2),
+        ("backward", _BACKWARD, {}, _SUMS, 3),
+    )
+    for tma in (False, True)
 }
 
 

@@ -17,6 +17,22 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
+class Loop:
+    """How often one of a kernel's loops runs, all programs together.
+
+    Args:
+        runs: of its body.
+        special: of a run's elements those that a program takes through the special-function unit; from them the
+            assembler's unrolling is told. 0 where there are none.
+        conditional: how often the part runs that an `if` guards, an epilogue in a flattened loop; None: every time.
+    """
+
+    runs: float
+    special: int = 0
+    conditional: float | None = None
+
+
+@dataclass(frozen=True)
 class Work:
     """What a kernel does at GPT-2 124M's shape, for `kernels.bounds`.
 
@@ -26,9 +42,7 @@ class Work:
         executed_flops: of the products that the kernel forms, masked elements and all.
         bytes: read and written at least.
         programs: in the grid.
-        loops: of each of the kernel's loops in the order of the code, how often it runs, all programs together, and
-            how many of a run's elements a program takes through the special-function unit, 0 for none; from the
-            latter the assembler's unrolling is told.
+        loops: the kernel's loops in the order of the code.
     """
 
     size: int
@@ -36,7 +50,7 @@ class Work:
     executed_flops: float
     bytes: float
     programs: int
-    loops: tuple[tuple[float, int], ...] = ()
+    loops: tuple[Loop, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch
-from kernels.launch import Kernel, Tuning, Work, on, statistics
+from kernels.launch import Kernel, Loop, Tuning, Work, on, statistics
 from kernels.tiles import load_row, load_tile, store_row, store_tile
 from kernels.tuning import LaunchConfig, lookup, precision_name
 
@@ -268,7 +268,7 @@ def _backward_work(precision: str, size: int, config: LaunchConfig) -> Work:
     # An H100's programs; what they do outside the loop is nothing beside it.
     programs = 132 * max(1, WARPS // config.num_warps)
     tiles = triton.cdiv(_TOKENS, config.block_m)
-    return Work(_CHANNELS, 0.0, 0.0, bytes=16 * _TOKENS * _CHANNELS, programs=programs, loops=((tiles, 0),))
+    return Work(_CHANNELS, 0.0, 0.0, bytes=16 * _TOKENS * _CHANNELS, programs=programs, loops=(Loop(tiles),))
 
 
 KERNELS = {
