@@ -225,8 +225,9 @@ DOCUMENTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tile", [(16, 16), (32, 16), (16, 64)], ids=lambda x: "x".join(map(str, x)))
+@pytest.mark.parametrize(
+    ("tile", "dtype"), [((16, 16), torch.float32), ((32, 16), torch.bfloat16), ((16, 64), torch.float32)], ids=str
+)
 @pytest.mark.parametrize("kind", DOCUMENTS)
 def test_documents(kind, tile, dtype, tiles) -> None:
     tiles(*tile)

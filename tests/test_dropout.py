@@ -129,7 +129,7 @@ def replay(make, **options) -> dict:
     return {"keep": dropout_mask(seed(), P, B, H, T), "dropout_p": ROUNDED_P, **options}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["causal", "full", "documents"])
 def test_output_and_gradient_replay_the_mask(kind, dtype, tiles) -> None:
     options = {"documents": bounds(75, (16, 40), (3, 64, 65))} if kind == "documents" else {"causal": kind == "causal"}
@@ -224,7 +224,8 @@ def test_a_drawn_seed_compiles_whole() -> None:
     assert not torch.equal(compiled(qkv), compiled(qkv))
 
 
-def test_shipped_tiles_dont_spill_with_documents_and_dropout() -> None:
+def test_shipped_tiles_dont_spill_and_eight_weights_share_a_call() -> None:
+    """A call for each weight would make the loops 1134, 1079 and 1369 instructions long."""
     code = (
         "import json\n"
         "from dataclasses import replace\n"
@@ -234,18 +235,18 @@ def test_shipped_tiles_dont_spill_with_documents_and_dropout() -> None:
         "    def constants(precision, size):\n"
         "        return {k: v for k, v in off(precision, size).items() if not k.endswith('_ptr')} | {'DROP': 6554}\n"
         "    return replace(kernel, constants=constants)\n"
-        "cases = inspect.shipped(['sm_90'], ['bfloat16'], [64], ['attention'])\n"
-        "plain = inspect.inspect_all(cases)\n"
         "attention.KERNELS |= {op: on(kernel) for op, kernel in attention.KERNELS.items()}\n"
-        "print(json.dumps([[[r.registers, r.spilled, r.missed, r.shared] for r in reports]\n"
-        "                  for reports in (plain, inspect.inspect_all(cases))]))"
+        "reports = inspect.inspect_all(inspect.shipped(['sm_90'], ['bfloat16'], [64], ['attention']))\n"
+        "print(json.dumps({r.case.op: [r.spilled, r.missed, min(r.loops)] for r in reports}))"
     )
     compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=compiling, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    plain, both = json.loads(done.stdout)
-    assert len(plain) == len(both) == 3 and plain != both
-    assert all((spilled, missed) == (0, 0) for _, spilled, missed, _ in plain + both)
+    most = {"attention_forward": 700, "attention_backward_dq": 700, "attention_backward_dkdv": 1000}
+    reports = json.loads(done.stdout)
+    assert reports.keys() == most.keys()
+    for op, (spilled, missed, loop) in reports.items():
+        assert (spilled, missed) == (0, 0) and 400 < loop < most[op], (op, spilled, missed, loop)
 
 
 def test_errors() -> None:
