@@ -50,8 +50,8 @@ bfloat16, D = 64, Triton 3.6; "loop" is the machine instructions a warp spends o
     dk, dv  64x64     4       254       2     311   reads q and do twice as often
     all     64x128    8       255       1     520   one pass a head, dq summed in float32 scratch; spills 24 bytes
 
-Documents and dropout off compile to that. On, with the tiles shipped (an entry: registers, loop; none spills at
-D = 64, and of D = 128 only dk, dv with dropout, 16 bytes):
+Documents and dropout off compile to that. On, with the tiles shipped (an entry: registers, loop; none spills up to
+D = 64, beyond it dk, dv with dropout does, 16 bytes):
 
                                              forward      dq         dk, dv
     documents                                127, 299     196, 264   220, 340
