@@ -57,7 +57,8 @@ descriptors, with Triton 3.6 / 3.9; spilled bytes.
 
 Rounding pre by the compiler's own conversion, of a number that is used again, took 128 slots of the special-function
 unit a tile of 128x256 and thread; two at a time by hand it takes none. Loading pre before the products, not pipelined,
-fits with 3.6 (255 registers) and spills 48 bytes with 3.9.
+fits with 3.6 (255 registers) and spills 48 bytes with 3.9. Without being told that K is not 0, the compiler makes every
+flattened loop twice. By pointers the backward spills 16 bytes where BLOCK_K doesn't divide N, as it does GPT-2's.
 
 Papers: Gaussian Error Linear Units (Hendrycks and Gimpel 2016, arXiv:1606.08415).
 """
@@ -216,14 +217,16 @@ def gelu_mlp_forward_kernel(
     act = _matrix(act_ptr, M, HIDDEN, BLOCK_M, HALF, TMA)
 
     first, step = tl.program_id(0), tl.num_programs(0)
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(HIDDEN, BLOCK_N)
+    tiles, steps = tl.cdiv(M, BLOCK_M) * tl.cdiv(HIDDEN, BLOCK_N), tl.cdiv(C, BLOCK_K)
+    tl.assume(steps > 0)  # or the compiler makes a second loop over tiles, for none
     # Flattened, the two loops are one pipeline: a tile's first loads are under way in its predecessor's epilogue.
     # The epilogue counts tiles for itself, or the loads would have to wait for it.
     finished = first - step
     for tile in tl.range(first, tiles, step, flatten=TMA):
         row, column = _place(tile, M, HIDDEN, BLOCK_M, BLOCK_N)
         z = tl.zeros((BLOCK_M, BLOCK_N), SUM)
-        for k in range(0, C, BLOCK_K):
+        for i in range(steps):
+            k = i * BLOCK_K
             left = _load(x, row, k, M, C, BLOCK_M, BLOCK_K, TMA, False, WHOLE_K)
             right = _load(w, column, k, HIDDEN, C, BLOCK_N, BLOCK_K, TMA, False, WHOLE_K)
             z = dot(left, tl.trans(right), z, PRECISION)
@@ -272,12 +275,14 @@ def gelu_mlp_backward_kernel(
     act = _matrix(act_ptr, M, HIDDEN, BLOCK_M, QUARTER, TMA)
 
     first, step = tl.program_id(0), tl.num_programs(0)
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(HIDDEN, BLOCK_N)
+    tiles, steps = tl.cdiv(M, BLOCK_M) * tl.cdiv(HIDDEN, BLOCK_N), tl.cdiv(N, BLOCK_K)
+    tl.assume(steps > 0)
     finished = first - step
     for tile in tl.range(first, tiles, step, flatten=TMA):
         row, column = _place(tile, M, HIDDEN, BLOCK_M, BLOCK_N)
         dact = tl.zeros((BLOCK_M, BLOCK_N), partial_ptr.dtype.element_ty)
-        for k in range(0, N, BLOCK_K):
+        for i in range(steps):
+            k = i * BLOCK_K
             left = _load(dy, row, k, M, N, BLOCK_M, BLOCK_K, TMA, False, WHOLE_K)
             right = _load(w, k, column, N, HIDDEN, BLOCK_K, BLOCK_N, TMA, WHOLE_K, False)
             dact = dot(left, right, dact, PRECISION)
@@ -416,9 +421,9 @@ def _work(tma: bool, tensors: int) -> Callable[[str, int, LaunchConfig], Work]:
         M, C, F = _TOKENS, _CHANNELS, 4 * _CHANNELS
         assert config.block_m and config.block_n and config.block_k
         tiles, element = (M // config.block_m) * (F // config.block_n), 4 if precision in ("float32", "tf32") else 2
-        # Flattened, the loop over K has the epilogue in it, behind an `if`; the second is for K = 0.
+        # Flattened, the loop over K has the epilogue in it, behind an `if`.
         runs = tiles * (C // config.block_k)
-        loops = (Loop(runs, conditional=tiles), Loop(0)) if tma else (Loop(tiles), Loop(runs))
+        loops = (Loop(runs, conditional=tiles),) if tma else (Loop(tiles), Loop(runs))
         blocks = max(1, 2**15 // (config.block_m * config.block_n))
         return Work(
             size=C,
