@@ -68,6 +68,7 @@ from __future__ import annotations
 import contextvars
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import launch
-from kernels.launch import Kernel, Loop, Work, on, statistics
+from kernels.launch import Kernel, Loop, Tuning, Work, on, statistics
 from kernels.tiles import INTERPRETED, cast, dot
 from kernels.tuning import LaunchConfig, lookup, precision_name
 
@@ -306,16 +307,27 @@ def gelu_mlp_forward(
 
     x: (..., C); any strides, as for all of them: what isn't contiguous is copied. config overrides the table's.
     """
-    rows, w_fc, b_fc = _rows(x), w_fc.contiguous(), b_fc.contiguous()
-    (M, C), HIDDEN = rows.shape, w_fc.size(0)
+    pre, act = _activation(_rows(x), w_fc.contiguous(), b_fc.contiguous(), keep, allow_tf32, config)
+    return torch.addmm(b_proj, act, w_proj.t()).view(*x.shape[:-1], w_proj.size(0)), pre
+
+
+def _activation(
+    x: Tensor, w_fc: Tensor, b_fc: Tensor, keep: bool, allow_tf32: bool, config: LaunchConfig | None,
+    tma: bool | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """pre, which is (0, HIDDEN) unless it is to be kept, and act (M, HIDDEN), from contiguous x (M, C), w_fc and b_fc.
+
+    tma: whether by descriptors; None: where they can be had.
+    """
+    (M, C), HIDDEN = x.shape, w_fc.size(0)
     pre = torch.empty((M if keep else 0, HIDDEN), dtype=x.dtype, device=x.device)
     act = torch.empty((M, HIDDEN), dtype=x.dtype, device=x.device)
-    tma = _descriptors(rows, w_fc, act)
-    config, constants = _configured("gelu_mlp_forward", tma, rows, allow_tf32, config)
-    _run(x.device, lambda: gelu_mlp_forward_kernel[(_programs(M, HIDDEN, tma, config, x.device),)](
-        rows, w_fc, b_fc, pre, act, M, HIDDEN, C, KEEP=keep, **constants, **config.arguments()
+    by_descriptors = _descriptors(x, w_fc, act) if tma is None else tma
+    config, constants = _configured("gelu_mlp_forward", by_descriptors, x, allow_tf32, config)
+    _run(x.device, lambda: gelu_mlp_forward_kernel[(_programs(M, HIDDEN, by_descriptors, config, x.device),)](
+        x, w_fc, b_fc, pre, act, M, HIDDEN, C, KEEP=keep, **constants, **config.arguments()
     ))  # fmt: skip
-    return torch.addmm(b_proj, act, w_proj.t()).view(*x.shape[:-1], w_proj.size(0)), pre
+    return pre, act
 
 
 def gelu_mlp_backward(
@@ -333,16 +345,16 @@ def gelu_mlp_backward(
 
 
 def _dgrad(
-    dy: Tensor, w_proj: Tensor, pre: Tensor, allow_tf32: bool, config: LaunchConfig | None
+    dy: Tensor, w_proj: Tensor, pre: Tensor, allow_tf32: bool, config: LaunchConfig | None, tma: bool | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dpre and act, (M, HIDDEN) each, and db_fc (HIDDEN,)."""
+    """dpre and act, (M, HIDDEN) each, and db_fc (HIDDEN,); tma as in _activation."""
     (M, HIDDEN), N = pre.shape, w_proj.size(0)
-    tma = _descriptors(dy, w_proj, pre)
-    config, constants = _configured("gelu_mlp_backward", tma, dy, allow_tf32, config)
+    by_descriptors = _descriptors(dy, w_proj, pre) if tma is None else tma
+    config, constants = _configured("gelu_mlp_backward", by_descriptors, dy, allow_tf32, config)
     dpre, act = (torch.empty((M, HIDDEN), dtype=dy.dtype, device=dy.device) for _ in range(2))
     row_tiles = triton.cdiv(M, config.block_m)
     partial = torch.empty((row_tiles, HIDDEN), dtype=statistics(dy.dtype), device=dy.device)
-    _run(dy.device, lambda: gelu_mlp_backward_kernel[(_programs(M, HIDDEN, tma, config, dy.device),)](
+    _run(dy.device, lambda: gelu_mlp_backward_kernel[(_programs(M, HIDDEN, by_descriptors, config, dy.device),)](
         dy, w_proj, pre, dpre, act, partial, M, HIDDEN, N, **constants, **config.arguments()
     ))  # fmt: skip
     return dpre, act, partial.sum(0).to(dy.dtype)
@@ -447,6 +459,41 @@ KERNELS = {
         ("forward", _FORWARD, {"KEEP": True}, {}, 2),
         ("backward", _BACKWARD, {}, _SUMS, 3),
     )
+    for tma in (False, True)
+}
+
+
+def _candidates(precision: str, size: int) -> list[LaunchConfig]:
+    if precision == "float32":
+        tiles = [(m, n, 16) for m in (32, 64) for n in (64, 128)]
+    else:
+        depths = (32, 64) if precision == "tf32" else (64, 128)
+        tiles = [(m, n, k) for m, n in ((128, 256), (128, 128), (64, 256), (256, 128)) for k in depths]
+    stages = (1,) if precision == "float32" else (2, 3, 4, 5)
+    return [LaunchConfig(*tile, num_warps=w, num_stages=s) for tile in tiles for w in (4, 8) for s in stages]
+
+
+def _example(
+    forward: bool, tma: bool, precision: str, size: int, device: torch.device, seed: int
+) -> Callable[[LaunchConfig], tuple[Tensor, ...]]:
+    """The product with the epilogue alone, of which `size` is K; half of the 64 sequences, to leave room."""
+    tf32, generator = precision == "tf32", torch.Generator(device).manual_seed(seed)
+    dtype = torch.float32 if tf32 else getattr(torch, precision)
+    M, HIDDEN = _TOKENS // 2, 4 * size
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device, generator=generator)
+
+    if forward:
+        x, w_fc, b_fc = draw(M, size), draw(HIDDEN, size) * size**-0.5, draw(HIDDEN)
+        return lambda config: _activation(x, w_fc, b_fc, True, tf32, config, tma)
+    dy, w_proj, pre = draw(M, size), draw(size, HIDDEN) * size**-0.5, draw(M, HIDDEN)
+    return lambda config: _dgrad(dy, w_proj, pre, tf32, config, tma)
+
+
+TUNING = {
+    f"gelu_mlp_{direction}{'_tma' if tma else ''}": Tuning(_candidates, partial(_example, direction == "forward", tma))
+    for direction in ("forward", "backward")
     for tma in (False, True)
 }
 
