@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -263,18 +264,18 @@ def test_what_can_be_tuned_is_a_kernel_with_candidates() -> None:
     [("layer_norm_forward", "bfloat16", 768), ("layer_norm_backward", "bfloat16", 768),
      ("layer_norm_forward", "float32", 100), ("layer_norm_backward", "float32", 100),
      ("attention_forward", "bfloat16", 16), ("attention_backward_dq", "float32", 16),
-     ("attention_backward_dkdv", "tf32", 16)],
+     ("attention_backward_dkdv", "tf32", 16), ("gelu_mlp_forward_tma", "float32", 32),
+     ("gelu_mlp_backward", "float32", 32)],
 )  # fmt: skip
 def test_examples_run_and_do_not_depend_on_the_configuration(op, precision, size, monkeypatch) -> None:
-    monkeypatch.setattr(sys.modules["kernels.layer_norm"], "EXAMPLE_ROWS", 70)
-    monkeypatch.setattr(sys.modules["kernels.attention"], "EXAMPLE", (1, 70, 32))
+    monkeypatch.setattr(import_module("kernels.layer_norm"), "EXAMPLE_ROWS", 70)
+    monkeypatch.setattr(import_module("kernels.attention"), "EXAMPLE", (1, 70, 32))
+    monkeypatch.setattr(import_module("kernels.gelu_mlp"), "_TOKENS", 140)
     device = torch.device("cpu")
     first, second = (tune.tunings()[op].example(precision, size, device, seed) for seed in (0, 1))
-    configs = (
-        [LaunchConfig(16, 16), LaunchConfig(64, 32)]
-        if op.startswith("attention")
-        else [LaunchConfig(16), LaunchConfig(64)]
-    )
+    tiles = {"attention": [(16, 16), (64, 32)], "gelu_mlp": [(32, 32, 16), (64, 64, 32)], "layer_norm": [(16,), (64,)]}
+    (kernel,) = (name for name in tiles if op.startswith(name))
+    configs = [LaunchConfig(*tile) for tile in tiles[kernel]]
     assert [fault for _, fault in tune.checked(first, configs)] == [None, None]
     assert tune.disagreement(first(configs[0]), second(configs[0])) > tune.AGREE
 
