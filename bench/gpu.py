@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -73,15 +74,12 @@ def all_stages(scratch: Path, results: Path, commit_id: str) -> list[Stage]:
         options = ["--bench-jsonl", str(results), "--bench-commit", commit_id, "--tb=short"]
         return Stage(name, [*_PYTEST, f"bench/{file}", "-k", keyword, *options], seconds_limit)
 
-    junit = scratch / "tests.xml"
-    tests = ["-v", "-m", "gpu", "--continue-on-collection-errors", f"--junitxml={junit}", *gpu_test_files()]
     attention, step = "bench_attention.py", "bench_train_step.py"
     whole = "compiled and not recompute and not graph"
     peers = "(all-triton or plain or sdpa)"
     return [
         Stage("ceilings", [sys.executable, "-m", "bench.timing", "--jsonl", str(results)], 60),
-        # Some hundred kernels are compiled for them, at one or two seconds each.
-        Stage("gpu tests", [*_PYTEST, *tests], 300, required=True, junit=junit),
+        *(_tests(file, scratch) for file in gpu_test_files()),
         bench("attention T=1024", attention, "T1024", 90),
         bench("step, ours and peers", step, f"B32 and {whole} and {peers}", 300),
         bench("linear cross-entropy", "bench_linear_cross_entropy.py", "test", 120),
@@ -100,13 +98,22 @@ def all_stages(scratch: Path, results: Path, commit_id: str) -> list[Stage]:
     ]
 
 
+def _tests(file: Path, scratch: Path) -> Stage:
+    """A file's tests marked gpu. Hundreds of kernels are compiled for them, at one or two seconds each: with
+    pytest-xdist, which need not be there, by several processes."""
+    junit = scratch / f"{file.stem}.xml"
+    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    options = ["-v", "-m", "gpu", "--continue-on-collection-errors", f"--junitxml={junit}", *parallel]
+    name = f"gpu tests: {file.stem.removeprefix('test_')}"
+    return Stage(name, [*_PYTEST, *options, str(file.relative_to(ROOT))], 240, required=True, junit=junit)
+
+
 _PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 
 
-def gpu_test_files() -> list[str]:
+def gpu_test_files() -> list[Path]:
     """The test files with tests marked gpu; the others may import what isn't installed here."""
-    files = sorted(p for p in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in p.read_text(encoding="utf-8"))
-    return [str(p.relative_to(ROOT)) for p in files] or ["tests"]
+    return sorted(p for p in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in p.read_text(encoding="utf-8"))
 
 
 # ------------------------------------------------------------------------------------------ running stages
@@ -317,26 +324,32 @@ class _States:
 def table(results: list[dict[str, Any]]) -> str:
     """One line a result, with its speed over that of the fastest result of the same work that isn't ours."""
 
-    def work(result: dict[str, Any]) -> tuple[str, Any, str]:
-        shape = result["shape"]
-        return result["op"], shape.get("model") or f"T={shape['T']}", result["dtype"]
+    def work(result: dict[str, Any]) -> tuple[str, str, str]:
+        shape = " ".join(str(v) if k == "model" else f"{k}={v}" for k, v in result["shape"].items())
+        return result["op"], shape, result["dtype"]
 
     timed = [r for r in results if r.get("tokens_per_s")]
     best: dict[Any, float] = {}
     for result in timed:
-        if result["backend"] != "triton":
+        if _is_peer(result["backend"]):
             best[work(result)] = max(best.get(work(result), 0.0), result["tokens_per_s"])
-    columns = "{:<34} {:<22} {:>9} {:>17} {:>8} {:>12} {:>11}"
+    columns = "{:<66} {:<33} {:>9} {:>17} {:>8} {:>12} {:>11}"
     lines = [columns.format("work", "backend", "ms", "p20..p80", "TFLOP/s", "tokens/s", "x best peer")]
     for result in sorted(timed, key=lambda r: (work(r), -r["tokens_per_s"])):
-        op, size, _ = work(result)
+        op, shape, _ = work(result)
         mode = {True: " compiled", False: " eager", None: ""}[result.get("compiled")]
         spread = f"{result['event_ms_p20']:.3f}..{result['event_ms_p80']:.3f}" if result.get("event_ms_p20") else ""
-        cells = [f"{op} {size} B={result['shape']['B']}", result["backend"] + mode]
-        cells += [f"{result['ms_median']:.3f}", spread, f"{result['tflops']:.1f}", f"{result['tokens_per_s']:,.0f}"]
+        cells = [f"{op} {shape}", result["backend"] + mode, f"{result['ms_median']:.3f}", spread]
+        cells += [f"{result['tflops']:.1f}", f"{result['tokens_per_s']:,.0f}"]
         cells += [f"{result['tokens_per_s'] / best[work(result)]:.2f}" if work(result) in best else ""]
         lines.append(columns.format(*cells))
     return "\n".join(lines)
+
+
+def _is_peer(backend: str) -> bool:
+    """PyTorch's: nothing of ours in it, and not a part of the work alone, which is a floor."""
+    words = set(backend.split("-"))
+    return "torch" in words or words.isdisjoint({"triton", "chunked", "alone"})
 
 
 def summary(record: dict[str, Any]) -> str:

@@ -209,6 +209,17 @@ def test_the_table_compares_with_the_best_peer() -> None:
     assert [line.split()[-1] for line in lines[1:]] == ["1.50", "1.00", "0.50"]
 
 
+def test_the_table_takes_every_ops_shape_and_counts_no_part_of_the_work_for_a_peer() -> None:
+    line = {**LINE, "op": "linear_cross_entropy", "shape": {"N": 64, "C": 8, "V": 128}}
+    speeds = {"matmuls-alone": 50.0, "triton": 30.0, "chunked": 25.0, "torch-linear-cross-entropy-chunks": 20.0}
+    lines = table([{**line, "backend": name, "tokens_per_s": speed} for name, speed in speeds.items()]).splitlines()
+    assert [line.split()[-1] for line in lines[1:]] == ["2.50", "1.50", "1.25", "1.00"]
+    assert lines[1].startswith("linear_cross_entropy N=64 C=8 V=128 ")
+    step = {**LINE, "op": "training step", "shape": {"model": "gpt2", "B": 32}, "compiled": True}
+    lines = table([{**step, "backend": n, "tokens_per_s": s} for n, s in (("plain", 10.0), ("all-triton", 15.0))])
+    assert "training step gpt2 B=32" in lines and lines.splitlines()[1].split()[-1] == "1.50"
+
+
 def test_every_stage_finds_what_it_runs(tmp_path: Path) -> None:
     for stage in all_stages(tmp_path, tmp_path / "lines", "abc"):
         for part in stage.argv:
