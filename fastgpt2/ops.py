@@ -43,9 +43,10 @@ LOSS: dict[str, str] = {
 }
 SLOTS = {"attention": ATTENTION, "mlp": MLP, "norm": NORM, "loss": LOSS}
 FLAGS = {"attention": "--attn", "mlp": "--mlp", "norm": "--norm", "loss": "--loss"}
-AUTO = {"attention": "sdpa", "mlp": "torch", "norm": "torch", "loss": "chunked"}
-"""What `auto` is: PyTorch's own form until a measured table shows ours ahead on the GPU at hand, and bench/results
-has none yet. The loss in chunks needs no measurement to be the default: it never holds the logits whole."""
+AUTO = {"attention": ("sdpa",), "mlp": ("torch",), "norm": ("torch",), "loss": ("triton", "chunked")}
+"""What `auto` is, the first that can run without being interpreted: PyTorch's own form until a measured table shows
+ours ahead on the GPU at hand, and bench/results has none yet. The loss alone needs no measurement: only in chunks are
+the logits never whole, and of the two that do so Triton's reads and writes a chunk once, PyTorch's some ten times."""
 
 AttentionOp = Callable[..., Tensor]
 MlpOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -132,14 +133,17 @@ def make_ops(
         ConfigError: an implementation named can't run here; the message says why and what would.
     """
     device = torch.device(device)
-    asked = {slot: name for slot, name in (choices or {}).items() if name != "auto"}
-    chosen = AUTO | asked
-    functions = {}
-    for slot, name in chosen.items():
-        if name not in SLOTS[slot]:
-            raise ConfigError(f"no {slot} {name!r}: there are auto, {', '.join(SLOTS[slot])}")
-        if reason := _why_not(slot, name, device, dtype, head_dim, dropout):
+    why_not = partial(_why_not, device=device, dtype=dtype, head_dim=head_dim, dropout=dropout)
+    chosen, functions = {}, {}
+    for slot, table in SLOTS.items():
+        name = (choices or {}).get(slot, "auto")
+        if name == "auto":
+            name = next(n for n in AUTO[slot] if (device.type == "cuda" or n != "triton") and not why_not(slot, n))
+        if name not in table:
+            raise ConfigError(f"no {slot} {name!r}: there are auto, {', '.join(table)}")
+        if reason := why_not(slot, name):
             raise ConfigError(f"{FLAGS[slot]} {name} can't run here: {reason}")
+        chosen[slot] = name
         functions[slot] = partial(_load(SLOTS[slot][name]), **_options(slot, name, tf32))
     return Ops(**functions), chosen
 
@@ -165,10 +169,10 @@ def _why_not(
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        return f"the triton package is missing (it is published for Linux); use {FLAGS[slot]} {AUTO[slot]}"
+        return f"the triton package is missing (it is published for Linux); use {FLAGS[slot]} {AUTO[slot][-1]}"
     if slot == "attention":
         return import_module("kernels.attention").why_unsupported(device, dtype, head_dim, dropout)
-    return launch.why_unsupported(f"Triton's {slot}", device, dtype, f"{FLAGS[slot]} {AUTO[slot]}")
+    return launch.why_unsupported(f"Triton's {slot}", device, dtype, f"{FLAGS[slot]} {AUTO[slot][-1]}")
 
 
 def _load(path: str) -> Callable[..., Any]:

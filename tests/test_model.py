@@ -89,6 +89,16 @@ def test_same_seed_same_weights() -> None:
     assert not torch.equal(one.wte.weight, other.wte.weight)
 
 
+def test_auto_is_pytorchs_form_but_for_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels import launch
+
+    plain = {"attention": "sdpa", "mlp": "torch", "norm": "torch"}
+    assert make_ops()[1] == make_ops({"loss": "auto"})[1] == {**plain, "loss": "chunked"}
+    for capability, loss in (((9, 0), "triton"), ((8, 0), "triton"), ((7, 5), "chunked")):
+        monkeypatch.setattr(launch, "capability", lambda _, c=capability: c)
+        assert make_ops(device="cuda", dtype=torch.bfloat16)[1] == {**plain, "loss": loss}
+
+
 @pytest.mark.parametrize("attention", EVERY)
 def test_the_past_is_blind_to_the_future(attention: str) -> None:
     model = make(attention=attention).eval()
