@@ -424,7 +424,10 @@ def add_layer_norm(
     Raises:
         ValueError: a shape, dtype, device or eps; it says what would work.
     """
-    return _LayerNorm.apply(x, residual, weight, bias, eps, _validate(x, residual, weight, bias, eps))
+    dtype = _validate(x, residual, weight, bias, eps)
+    if residual is x:  # torch.compile takes no tensor for two arguments
+        residual = x.view_as(x)
+    return _LayerNorm.apply(x, residual, weight, bias, eps, dtype)
 
 
 def _validate(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> torch.dtype:

@@ -550,6 +550,20 @@ def test_compiles_whole(backend, dynamic, rows) -> None:
         torch.testing.assert_close(compiled, eager, rtol=rtol, atol=atol)
 
 
+def test_a_stream_added_to_itself_compiles(rows) -> None:
+    rows(4)
+    torch._dynamo.reset()
+    c = case((5, 20))
+    results = []
+    for function in (add_layer_norm, torch.compile(add_layer_norm, fullgraph=True, backend="aot_eager")):
+        x = c.x.detach().requires_grad_()
+        y, total = function(x, x, c.weight, c.bias)
+        results.append((y, total, *torch.autograd.grad((y, total), x, (c.dy, c.dtotal))))
+    assert_equal(results[0], results[1])
+    want = layer_norm_reference(2 * c.x, None, c.weight, c.bias)[0]
+    torch.testing.assert_close(results[0][0], want, rtol=1e-5, atol=1e-5)
+
+
 def test_autocast_decides_ys_dtype_and_leaves_the_streams_and_the_gradients(rows) -> None:
     rows(16)
     c = case((9, 20), "bfloat16 autocast")

@@ -772,9 +772,11 @@ def test_offsets_past_32_bits() -> None:
     loss = linear_cross_entropy(hidden, weight, targets, reduction="sum", memory_budget=2**34)
     loss.backward()
     assert hidden.grad is not None
-    assert torch.equal(hidden.grad[:128], hidden.grad[-128:])
+    # cuBLAS may cut the sums over V in other places in other rows.
+    place = 2**-7 * hidden.grad[:128].abs().max().item()
+    torch.testing.assert_close(hidden.grad[:128], hidden.grad[-128:], rtol=0, atol=place)
     losses = linear_cross_entropy(hidden.detach(), weight, targets, reduction="none", memory_budget=2**34)
-    assert torch.equal(losses[:128], losses[-128:])
+    torch.testing.assert_close(losses[:128], losses[-128:], rtol=0, atol=2**-6)
 
 
 @pytest.mark.gpu
