@@ -103,9 +103,11 @@ def _tests(file: Path, scratch: Path) -> Stage:
     pytest-xdist, which need not be there, by several processes."""
     junit = scratch / f"{file.stem}.xml"
     parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    options = ["-v", "-m", "gpu", "--continue-on-collection-errors", f"--junitxml={junit}", *parallel]
+    # Every test of the trajectories computes on the GPU where there is one.
+    marked = [] if file.stem == "test_trajectory" else ["-m", "gpu"]
+    options = ["-v", *marked, "--continue-on-collection-errors", f"--junitxml={junit}", *parallel]
     name = f"gpu tests: {file.stem.removeprefix('test_')}"
-    return Stage(name, [*_PYTEST, *options, str(file.relative_to(ROOT))], 240, required=True, junit=junit)
+    return Stage(name, [*_PYTEST, *options, str(file.relative_to(ROOT))], 300, required=True, junit=junit)
 
 
 _PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]

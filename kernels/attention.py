@@ -471,14 +471,17 @@ EXAMPLE = (64, 1024, 768)
 EXAMPLE_HEAD_DIM = 64
 
 
-def _work(products: int, tensors: int, runs: list[int], precision: str, config: LaunchConfig, programs: int) -> Work:
-    """Of a head's programs: `products` matmuls a tile, `tensors` of (B, T, H, D) read or written, `runs` a loop."""
+def _work(
+    products: int, credited: float, tensors: int, runs: list[int], precision: str, config: LaunchConfig, programs: int
+) -> Work:
+    """Of a head's programs: `products` matmuls a tile, of which the formulas above credit `credited`; `tensors` of
+    (B, T, H, D) read or written; `runs` of each loop."""
     (B, T, C), D = EXAMPLE, EXAMPLE_HEAD_DIM
     heads, tile = B * C // D, (config.block_m or 1) * (config.block_n or 1)
     element = 4 if precision in ("float32", "tf32") else 2
     return Work(
         size=D,
-        flops=heads * products * T * T * D,  # half of 2 T^2 D: causal
+        flops=heads * credited * T * T * D,  # half of 2 T^2 D: causal
         executed_flops=heads * sum(runs) * products * 2 * tile * D,
         bytes=B * T * (tensors * C * element + 8 * C // D),
         programs=heads * programs,
@@ -486,7 +489,7 @@ def _work(products: int, tensors: int, runs: list[int], precision: str, config: 
     )
 
 
-def _work_by_queries(products: int, tensors: int) -> Callable[[str, int, LaunchConfig], Work]:
+def _work_by_queries(products: int, credited: float, tensors: int) -> Callable[[str, int, LaunchConfig], Work]:
     """The forward and dq: key tiles before the diagonal, then those on it."""
 
     def work(precision: str, size: int, config: LaunchConfig) -> Work:
@@ -494,7 +497,7 @@ def _work_by_queries(products: int, tensors: int) -> Callable[[str, int, LaunchC
         starts = range(0, T, m)
         whole = sum(start // n for start in starts)
         edge = sum(triton.cdiv(min(start + m, T) - start // n * n, n) for start in starts)
-        return _work(products, tensors, [whole, edge], precision, config, len(starts))
+        return _work(products, credited, tensors, [whole, edge], precision, config, len(starts))
 
     return work
 
@@ -505,15 +508,16 @@ def _work_by_keys(precision: str, size: int, config: LaunchConfig) -> Work:
     starts = range(0, T, n)
     edges = [triton.cdiv(start + n, m) * m for start in starts]
     on_diagonal = sum((min(edge, T) - start // m * m) // m for start, edge in zip(starts, edges, strict=True))
-    return _work(4, 6, [on_diagonal, sum((T - edge) // m for edge in edges), 0], precision, config, len(starts))
+    runs = [on_diagonal, sum((T - edge) // m for edge in edges), 0]
+    return _work(4, 5 * 4 / 7, 6, runs, precision, config, len(starts))
 
 
 KERNELS = {
     "attention_forward": Kernel(
-        attention_forward_kernel, _constants, _TYPES, ("T",), products=4, work=_work_by_queries(2, 4)
+        attention_forward_kernel, _constants, _TYPES, ("T",), products=4, work=_work_by_queries(2, 2, 4)
     ),
     "attention_backward_dq": Kernel(
-        attention_backward_dq_kernel, _constants, _TYPES, ("T",), products=6, work=_work_by_queries(3, 6)
+        attention_backward_dq_kernel, _constants, _TYPES, ("T",), products=6, work=_work_by_queries(3, 5 * 3 / 7, 6)
     ),
     "attention_backward_dkdv": Kernel(
         attention_backward_dkdv_kernel, _constants, _TYPES, ("T",), products=12, work=_work_by_keys
@@ -662,6 +666,8 @@ def flash_attention(
             if of_x != of_q:
                 raise ValueError(f"{name} must have q's {what}, {of_q}, got {of_x}")
     q, k, v = launch.autocast(q, k, v)
+    k = k.view_as(k) if k is q else k  # torch.compile takes no tensor for two arguments
+    v = v.view_as(v) if v is q or v is k else v
     scale, documents, seed = _validate({"q": q, "k": k, "v": v}, scale, dropout_p, causal, documents, seed)
     return _FlashAttention.apply(causal, scale, allow_tf32, documents, seed, dropout_p, q, k, v)
 

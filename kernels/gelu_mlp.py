@@ -88,6 +88,9 @@ B = tl.constexpr(0.044715 * math.sqrt(2 / math.pi))
 LOG2_E = tl.constexpr(math.log2(math.e))
 # Row tiles that share a pass over the weights' columns: 8 x 128 rows and some 4 MB of weights stay in L2 together.
 GROUP = tl.constexpr(8)
+ALIGNED = 64
+"""Widths that don't divide by this, as every BLOCK_K of the aligned tables does, have tiles of their own: with masks
+in the loop and loads of single elements large ones spill kilobytes, 64x64x32 with 8 warps nothing (128 registers)."""
 
 
 def gelu_mlp_reference(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor) -> Tensor:
@@ -323,7 +326,7 @@ def _activation(
     pre = torch.empty((M if keep else 0, HIDDEN), dtype=x.dtype, device=x.device)
     act = torch.empty((M, HIDDEN), dtype=x.dtype, device=x.device)
     by_descriptors = _descriptors(x, w_fc, act) if tma is None else tma
-    config, constants = _configured("gelu_mlp_forward", by_descriptors, x, allow_tf32, config)
+    config, constants = _configured("gelu_mlp_forward", by_descriptors, x, HIDDEN, allow_tf32, config)
     _run(x.device, lambda: gelu_mlp_forward_kernel[(_programs(M, HIDDEN, by_descriptors, config, x.device),)](
         x, w_fc, b_fc, pre, act, M, HIDDEN, C, KEEP=keep, **constants, **config.arguments()
     ))  # fmt: skip
@@ -350,7 +353,7 @@ def _dgrad(
     """dpre and act, (M, HIDDEN) each, and db_fc (HIDDEN,); tma as in _activation."""
     (M, HIDDEN), N = pre.shape, w_proj.size(0)
     by_descriptors = _descriptors(dy, w_proj, pre) if tma is None else tma
-    config, constants = _configured("gelu_mlp_backward", by_descriptors, dy, allow_tf32, config)
+    config, constants = _configured("gelu_mlp_backward", by_descriptors, dy, HIDDEN, allow_tf32, config)
     dpre, act = (torch.empty((M, HIDDEN), dtype=dy.dtype, device=dy.device) for _ in range(2))
     row_tiles = triton.cdiv(M, config.block_m)
     partial = torch.empty((row_tiles, HIDDEN), dtype=statistics(dy.dtype), device=dy.device)
@@ -374,11 +377,12 @@ def _descriptors(*matrices: Tensor) -> bool:
 
 
 def _configured(
-    op: str, tma: bool, rows: Tensor, allow_tf32: bool, config: LaunchConfig | None
+    op: str, tma: bool, rows: Tensor, hidden: int, allow_tf32: bool, config: LaunchConfig | None
 ) -> tuple[LaunchConfig, dict[str, object]]:
     """The table's configuration unless one is given, and the constants that both kernels have."""
     precision, K = precision_name(rows.dtype, allow_tf32), rows.size(1)
-    config = config or lookup(f"{op}_tma" if tma else op, precision, K, rows.device)
+    form = "_tma" if tma else "" if K % ALIGNED == 0 and hidden % ALIGNED == 0 else "_odd"
+    config = config or lookup(op + form, precision, K, rows.device)
     assert config.block_k is not None
     return config, _shared_constants(precision, tma, K % config.block_k == 0)
 
@@ -417,9 +421,9 @@ def _run(device: torch.device, kernel: Callable[[], object]) -> None:
         contextvars.copy_context().run(inside)
 
 
-def _constants(tma: bool, **more: object) -> Callable[[str, int], dict[str, object]]:
-    """A kernel's for inspect. GPT-2's channels divide by every BLOCK_K that is shipped."""
-    return lambda precision, size: more | _shared_constants(precision, tma, True)
+def _constants(form: str, **more: object) -> Callable[[str, int], dict[str, object]]:
+    """A kernel's for inspect."""
+    return lambda precision, size: more | _shared_constants(precision, form == "_tma", form != "_odd")
 
 
 _TOKENS, _CHANNELS = 65536, 768
@@ -452,14 +456,19 @@ def _work(tma: bool, tensors: int) -> Callable[[str, int, LaunchConfig], Work]:
 _SUMS = {"partial_ptr": "*fp32"}
 _FORWARD, _BACKWARD = (gelu_mlp_forward_kernel, ("HIDDEN", "C")), (gelu_mlp_backward_kernel, ("HIDDEN", "N"))
 KERNELS = {
-    f"gelu_mlp_{direction}{'_tma' if tma else ''}": Kernel(
-        kernel, _constants(tma, **more), types, multiples, products=1, work=_work(tma, tensors)
+    f"gelu_mlp_{direction}{form}": Kernel(
+        kernel,
+        _constants(form, **more),
+        types,
+        () if form == "_odd" else multiples,
+        products=1,
+        work=None if form == "_odd" else _work(form == "_tma", tensors),
     )
     for direction, (kernel, multiples), more, types, tensors in (
         ("forward", _FORWARD, {"KEEP": True}, {}, 2),
         ("backward", _BACKWARD, {}, _SUMS, 3),
     )
-    for tma in (False, True)
+    for form in ("", "_tma", "_odd")
 }
 
 

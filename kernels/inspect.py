@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", nargs="+", choices=list(ELEMENTS), help="default: all")
     parser.add_argument("--op", nargs="+", metavar="PREFIX", help="kernels whose name begins so (default: all)")
     parser.add_argument("--size", nargs="+", type=int, help="head size, channels or vocabulary (default: all)")
-    parser.add_argument("--check-in-bounds", action="store_true", help="write the bounds to kernels/tables/bounds.json")
+    parser.add_argument("--check-in-bounds", action="store_true", help="write the bounds to kernels/bounds.json")
     parser.add_argument("--json", action="store_true", help="a list of objects instead of the table")
     options = parser.parse_args(arguments)
     reports = inspect_all(shipped(options.arch, options.precision, options.size, options.op))

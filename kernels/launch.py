@@ -105,9 +105,9 @@ def statistics(dtype: torch.dtype) -> torch.dtype:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which autocast would hand x to a matmul; its own where autocast is off."""
+    """The dtype in which autocast would hand x to a matmul; its own where autocast is off, or passes it by."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
         return x.dtype
     return torch.get_autocast_dtype(device)
 

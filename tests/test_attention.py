@@ -516,6 +516,21 @@ def test_documents_and_a_seed_compile_whole(backend, tiles) -> None:
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
 
 
+def test_one_tensor_for_all_three_compiles(tiles) -> None:
+    tiles(16, 16)
+    torch._dynamo.reset()
+    x = inputs((1, 17, 2, 16))[0].requires_grad_()
+    compiled = torch.compile(lambda x: flash_attention(x, x, x).square().sum(), fullgraph=True, backend="aot_eager")
+    results = [torch.autograd.grad(f(x), x)[0] for f in (lambda x: flash_attention(x, x, x).square().sum(), compiled)]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_leaves_integers_alone_and_they_are_refused(tiles) -> None:
+    x = torch.zeros(1, 4, 3, 2, 16, dtype=torch.int64, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(ValueError, match=r"got torch\.int64"):
+        flash_attention_qkv(x)
+
+
 def test_autocast_decides_the_dtype(tiles) -> None:
     tiles(16, 16)
     q, k, v, do = inputs((1, 17, 2, 16))

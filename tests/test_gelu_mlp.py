@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from kernels import gelu_mlp
-from kernels.tuning import LaunchConfig, architectures, configurations
+from kernels.tuning import LaunchConfig, architectures, configuration, configurations
 
 module = importlib.import_module("kernels.gelu_mlp")
 reference = module.gelu_mlp_reference
@@ -188,16 +188,17 @@ def test_gpt2s_channels_and_odd_rows(shape, way, monkeypatch) -> None:
     assert_right(ours, lambda seed: inputs(shape, seed=seed))
 
 
+@pytest.mark.parametrize("shape", [(150, 128, 576, 192), (150, 96, 528, 80)], ids=["aligned", "odd"])
 @pytest.mark.parametrize("arch", architectures())
 @pytest.mark.parametrize("precision", ["bfloat16", "tf32"])
-def test_shipped_tiles(arch, precision, monkeypatch) -> None:
+def test_shipped_tiles(arch, precision, shape, monkeypatch) -> None:
     """A GPU's own tiles, interpreted, in float32, where they can't hide an error."""
     if DEVICE == "cuda":
         pytest.skip("a GPU has its own, in the other tests")
     tma = "" if arch == "sm_80" else "_tma"
     monkeypatch.setattr(module, "_descriptors", lambda *_: bool(tma))
-    monkeypatch.setattr(module, "lookup", lambda op, *_: configurations(arch)[op, precision, 768])
-    assert_right(ours, lambda seed: inputs((150, 96, 528, 80), seed=seed))
+    monkeypatch.setattr(module, "lookup", lambda op, *_: configuration(arch, op, precision, 768))
+    assert_right(ours, lambda seed: inputs(shape, seed=seed))
 
 
 def test_tf32_is_within_its_own_rounding(way) -> None:
@@ -504,7 +505,8 @@ def test_tables_cover_every_kernel_and_precision() -> None:
         entries = {(op, p, size) for op, p, size in configurations(arch) if op.startswith("gelu_mlp")}
         ops = [op for op in module.KERNELS if arch != "sm_80" or not op.endswith("_tma")]
         precisions = ("bfloat16", "float16", "tf32", "float32")
-        assert entries == {(op, p, C) for op in ops for p in precisions for C in (768, 1024, 1280, 1600)}
+        sizes = {op: (1600,) if op.endswith("_odd") else (768, 1024, 1280, 1600) for op in ops}
+        assert entries == {(op, p, C) for op in ops for p in precisions for C in sizes[op]}
     assert {op for op, *_ in configurations("interpreter") if op.startswith("gelu_mlp")} == set(module.KERNELS)
 
 

@@ -1,6 +1,7 @@
-"""Shipped configurations compile for their GPUs, here without one: no spill, every product on the matrix units.
+"""Shipped configurations compile for their GPUs, here without one: no spill, every product on the matrix units, and
+no bound on a kernel's time worse than the one checked in.
 
-GPT-2's head size in full, two others on one architecture; `python -m kernels.inspect` does them all.
+GPT-2 124M's own sizes in full, a few others on one architecture; `python -m kernels.inspect` does them all.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is published for Linux")
 
+import triton
+
 from kernels import tuning
 from kernels.attention import HEAD_DIMS, KERNELS
+from kernels.bounds import allowed
 from kernels.tuning import LaunchConfig, architectures, configurations, lookup, nearest, precision_name
 
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -37,19 +41,56 @@ def python(code: str) -> list:
     return json.loads(done.stdout)
 
 
+PRECISIONS = ("bfloat16", "float16", "tf32")
+SIZES = {"attention": 64, "layer_norm": 768, "cross_entropy": 50304, "gelu_mlp": 768}
+
+
 @pytest.mark.parametrize("arch", architectures())
-def test_gpt2s_head_size_compiles_well_everywhere(arch) -> None:
-    reports = inspect("--arch", arch, "--op", "attention", "--size", "64", "--precision", "bfloat16", "tf32")
-    assert len(reports) == 2 * len(KERNELS)
+def test_gpt2s_kernels_compile_well_everywhere(arch) -> None:
+    cases = {
+        (entry["op"], precision)
+        for entry in tuning.read_table(arch)["entries"]
+        for precision in PRECISIONS
+        if precision in entry["precisions"]
+        and any(entry["op"].startswith(op) and size in entry["sizes"] for op, size in SIZES.items())
+    }
+    reports = inspect("--arch", arch, "--precision", *PRECISIONS, "--size", *(str(n) for n in set(SIZES.values())))
+    assert {(report["case"]["op"], report["case"]["precision"]) for report in reports} == cases
+    assert {op for op, _ in cases} >= {*KERNELS, "layer_norm_backward", "cross_entropy", "gelu_mlp_backward"}
     unit = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}[arch]
     for report in reports:
-        assert unit in report["instructions"] and report["products"] >= 4 and report["blocks"] >= 1
+        case = report["case"]
         assert (report["spilled"], report["missed"], report["faults"]) == (0, 0, [])
+        assert report["blocks"] >= 1
+        if report["expected"]:
+            assert unit in report["instructions"] and report["products"] >= 1
+            assert report["copies"] == (["TMA"] if case["op"].endswith("_tma") else ["cp.async"]) or (
+                case["config"]["num_stages"] == 1
+            )
+        assert allowed(arch, case["op"], case["precision"], triton.__version__) is not None
+        assert 0.2 < report["at_least"]["fraction"] <= 1.0
 
 
-def test_other_head_sizes_compile_well() -> None:
+def test_other_sizes_compile_well() -> None:
     reports = inspect("--arch", "sm_90", "--op", "attention", "--precision", "bfloat16", "--size", "16", "96")
     assert len(reports) == 2 * len(KERNELS)
+    ops = ("--op", "gelu_mlp", "layer_norm", "cross_entropy")
+    assert len(inspect("--arch", "sm_90", *ops, "--precision", "bfloat16", "--size", "1600", "2048")) >= 5
+
+
+def test_a_bound_worse_than_the_one_checked_in_is_found() -> None:
+    reports = python(
+        "import json\n"
+        "from kernels import inspect\n"
+        "(case,) = inspect.shipped(['sm_90'], ['bfloat16'], [768], ['layer_norm_forward'])\n"
+        "report = inspect.inspect_one(case)\n"
+        "faults = []\n"
+        "for factor in (1.0, 0.9):\n"
+        "    inspect.allowed = lambda *_: factor * report.at_least.seconds\n"
+        "    faults.append(report.faults)\n"
+        "print(json.dumps(faults))"
+    )
+    assert reports[0] == [] and "is checked in" in reports[1][0]
 
 
 def test_a_spill_and_a_missed_product_are_found() -> None:

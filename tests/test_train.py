@@ -164,7 +164,7 @@ def test_defaults_suit_the_device() -> None:
     assert (with_gpu.model, with_gpu.batch_size, with_gpu.dtype, with_gpu.device) == ("gpt2", 32, "bfloat16", "cuda")
     assert TrainConfig().resolve(cuda=True, bf16=False).dtype == "float32"
     sizes = {gib: TrainConfig().resolve(cuda=True, memory_bytes=gib << 30).batch_size for gib in (4, 8, 16, 24, 48)}
-    assert sizes == {4: 1, 8: 2, 16: 4, 24: 8, 48: 16}
+    assert sizes == {4: 1, 8: 4, 16: 8, 24: 16, 48: 32}
     assert TrainConfig(model="gpt2").resolve(cuda=False, data_vocab_size=257).vocab_size == 257
 
 
