@@ -267,7 +267,8 @@ def _tokenizer(config: PrepareConfig, aside: Path, console: Console) -> Tokenize
     if config.tokenizer == "byte":
         return ByteTokenizer()
     for name in copy_bpe_files(config.bpe, aside):
-        console.print(f"[yellow]warning:[/] {escape(str(config.bpe))}/{name} is not GPT-2's published one")
+        text = f"[yellow]warning:[/] {escape(str(config.bpe))}/{name} is not GPT-2's published one"
+        console.print(text, soft_wrap=True)  # a path is not to be cut
     return Gpt2Tokenizer(aside, threads=os.cpu_count() or 1)
 
 

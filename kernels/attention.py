@@ -51,7 +51,8 @@ bfloat16, D = 64, Triton 3.6; "loop" is the machine instructions a warp spends o
     all     64x128    8       255       1     520   one pass a head, dq summed in float32 scratch; spills 24 bytes
 
 Documents and dropout off compile to that. On, with the tiles shipped (an entry: registers, loop; none spills up to
-D = 64, beyond it dk, dv with dropout does, 16 bytes):
+D = 64, beyond it dk, dv with dropout does, 16 bytes; in TF32, Triton 3.9, D = 64 dq with dropout spills 8 bytes on
+sm_80 and 56 on sm_100, where dk, dv without a mask spills 8, too):
 
                                              forward      dq         dk, dv
     documents                                127, 299     196, 264   220, 340
@@ -512,16 +513,15 @@ def _work_by_keys(precision: str, size: int, config: LaunchConfig) -> Work:
     return _work(4, 5 * 4 / 7, 6, runs, precision, config, len(starts))
 
 
+_DROPOUT, _DOCUMENTS = {"DROP": WEIGHTS.value // 10, "seed_ptr": ...}, {"limit_ptr": ...}
+_VARIANTS = {"full": {"CAUSAL": False}, "dropout": _DROPOUT, "documents": _DOCUMENTS, "both": _DROPOUT | _DOCUMENTS}
 KERNELS = {
-    "attention_forward": Kernel(
-        attention_forward_kernel, _constants, _TYPES, ("T",), products=4, work=_work_by_queries(2, 2, 4)
-    ),
-    "attention_backward_dq": Kernel(
-        attention_backward_dq_kernel, _constants, _TYPES, ("T",), products=6, work=_work_by_queries(3, 5 * 3 / 7, 6)
-    ),
-    "attention_backward_dkdv": Kernel(
-        attention_backward_dkdv_kernel, _constants, _TYPES, ("T",), products=12, work=_work_by_keys
-    ),
+    op: Kernel(kernel, _constants, _TYPES, ("T",), products=products, variants=_VARIANTS, work=work)
+    for op, kernel, products, work in (
+        ("attention_forward", attention_forward_kernel, 4, _work_by_queries(2, 2, 4)),
+        ("attention_backward_dq", attention_backward_dq_kernel, 6, _work_by_queries(3, 5 * 3 / 7, 6)),
+        ("attention_backward_dkdv", attention_backward_dkdv_kernel, 12, _work_by_keys),
+    )
 }
 
 

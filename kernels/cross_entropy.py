@@ -177,7 +177,7 @@ def _constants(precision: str, size: int) -> dict[str, object]:
     return {"FORWARD": True, "GRADIENT": True, "upstream_ptr": None}
 
 
-_TYPES = {"targets_ptr": "*i64", "loss_ptr": "*fp32", "lse_ptr": "*fp32"}
+_TYPES = {"targets_ptr": "*i64", "loss_ptr": "*fp32", "lse_ptr": "*fp32", "upstream_ptr": "*fp32"}
 
 
 def _work(precision: str, size: int, config: LaunchConfig) -> Work:
@@ -190,7 +190,13 @@ def _work(precision: str, size: int, config: LaunchConfig) -> Work:
     return Work(stride, 0.0, 0.0, bytes=2 * element * rows * stride, programs=rows, loops=loops)
 
 
-KERNELS = {"cross_entropy": Kernel(cross_entropy_kernel, _constants, _TYPES, ("stride",), work=_work)}
+_VARIANTS: dict[str, dict[str, object]] = {
+    "evaluation": {"GRADIENT": False},
+    "upstream": {"FORWARD": False, "upstream_ptr": ...},
+}
+KERNELS = {
+    "cross_entropy": Kernel(cross_entropy_kernel, _constants, _TYPES, ("stride",), variants=_VARIANTS, work=_work)
+}
 
 
 def _candidates(precision: str, size: int) -> list[LaunchConfig]:

@@ -462,6 +462,7 @@ KERNELS = {
         types,
         () if form == "_odd" else multiples,
         products=1,
+        variants={"evaluation": {"KEEP": False}} if direction == "forward" else {},
         work=None if form == "_odd" else _work(form == "_tma", tensors),
     )
     for direction, (kernel, multiples), more, types, tensors in (

@@ -46,6 +46,7 @@ class Case:
     """A kernel as it is shipped for one precision, size and architecture.
 
     constants: compile-time arguments in place of the shipped ones, such as {"T": 1}, which Triton compiles as one.
+    variant: one of the kernel's, or "" for what GPT-2's training calls.
     """
 
     op: str
@@ -54,6 +55,7 @@ class Case:
     arch: str
     config: LaunchConfig
     constants: dict[str, Any] = field(default_factory=dict)
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,20 @@ def shipped(
     precisions: Iterable[str] | None = None,
     sizes: Iterable[int] | None = None,
     ops: Iterable[str] | None = None,
+    variants: bool = False,
 ) -> list[Case]:
-    """Every entry of the tables, or those of some precisions, sizes and kernels (by how a kernel's name begins)."""
+    """Every entry of the tables, or those of some precisions, sizes and kernels (by how a kernel's name begins).
+
+    variants: what else a kernel is compiled to with the same tiles (dropout, documents, evaluation) as well.
+    """
     return [
-        Case(op, precision, size, arch, config)
+        Case(op, precision, size, arch, config, variant=variant)
         for arch in archs
         for (op, precision, size), config in configurations(arch).items()
         if (precisions is None or precision in precisions)
         and (sizes is None or size in sizes)
         and (ops is None or op.startswith(tuple(ops)))
+        for variant in ("", *(all_kernels()[op].variants if variants else ()))
     ]
 
 
@@ -178,7 +185,7 @@ def _work(case: Case) -> Work | None:
     """What the kernel does at GPT-2 124M's shape; None where that model never calls it like this."""
     kernel = all_kernels()[case.op]
     work = kernel.work and kernel.work(case.precision, case.size, case.config)
-    return work if work is not None and work.size == case.size and not case.constants else None
+    return work if work is not None and work.size == case.size and not (case.constants or case.variant) else None
 
 
 def _compile(case: Case) -> Any:
@@ -190,7 +197,9 @@ def _compile(case: Case) -> Any:
     kernel, element = all_kernels()[case.op], ELEMENTS[case.precision]
     options = case.config.arguments()
     blocks = {name: options.pop(name) for name in list(options) if name.startswith("BLOCK_")}
-    constants = kernel.constants(case.precision, case.size) | blocks | case.constants
+    variant = kernel.variants[case.variant] if case.variant else {}
+    constants = kernel.constants(case.precision, case.size) | blocks | variant | case.constants
+    constants = {name: value for name, value in constants.items() if value is not ...}
     signature: dict[str, Any] = {}
     divisible: dict[tuple[int, ...], list] = {}
     for i, argument in enumerate(kernel.function.arg_names):
@@ -222,7 +231,7 @@ def table(reports: list[Report]) -> str:
     for r in reports:
         c = r.case
         rows.append((
-            c.op, c.precision, str(c.size), c.arch, str(c.config),
+            f"{c.op} {c.variant}".rstrip(), c.precision, str(c.size), c.arch, str(c.config),
             str(r.registers), str(r.spilled), str(r.shared), str(r.blocks),
             "+".join(r.instructions) or "none", f"{r.missed}/{r.products}",
             "+".join(r.copies) or "none", "+".join(map(str, r.loops)), _in_words(r.at_least), "; ".join(r.faults),
@@ -248,11 +257,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", default=architectures(), choices=architectures(), help="default: all")
     parser.add_argument("--precision", nargs="+", choices=list(ELEMENTS), help="default: all")
     parser.add_argument("--op", nargs="+", metavar="PREFIX", help="kernels whose name begins so (default: all)")
+    parser.add_argument("--variants", action="store_true", help="dropout, documents, evaluation and the like as well")
     parser.add_argument("--size", nargs="+", type=int, help="head size, channels or vocabulary (default: all)")
     parser.add_argument("--check-in-bounds", action="store_true", help="write the bounds to kernels/bounds.json")
     parser.add_argument("--json", action="store_true", help="a list of objects instead of the table")
     options = parser.parse_args(arguments)
-    reports = inspect_all(shipped(options.arch, options.precision, options.size, options.op))
+    reports = inspect_all(shipped(options.arch, options.precision, options.size, options.op, options.variants))
     if options.check_in_bounds:
         found = [(r.case.arch, r.case.op, r.case.precision, r.at_least.seconds) for r in reports if r.at_least]
         check_in(found, _triton_version())

@@ -67,6 +67,8 @@ class Kernel:
             type written {} is that of the precision ("tensordesc<{}[128, 64]>").
         multiples_of_16: integers that divide by 16 at the shapes that matter.
         products: tl.dot calls in the source; 0 for a kernel without.
+        variants: by name, what else the launchers have it compiled to with the same tiles, as constants in place of
+            those above; ... for an argument that is passed then.
         work: (precision, size, configuration) -> what it does at GPT-2 124M's shape.
     """
 
@@ -75,6 +77,7 @@ class Kernel:
     types: dict[str, str] = field(default_factory=dict)
     multiples_of_16: tuple[str, ...] = ()
     products: int = 0
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     work: Callable[[str, int, Any], Work] | None = None
 
 

@@ -273,13 +273,19 @@ def _backward_work(precision: str, size: int, config: LaunchConfig) -> Work:
 
 KERNELS = {
     "layer_norm_forward": Kernel(
-        layer_norm_forward_kernel, _constants, _TYPES, ("x_stride", "residual_stride"), work=_forward_work
+        layer_norm_forward_kernel,
+        _constants,
+        _TYPES,
+        ("x_stride", "residual_stride"),
+        variants={"alone": {"residual_ptr": None, "total_ptr": None}},
+        work=_forward_work,
     ),
     "layer_norm_backward": Kernel(
         layer_norm_backward_kernel,
         _backward_constants,
         _TYPES,
         ("dy_stride", "dtotal_stride", "total_stride"),
+        variants={"alone": {"dtotal_ptr": None, "dresidual_ptr": None}, "last": {"dtotal_ptr": None}},
         work=_backward_work,
     ),
 }
