@@ -16,6 +16,7 @@ import torch._functorch.config as functorch_config
 from torch import Tensor
 
 import kernels
+from bench.budget import assert_within_budget
 from bench.shapes import CUDA, DEVICE, SECONDS
 from bench.timing import input_sets, peak_memory, rates, time_call
 from fastgpt2.ops import torch_mlp
@@ -155,8 +156,8 @@ _checked: set[tuple[str, MlpShape]] = set()
 
 
 def check_mlp(name: str, mlp: Mlp, shape: MlpShape) -> None:
-    """Fail where the result or a gradient errs, by its norm, more than twice what the plain form's does and four units
-    in the last place. A candidate that has passed with a shape is not compared again."""
+    """Fail where the result or a gradient errs more than the budget allows. A candidate that has passed with a shape
+    is not compared again."""
     if (name, shape) in _checked:
         return
     inputs, dy = draw(shape)
@@ -164,9 +165,7 @@ def check_mlp(name: str, mlp: Mlp, shape: MlpShape) -> None:
     plain, ours = (differentiate(function, inputs, dy) for function in (torch_mlp, mlp))
     names = ("y", "dx", "dw_fc", "db_fc", "dw_proj", "db_proj")
     for tensor, mine, theirs, right in zip(names, ours, plain, truth, strict=True):
-        error, lost = ((t.double() - right).norm().item() for t in (mine, theirs))
-        budget = 2 * lost + 4 * torch.finfo(shape.dtype).eps * right.norm().item()
-        assert error <= budget, f"not timed: {tensor} is off by {error:.2e}, {budget:.2e} is allowed"
+        assert_within_budget(tensor, mine, theirs, right)
     _checked.add((name, shape))
 
 

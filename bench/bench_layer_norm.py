@@ -9,7 +9,6 @@ stand the bytes that must move, and the rate as a fraction of a device copy's, m
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.budget import assert_within_budget
 from bench.shapes import CUDA, DEVICE, SECONDS
 from bench.timing import ceilings, input_sets, peak_memory, rates, time_call
 
@@ -174,16 +174,5 @@ def check(name: str, norm: Norm, shape: NormShape) -> None:
     names = ("y", "sum", "dx", "dresidual", "dw", "db")
     truth = results(plain, torch.float64)
     for what, mine, theirs, exact in zip(names, results(norm), results(plain), truth, strict=True):
-        for measure in (_maximum, _rms):
-            place = 2.0 ** math.floor(math.log2(measure(exact))) * torch.finfo(mine.dtype).eps
-            error, budget = measure(mine - exact), 2 * measure(theirs - exact) + 4 * place
-            assert error <= budget, f"not timed: {what} is off by {error:.2e}, {budget:.2e} is allowed"
+        assert_within_budget(what, mine, theirs, exact)
     _checked.add((name, shape))
-
-
-def _maximum(x: Tensor) -> float:
-    return x.abs().max().item()
-
-
-def _rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()

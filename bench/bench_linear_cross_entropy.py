@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.budget import assert_within_budget
 from bench.shapes import CUDA, DEVICE, SECONDS
 from bench.timing import input_sets, peak_memory, rates, time_call
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
@@ -184,16 +185,5 @@ def check(name: str, head: Head, shape: HeadShape) -> None:
     truth = results(linear_cross_entropy_reference, dtype=torch.float64)
     trio = zip(results(head, slice(None)), results(linear_cross_entropy_reference), truth, strict=True)
     for what, (mine, theirs, exact) in zip(("loss", "dhidden", "dweight"), trio, strict=True):
-        for measure in (_maximum, _rms):
-            place = 2.0 ** math.floor(math.log2(measure(exact))) * torch.finfo(mine.dtype).eps
-            error, budget = measure(mine - exact), 2 * measure(theirs - exact) + 4 * place
-            assert error <= budget, f"not timed: {what} is off by {error:.2e}, {budget:.2e} is allowed"
+        assert_within_budget(what, mine, theirs, exact)
     _checked.add((name, shape))
-
-
-def _maximum(x: Tensor) -> float:
-    return x.abs().max().item()
-
-
-def _rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()

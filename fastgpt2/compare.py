@@ -124,17 +124,18 @@ def error_and_budget(
         ours = call(op, dtype)
         theirs = [call(peer, dtype) for peer in problem.peers]
         for name, want in exact.items():
-            for measure, size in (("maximum", _maximum), ("norm", _root_mean_square)):
+            for measure, size in MEASURES.items():
                 key = f"{name} by {measure}"
                 keep(scales, key, size(want))
                 keep(errors, key, size(ours[name].double() - want))
                 for peer in theirs:
                     keep(peers, key, size(peer[name].double() - want))
-    units = {
-        key: UNITS_IN_LAST_PLACE * torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(scale))
-        for key, scale in scales.items()
-    }
-    return {key: (errors[key], ALLOWED * peers[key] + units[key]) for key in errors}
+    return {key: (errors[key], ALLOWED * peers[key] + slack(scales[key], dtype)) for key in errors}
+
+
+def slack(scale: float, dtype: torch.dtype) -> float:
+    """UNITS_IN_LAST_PLACE units in the last place of a tensor's scale."""
+    return UNITS_IN_LAST_PLACE * torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(scale)) if scale else 0.0
 
 
 def _draw(
@@ -179,9 +180,8 @@ def _results(
     return found
 
 
-def _maximum(x: Tensor) -> float:
-    return x.abs().max().item()
-
-
-def _root_mean_square(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
+MEASURES: dict[str, Callable[[Tensor], float]] = {
+    "maximum": lambda x: x.abs().max().item(),
+    "norm": lambda x: x.square().mean().sqrt().item(),
+}
+"""The two sizes of an error; the norm is the root mean square."""

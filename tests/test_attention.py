@@ -6,11 +6,10 @@ with one, the same tests run there with the shipped tiles, and those marked gpu 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -18,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is published for Linux")
+
+from guards import guarded
 
 from kernels import attention, flash_attention, flash_attention_qkv, launch
 from kernels.attention import attention_backward, attention_forward, attention_reference, why_unsupported
@@ -396,22 +397,6 @@ def test_packed_and_apart_agree_and_the_packed_gradient_is_one_tensor(tiles) -> 
     qkv = torch.stack((q, k, v), 2).requires_grad_()
     flash_attention_qkv(qkv).backward(do)
     assert qkv.grad is not None and qkv.grad.shape == qkv.shape and qkv.grad.is_contiguous()
-
-
-@contextlib.contextmanager
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Every torch.empty is NaN, in the middle of a larger tensor of NaN: (the whole, the middle)."""
-    made, margin = [], 4096
-
-    def empty(size, *, dtype, device):
-        length = math.prod(size)
-        whole = torch.full((length + 2 * margin,), math.nan, dtype=dtype, device=device)
-        made.append((whole, whole[margin : margin + length].view(size)))
-        return made[-1][1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", empty)
-        yield made
 
 
 @pytest.mark.parametrize("kind", ["causal", "full", "documents and dropout"])

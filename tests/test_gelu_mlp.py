@@ -13,7 +13,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is published for Linux")
 
+import guards
 import triton
 import triton.language as tl
 
@@ -318,20 +319,9 @@ def test_gradients_of_any_layout(kind, way) -> None:
 
 
 @pytest.fixture
-def guarded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
-    """Every torch.empty is NaN, in the middle of a larger tensor of NaN: (the whole, the middle)."""
-    made, margin = [], 8192
-
-    def empty(size, *, dtype, device):
-        if not dtype.is_floating_point:  # scratch for descriptors
-            return torch.zeros(size, dtype=dtype, device=device)
-        length = math.prod(size)
-        whole = torch.full((length + 2 * margin,), math.nan, dtype=dtype, device=device)
-        made.append((whole, whole[margin : margin + length].view(size)))
-        return made[-1][1]
-
-    monkeypatch.setattr(torch, "empty", empty)
-    return made
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    with guards.guarded(monkeypatch) as made:
+        yield made
 
 
 @pytest.mark.parametrize("keep", [True, False])

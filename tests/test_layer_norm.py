@@ -6,11 +6,10 @@ of several; with one, the same tests run there with the shipped tiles, and those
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -19,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is published for Linux")
+
+from guards import guarded
 
 from kernels import add_layer_norm, launch, layer_norm
 from kernels.layer_norm import (
@@ -375,22 +376,6 @@ def test_layouts_of_what_the_norm_keeps_change_nothing(kind, rows) -> None:
 
     x = strided(kind, c.x)
     assert_same(results(x), results(x.contiguous()))
-
-
-@contextlib.contextmanager
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Every torch.empty is NaN, in the middle of a larger tensor of NaN: (the whole, the middle)."""
-    made, margin = [], 4096
-
-    def empty(size, *, dtype, device):
-        length = math.prod(size)
-        whole = torch.full((length + 2 * margin,), math.nan, dtype=dtype, device=device)
-        made.append((whole, whole[margin : margin + length].view(size)))
-        return made[-1][1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", empty)
-        yield made
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16 autocast"])

@@ -5,11 +5,10 @@ Both implementations of the rows' step go through the same tests; without a GPU 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,6 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is published for Linux")
+
+from guards import guarded
 
 from kernels import cross_entropy, launch, linear_cross_entropy
 from kernels.cross_entropy import cross_entropy_reference
@@ -350,22 +351,6 @@ def test_a_first_chunk_forgotten_by_the_sum_is_found(monkeypatch) -> None:
 def test_a_planted_fault_is_found_in_bfloat16(fault) -> None:
     make = lambda seed: inputs(dtype=torch.bfloat16, seed=seed)  # noqa: E731
     assert max(excess(faults()[fault], make, vocab_size=SMALL[1], reduction="mean").values()) > 2.0
-
-
-@contextlib.contextmanager
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Every torch.empty is NaN, in the middle of a larger tensor of NaN: (the whole, the middle)."""
-    made, margin = [], 4096
-
-    def empty(size, *, dtype, device):
-        length = math.prod(size)
-        whole = torch.full((length + 2 * margin,), math.nan, dtype=dtype, device=device)
-        made.append((whole, whole[margin : margin + length].view(size)))
-        return made[-1][1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", empty)
-        yield made
 
 
 @every_implementation
