@@ -68,7 +68,7 @@ def test_gpt2s_kernels_compile_well_everywhere(arch) -> None:
                 case["config"]["num_stages"] == 1
             )
         assert allowed(arch, case["op"], case["precision"], triton.__version__) is not None
-        assert 0.2 < report["at_least"]["fraction"] <= 1.0
+        assert 0.15 < report["at_least"]["fraction"] <= 1.0
 
 
 def test_other_sizes_compile_well() -> None:
