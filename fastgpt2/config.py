@@ -152,7 +152,7 @@ class TrainConfig:
     compile: bool = False
     """Compile the model with torch.compile."""
     recompute: bool = False
-    """Keep a block's inputs alone and compute the rest again in the backward: less memory, about a quarter more work."""
+    """Keep a block's inputs alone and compute the rest again in the backward: less memory, a quarter more work."""
     cuda_graph: bool = False
     """Replay the whole step (forward, backward, clip, optimizer) as one CUDA graph: for small batches, where launching
     takes longer than computing."""
