@@ -46,7 +46,7 @@ FLAGS = {"attention": "--attn", "mlp": "--mlp", "norm": "--norm", "loss": "--los
 AUTO = {"attention": ("sdpa",), "mlp": ("torch",), "norm": ("torch",), "loss": ("triton", "chunked")}
 """What `auto` is, the first that can run without being interpreted: PyTorch's own form until a measured table shows
 ours ahead on the GPU at hand, and bench/results has none yet. The loss alone needs no measurement: only in chunks are
-the logits never whole, and of the two that do so Triton's reads and writes a chunk once, PyTorch's some ten times."""
+the logits never whole, and of the two that do so Triton's passes over a chunk twice, PyTorch's some ten times."""
 
 AttentionOp = Callable[..., Tensor]
 MlpOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -107,11 +107,12 @@ def statistics(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which autocast would hand x to a matmul; its own where autocast is off, or passes it by."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
-        return x.dtype
+def autocast_dtype(x: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
+    """The dtype in which autocast would hand x, or x in `dtype`, to a matmul; its own where autocast is off, or passes
+    it by."""
+    device, own = x.device.type, dtype or x.dtype
+    if not torch.is_autocast_enabled(device) or not own.is_floating_point or own == torch.float64:
+        return own
     return torch.get_autocast_dtype(device)
 
 

@@ -460,11 +460,7 @@ def _validate(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, 
     if not eps >= 0.0:
         raise ValueError(f"eps must not be negative, got {eps}")
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return dtype if dtype == torch.float64 else _autocast(x.device.type) or dtype
-
-
-def _autocast(device: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return launch.autocast_dtype(x, dtype)
 
 
 def why_unsupported(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:

@@ -153,7 +153,7 @@ def sees_the_next_token(qkv: Tensor, **_: object) -> Tensor:
 
 
 def detached_bias(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor) -> Tensor:
-    return torch_mlp(x, w_fc, b_fc + b_fc.detach().sum() * 0 - (b_fc - b_fc.detach()) * 0.1, w_proj, b_proj)
+    return torch_mlp(x, w_fc, b_fc - 0.1 * (b_fc - b_fc.detach()), w_proj, b_proj)
 
 
 def erf_gelu(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor) -> Tensor:
