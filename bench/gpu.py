@@ -12,59 +12,20 @@ Exit status: 0; 1 where a stage failed, or the tests or the verification did not
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
-import json
-import os
 import re
-import resource
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.device_state import FIXED_FIELDS, make_state_query, query_gpu
+from bench.stages import Files, Stage, exit_status, read_environment, run_stages
 from bench.timing import ROOT, commit
-
-LOG_BYTES = 200_000
-"""The end of a stage's output that is kept in the log; it bounds the log's size."""
-TAIL_CHARACTERS = 8_000
-"""The end of it that is kept in the JSON."""
-STATE_EVERY_S = 5.0
-"""Between two looks at the device's clocks, power and temperature while a stage runs."""
-GRACE_S = 3.0
-"""For a stage that is stopped to print where it stands."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One process."""
-
-    name: str
-    argv: list[str]
-    seconds_limit: float
-    required: bool = False
-    """Whether the run counts as failed unless this stage passes."""
-    junit: Path | None = None
-    """Where it writes its tests' results."""
-
-
-@dataclass(frozen=True)
-class Files:
-    """Where a run writes, and where its stages do."""
-
-    record: Path
-    log: Path
-    results: Path
-    """JSON lines that the stages append to: `kind` is "ceilings" or "benchmark"."""
 
 
 def all_stages(scratch: Path, results: Path, commit_id: str) -> list[Stage]:
@@ -118,211 +79,6 @@ def gpu_test_files() -> list[Path]:
     return sorted(p for p in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in p.read_text(encoding="utf-8"))
 
 
-# ------------------------------------------------------------------------------------------ running stages
-
-
-def run_stages(
-    stages: Iterable[Stage],
-    record: dict[str, Any],
-    files: Files,
-    *,
-    seconds: float,
-    state: Callable[[], dict[str, str]] | None = None,
-) -> dict[str, Any]:
-    """Run stages in order until the time is used up; the record is on disk before the first and after each.
-
-    Args:
-        record: what is known so far; gains `stages`, `results`, `ceilings` and `not_done`, a list of {name, reason}.
-        seconds: for all stages together; one that is running when they end is stopped.
-        state: reads the device's state, every few seconds while a stage runs.
-
-    Returns:
-        The record.
-    """
-    # A stage that is stopped with SIGABRT, so that it prints where it hung, is not to leave gigabytes behind.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    ends = time.monotonic() + seconds
-    stages = list(stages)
-    waiting = {stage.name: "not reached" for stage in stages}
-    record.update(stages=[], results=[], ceilings=None)
-    _write_record(files.record, record, waiting)
-    for stage in stages:
-        left = ends - time.monotonic()
-        if left <= 0:
-            waiting[stage.name] = "the minutes were used up"
-            continue
-        print(f"{stage.name} ...", flush=True)
-        outcome = run_stage(stage, min(stage.seconds_limit, left), files.log, state)
-        record["stages"].append(outcome)
-        _collect(files.results, stage.name, record)
-        if outcome["status"] == "timed out":
-            waiting[stage.name] = f"stopped after {outcome['seconds']:.0f} s; results it had made are kept"
-        else:
-            del waiting[stage.name]
-        _write_record(files.record, record, waiting)
-        print(f"{stage.name}: {outcome['status']} in {outcome['seconds']:.0f} s", flush=True)
-        if outcome["status"] != "passed":
-            print(outcome["output_tail"][-1500:], flush=True)
-    _write_record(files.record, record, waiting)
-    return record
-
-
-def run_stage(
-    stage: Stage, seconds_limit: float, log: Path, state: Callable[[], dict[str, str]] | None = None
-) -> dict[str, Any]:
-    """Run one process to its end or its limit, and say how it went; its output goes to the log."""
-    began, states = time.monotonic(), _States(state)
-    # A Triton that interprets would be neither the kernels nor their time.
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            stage.argv,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            cwd=ROOT,
-            # nvidia-smi counts the devices by their place on the bus: let torch do the same.
-            env={**inherited, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
-            start_new_session=True,
-        )
-        try:
-            while process.poll() is None and time.monotonic() - began < seconds_limit:
-                states.look()
-                time.sleep(0.05)
-        finally:
-            timed_out = _stop(process)
-        size = output.seek(0, os.SEEK_END)
-        output.seek(max(0, size - LOG_BYTES))
-        text = output.read().decode(errors="replace")
-    tests = _junit_counts(stage.junit)
-    nothing_ran = tests is not None and tests["run"] == 0
-    status = "timed out" if timed_out else "failed" if process.returncode or nothing_ran else "passed"
-    outcome = {
-        "name": stage.name,
-        "argv": ["python" if part == sys.executable else part for part in stage.argv],
-        "required": stage.required,
-        "status": status,
-        "returncode": process.returncode,
-        "seconds": round(time.monotonic() - began, 2),
-        "seconds_limit": round(seconds_limit, 2),
-        "device_state": states.summary(),
-        "tests": tests,
-        "output_tail": text[-TAIL_CHARACTERS:],
-    }
-    with log.open("a", encoding="utf-8") as file:
-        cut = f" (the last {LOG_BYTES} of {size} bytes)" if size > LOG_BYTES else ""
-        file.write(f"==== {stage.name}: {status}, exit status {process.returncode}{cut}\n{text}\n")
-    return outcome
-
-
-def _stop(process: subprocess.Popen) -> bool:
-    """End a process that still runs, and all it started; whether there was one."""
-    running = process.poll() is None
-    if running:
-        process.send_signal(signal.SIGABRT)  # Python's fault handler prints every thread's stack
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its session, made for it alone
-        process.wait()
-    return running
-
-
-def _collect(results: Path, stage: str, record: dict[str, Any]) -> None:
-    """Move the lines that a stage wrote into the record; the last one may be cut off."""
-    if not results.exists():
-        return
-    for line in results.read_text(encoding="utf-8").splitlines():
-        try:
-            result = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if result.pop("kind") == "ceilings":
-            record["ceilings"] = result
-        else:
-            record["results"].append({"stage": stage, **result})
-    results.unlink()
-
-
-def _write_record(path: Path, record: dict[str, Any], waiting: dict[str, str]) -> None:
-    """Written aside and renamed, so that the file is whole whenever the machine goes away."""
-    record["not_done"] = [{"name": name, "reason": reason} for name, reason in waiting.items()]
-    aside = path.with_suffix(".writing")
-    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
-
-
-def _junit_counts(path: Path | None) -> dict[str, Any] | None:
-    """How many tests ran, and the names of those that did not pass or did not run."""
-    if path is None or not path.exists():
-        return None
-    cases = list(ElementTree.parse(path).iter("testcase"))
-    by_outcome: dict[str, list[str]] = {"failure": [], "error": [], "skipped": []}
-    for case in cases:
-        for outcome, names in by_outcome.items():
-            if case.find(outcome) is not None:
-                names.append(f"{case.get('classname')}::{case.get('name')}")
-    return {"run": len(cases) - len(by_outcome["skipped"]), **by_outcome}
-
-
-# --------------------------------------------------------------------------------------- the device's state
-
-_STATE_FIELDS = ["pstate", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "utilization.gpu"]
-_FIXED_FIELDS = [
-    *("name", "driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit", "memory.total"),
-    *("ecc.mode.current", "persistence_mode", "compute_mode", "mig.mode.current"),
-]
-_THROTTLE_FIELDS = ["clocks_event_reasons.active", "clocks_throttle_reasons.active"]
-"""The reasons for lower clocks, a bit mask, under the name of newer drivers and that of older ones."""
-
-
-def query_gpu(fields: list[str]) -> dict[str, str]:
-    """What nvidia-smi reports of the first visible GPU, {field: value with unit}, or nothing; it changes nothing."""
-    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
-    command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    values = [value.strip() for value in done.stdout.split("\n")[0].split(",")]
-    return dict(zip(fields, values, strict=False))
-
-
-def make_state_query() -> Callable[[], dict[str, str]]:
-    """query_gpu of what changes, with the name for the throttle reasons that this driver knows."""
-    known = next((field for field in _THROTTLE_FIELDS if query_gpu([field])), None)
-    fields = [*_STATE_FIELDS, *([known] if known else [])]
-    return lambda: query_gpu(fields)
-
-
-class _States:
-    """Looks at the device's state every few seconds and remembers the extremes."""
-
-    def __init__(self, state: Callable[[], dict[str, str]] | None) -> None:
-        self._state, self._next = state, time.monotonic()
-        self._seen: list[dict[str, str]] = []
-
-    def look(self) -> None:
-        if self._state is not None and time.monotonic() >= self._next:
-            self._seen.append(self._state())
-            self._next = time.monotonic() + STATE_EVERY_S
-
-    def summary(self) -> dict[str, Any]:
-        """{field: {"min", "max", "last"}} of numbers, with their unit in `last`; the distinct values of all else."""
-        fields: dict[str, Any] = {"looks": len(self._seen)}
-        for field in {name: None for seen in self._seen for name in seen}:
-            values = [seen[field] for seen in self._seen if field in seen]
-            numbers = [float(m[1]) for value in values if (m := re.fullmatch(r"([\d.]+)(?: [A-Za-z%]+)?", value))]
-            if len(numbers) == len(values):
-                fields[field] = {"min": min(numbers), "max": max(numbers), "last": values[-1]}
-            else:
-                fields[field] = sorted(set(values))
-        return fields
-
-
-# ------------------------------------------------------------------------------------------------- command
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """One line a result, with its speed over that of the fastest result of the same work that isn't ours."""
 
@@ -369,22 +125,6 @@ def summary(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def exit_status(record: dict[str, Any], required: Iterable[str]) -> int:
-    """1 where a stage failed or a required one did not pass; else 0, also where a benchmark ran out of time."""
-    status = {stage["name"]: stage["status"] for stage in record["stages"]}
-    failed = "failed" in status.values()
-    return int(failed or any(status.get(name) != "passed" for name in required))
-
-
-def read_environment() -> dict[str, Any]:
-    """bench.timing.environment from a process that then ends: this one is to hold no memory of the device."""
-    program = "import json; from bench.timing import environment; print(json.dumps(environment()))"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=120, check=True
-    )
-    return json.loads(done.stdout)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="Test, verify and measure on a GPU.")
@@ -408,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
         "minutes": given.minutes,
         "commit": source,
         "environment": where,
-        "nvidia_smi": query_gpu(_FIXED_FIELDS),
+        "nvidia_smi": query_gpu(FIXED_FIELDS),
         "device_state_at_start": state(),
     }
     with tempfile.TemporaryDirectory() as scratch:

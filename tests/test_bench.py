@@ -1,4 +1,4 @@
-"""The benchmarks say where and on what they ran; the command for a GPU outlives stages that crash or hang."""
+"""The benchmarks say where and on what they ran."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench.gpu import ROOT, Files, Stage, all_stages, exit_status, run_stages, summary, table
-
-BLOCKED = ("tyro", "rich", "safetensors", "matplotlib", "tiktoken", "transformers")
+from bench.gpu import table
+from bench.timing import ROOT
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -105,157 +102,3 @@ def test_a_wrong_attention_is_not_timed() -> None:
     with pytest.raises(AssertionError, match="not timed"):
         check_attention("heads mixed up", lambda qkv: sdpa_attention(qkv.flip(3)), shape)
     assert DEVICE.type in ("cpu", "cuda")
-
-
-# ------------------------------------------------------------------------------------------------ bench.gpu
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_without_a_gpu_the_command_is_one_line_and_status_2(tmp_path: Path) -> None:
-    done = run("-m", "bench.gpu", "--out", str(tmp_path))
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and "needs a CUDA GPU" in done.stderr
-    assert not any(tmp_path.iterdir())
-
-
-def python(name: str, program: str, seconds_limit: float = 30.0, **kwargs: Any) -> Stage:
-    return Stage(name, [sys.executable, "-c", program], seconds_limit, **kwargs)
-
-
-def files_in(folder: Path) -> Files:
-    return Files(folder / "run.json", folder / "run.log", folder / "lines")
-
-
-LINE = {
-    "kind": "benchmark",
-    "op": "attention forward",
-    "dtype": "bfloat16",
-    "shape": {"B": 1, "T": 8},
-    "ms_median": 1.0,
-    "tflops": 2.0,
-}
-
-
-def test_stages_that_crash_or_hang_cost_only_themselves(tmp_path: Path) -> None:
-    files = files_in(tmp_path)
-    result = json.dumps({**LINE, "backend": "sdpa", "tokens_per_s": 10.0})
-    half = f"open({str(files.results)!r}, 'w').write({result!r} + chr(10) + '{{\"kind\": \"benchm')"
-    child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
-    stages = [
-        python("fine", "print('hello')", required=True),
-        python("crashes", "import os; print('before'); os.abort()"),
-        python("hangs", f"{half}; {child}; import time; time.sleep(600)", seconds_limit=4.0),
-        # The record is complete up to here while a later stage runs.
-        python("reads", f"import json; print([s['status'] for s in json.load(open({str(files.record)!r}))['stages']])"),
-        python("never", "print('not to be seen')"),
-    ]
-    began = time.monotonic()
-    record = run_stages(stages[:4], {"format": 1}, files, seconds=60.0)
-    assert time.monotonic() - began < 30
-    assert [s["status"] for s in record["stages"]] == ["passed", "failed", "timed out", "passed"]
-    assert "['passed', 'failed', 'timed out']" in record["stages"][3]["output_tail"]
-    assert "Fatal Python error" in record["stages"][2]["output_tail"], "a hang says where it hung"
-    assert [r["backend"] for r in record["results"]] == ["sdpa"], "what it had measured is kept"
-    assert [missing["name"] for missing in record["not_done"]] == ["hangs"]
-    assert json.loads(files.record.read_text()) == record
-    assert "==== crashes: failed" in files.log.read_text() and "hello" in files.log.read_text()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.json", "run.log"]
-    assert exit_status(record, ["fine"]) == 1
-
-
-def test_no_stage_starts_once_the_time_is_up(tmp_path: Path) -> None:
-    stages = [
-        python("slow", "import time; time.sleep(600)"),
-        python("second", "print('not to be seen')", required=True),
-        python("third", "print('not to be seen')"),
-    ]
-    known = {"environment": {"device": "a GPU"}, "commit": {"id": "abc"}}
-    record = run_stages(stages, known, files_in(tmp_path), seconds=1.0)
-    assert [s["name"] for s in record["stages"]] == ["slow"]
-    assert [missing["name"] for missing in record["not_done"]] == ["slow", "second", "third"]
-    assert record["not_done"][1]["reason"] == "the minutes were used up"
-    assert "not done: third: the minutes were used up" in summary(record)
-    assert exit_status(record, ["second"]) == 1, "what was not verified is not right"
-    assert exit_status(record, []) == 0
-
-
-def test_stages_record_tests_and_the_state_of_the_device(tmp_path: Path) -> None:
-    junit = tmp_path / "tests.xml"
-    junit.write_text(
-        '<testsuites><testsuite><testcase classname="a" name="ok"/>'
-        '<testcase classname="a" name="bad"><failure/></testcase>'
-        '<testcase classname="b" name="left"><skipped/></testcase></testsuite></testsuites>'
-    )
-    stage = python("tests", "import time; time.sleep(0.3)", junit=junit)
-    state = {"clocks.sm": "1980 MHz", "power.draw": "[N/A]"}
-    (outcome,) = run_stages([stage], {}, files_in(tmp_path), seconds=30.0, state=lambda: state)["stages"]
-    assert outcome["tests"] == {"run": 2, "failure": ["a::bad"], "error": [], "skipped": ["b::left"]}
-    assert outcome["status"] == "passed"
-    assert outcome["device_state"]["clocks.sm"] == {"min": 1980.0, "max": 1980.0, "last": "1980 MHz"}
-    assert outcome["device_state"]["power.draw"] == ["[N/A]"]
-
-
-def test_tests_that_were_all_skipped_have_not_passed(tmp_path: Path) -> None:
-    junit = tmp_path / "tests.xml"
-    junit.write_text('<testsuites><testcase classname="a" name="b"><skipped/></testcase></testsuites>')
-    (outcome,) = run_stages([python("tests", "", junit=junit)], {}, files_in(tmp_path), seconds=30.0)["stages"]
-    assert outcome["status"] == "failed"
-
-
-def test_the_table_compares_with_the_best_peer() -> None:
-    speeds = {"sdpa": 10.0, "sdpa-cudnn": 20.0, "triton": 30.0}
-    lines = table([{**LINE, "backend": name, "tokens_per_s": speed} for name, speed in speeds.items()]).splitlines()
-    assert [line.split()[-1] for line in lines[1:]] == ["1.50", "1.00", "0.50"]
-
-
-def test_the_table_takes_every_ops_shape_and_counts_no_part_of_the_work_for_a_peer() -> None:
-    line = {**LINE, "op": "linear_cross_entropy", "shape": {"N": 64, "C": 8, "V": 128}}
-    speeds = {"matmuls-alone": 50.0, "triton": 30.0, "chunked": 25.0, "torch-linear-cross-entropy-chunks": 20.0}
-    lines = table([{**line, "backend": name, "tokens_per_s": speed} for name, speed in speeds.items()]).splitlines()
-    assert [line.split()[-1] for line in lines[1:]] == ["2.50", "1.50", "1.25", "1.00"]
-    assert lines[1].startswith("linear_cross_entropy N=64 C=8 V=128 ")
-    step = {**LINE, "op": "training step", "shape": {"model": "gpt2", "B": 32}, "compiled": True}
-    lines = table([{**step, "backend": n, "tokens_per_s": s} for n, s in (("plain", 10.0), ("all-triton", 15.0))])
-    assert "training step gpt2 B=32" in lines and lines.splitlines()[1].split()[-1] == "1.50"
-
-
-def test_every_stage_finds_what_it_runs(tmp_path: Path) -> None:
-    for stage in all_stages(tmp_path, tmp_path / "lines", "abc"):
-        for part in stage.argv:
-            if part.endswith(".py"):
-                assert (ROOT / part).is_file(), f"{stage.name}: {part}"
-        assert 0 < stage.seconds_limit <= 300
-
-
-def test_every_stage_of_the_step_selects_something_on_a_gpu(tmp_path: Path) -> None:
-    from _pytest.mark.expression import Expression
-
-    from bench.bench_train_step import VARIANTS
-
-    names = [
-        f"test_train_step[B{B}-{how}-{variant}]"
-        for B in (32, 64, 16, 4, 1)
-        for how in ("compiled", "eager")
-        for variant in VARIANTS
-    ]
-    for stage in all_stages(tmp_path, tmp_path / "lines", "abc"):
-        if "bench/bench_train_step.py" in stage.argv:
-            chosen = Expression.compile(stage.argv[stage.argv.index("-k") + 1])
-            found = [n for n in names if chosen.evaluate(lambda text, n=n, **_: text.lower() in n.lower())]
-            assert 2 <= len(found) <= 16, (stage.name, found)
-
-
-@pytest.mark.parametrize("modules", ["bench.gpu, bench.timing", "fastgpt2.verify, bench.bench_train_step"])
-def test_a_gpu_machine_needs_only_torch_triton_numpy_and_pytest(modules: str) -> None:
-    program = f"""
-import importlib.abc, sys
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {BLOCKED}:
-            raise ModuleNotFoundError("not installed on a GPU machine: " + name, name=name)
-sys.meta_path.insert(0, Blocker())
-import {modules}
-"""
-    done = run("-c", program)
-    assert done.returncode == 0, done.stderr[-2000:]

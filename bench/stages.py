@@ -1,0 +1,213 @@
+"""Stages by importance, each in a process of its own with a limit, so that one that hangs or crashes costs only
+itself; after each, what is known is on disk. Nothing here needs a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.device_state import States
+from bench.timing import ROOT
+
+LOG_BYTES = 200_000
+"""The end of a stage's output that is kept in the log; it bounds the log's size."""
+TAIL_CHARACTERS = 8_000
+"""The end of it that is kept in the JSON."""
+GRACE_S = 3.0
+"""For a stage that is stopped to print where it stands."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process."""
+
+    name: str
+    argv: list[str]
+    seconds_limit: float
+    required: bool = False
+    """Whether the run counts as failed unless this stage passes."""
+    junit: Path | None = None
+    """Where it writes its tests' results."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a run writes, and where its stages do."""
+
+    record: Path
+    log: Path
+    results: Path
+    """JSON lines that the stages append to: `kind` is "ceilings" or "benchmark"."""
+
+
+def run_stages(
+    stages: Iterable[Stage],
+    record: dict[str, Any],
+    files: Files,
+    *,
+    seconds: float,
+    state: Callable[[], dict[str, str]] | None = None,
+) -> dict[str, Any]:
+    """Run stages in order until the time is used up; the record is on disk before the first and after each.
+
+    Args:
+        record: what is known so far; gains `stages`, `results`, `ceilings` and `not_done`, a list of {name, reason}.
+        seconds: for all stages together; one that is running when they end is stopped.
+        state: reads the device's state, every few seconds while a stage runs.
+
+    Returns:
+        The record.
+    """
+    # A stage that is stopped with SIGABRT, so that it prints where it hung, is not to leave gigabytes behind.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    ends = time.monotonic() + seconds
+    stages = list(stages)
+    waiting = {stage.name: "not reached" for stage in stages}
+    record.update(stages=[], results=[], ceilings=None)
+    _write_record(files.record, record, waiting)
+    for stage in stages:
+        left = ends - time.monotonic()
+        if left <= 0:
+            waiting[stage.name] = "the minutes were used up"
+            continue
+        print(f"{stage.name} ...", flush=True)
+        outcome = run_stage(stage, min(stage.seconds_limit, left), files.log, state)
+        record["stages"].append(outcome)
+        _collect(files.results, stage.name, record)
+        if outcome["status"] == "timed out":
+            waiting[stage.name] = f"stopped after {outcome['seconds']:.0f} s; results it had made are kept"
+        else:
+            del waiting[stage.name]
+        _write_record(files.record, record, waiting)
+        print(f"{stage.name}: {outcome['status']} in {outcome['seconds']:.0f} s", flush=True)
+        if outcome["status"] != "passed":
+            print(outcome["output_tail"][-1500:], flush=True)
+    _write_record(files.record, record, waiting)
+    return record
+
+
+def run_stage(
+    stage: Stage, seconds_limit: float, log: Path, state: Callable[[], dict[str, str]] | None = None
+) -> dict[str, Any]:
+    """Run one process to its end or its limit, and say how it went; its output goes to the log."""
+    began, states = time.monotonic(), States(state)
+    # A Triton that interprets would be neither the kernels nor their time.
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            stage.argv,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=ROOT,
+            # nvidia-smi counts the devices by their place on the bus: let torch do the same.
+            env={**inherited, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
+            start_new_session=True,
+        )
+        try:
+            while process.poll() is None and time.monotonic() - began < seconds_limit:
+                states.look()
+                time.sleep(0.05)
+        finally:
+            timed_out = _stop(process)
+        size = output.seek(0, os.SEEK_END)
+        output.seek(max(0, size - LOG_BYTES))
+        text = output.read().decode(errors="replace")
+    tests = _junit_counts(stage.junit)
+    nothing_ran = tests is not None and tests["run"] == 0
+    status = "timed out" if timed_out else "failed" if process.returncode or nothing_ran else "passed"
+    outcome = {
+        "name": stage.name,
+        "argv": ["python" if part == sys.executable else part for part in stage.argv],
+        "required": stage.required,
+        "status": status,
+        "returncode": process.returncode,
+        "seconds": round(time.monotonic() - began, 2),
+        "seconds_limit": round(seconds_limit, 2),
+        "device_state": states.summary(),
+        "tests": tests,
+        "output_tail": text[-TAIL_CHARACTERS:],
+    }
+    with log.open("a", encoding="utf-8") as file:
+        cut = f" (the last {LOG_BYTES} of {size} bytes)" if size > LOG_BYTES else ""
+        file.write(f"==== {stage.name}: {status}, exit status {process.returncode}{cut}\n{text}\n")
+    return outcome
+
+
+def _stop(process: subprocess.Popen) -> bool:
+    """End a process that still runs, and all it started; whether there was one."""
+    running = process.poll() is None
+    if running:
+        process.send_signal(signal.SIGABRT)  # Python's fault handler prints every thread's stack
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its session, made for it alone
+        process.wait()
+    return running
+
+
+def _collect(results: Path, stage: str, record: dict[str, Any]) -> None:
+    """Move the lines that a stage wrote into the record; the last one may be cut off."""
+    if not results.exists():
+        return
+    for line in results.read_text(encoding="utf-8").splitlines():
+        try:
+            result = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if result.pop("kind") == "ceilings":
+            record["ceilings"] = result
+        else:
+            record["results"].append({"stage": stage, **result})
+    results.unlink()
+
+
+def _write_record(path: Path, record: dict[str, Any], waiting: dict[str, str]) -> None:
+    """Written aside and renamed, so that the file is whole whenever the machine goes away."""
+    record["not_done"] = [{"name": name, "reason": reason} for name, reason in waiting.items()]
+    aside = path.with_suffix(".writing")
+    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _junit_counts(path: Path | None) -> dict[str, Any] | None:
+    """How many tests ran, and the names of those that did not pass or did not run."""
+    if path is None or not path.exists():
+        return None
+    cases = list(ElementTree.parse(path).iter("testcase"))
+    by_outcome: dict[str, list[str]] = {"failure": [], "error": [], "skipped": []}
+    for case in cases:
+        for outcome, names in by_outcome.items():
+            if case.find(outcome) is not None:
+                names.append(f"{case.get('classname')}::{case.get('name')}")
+    return {"run": len(cases) - len(by_outcome["skipped"]), **by_outcome}
+
+
+def exit_status(record: dict[str, Any], required: Iterable[str]) -> int:
+    """1 where a stage failed or a required one did not pass; else 0, also where a benchmark ran out of time."""
+    status = {stage["name"]: stage["status"] for stage in record["stages"]}
+    failed = "failed" in status.values()
+    return int(failed or any(status.get(name) != "passed" for name in required))
+
+
+def read_environment() -> dict[str, Any]:
+    """bench.timing.environment from a process that then ends: this one is to hold no memory of the device."""
+    program = "import json; from bench.timing import environment; print(json.dumps(environment()))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=120, check=True
+    )
+    return json.loads(done.stdout)
