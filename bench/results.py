@@ -1,0 +1,206 @@
+"""Stored measurements: reading them, which belongs beside which, and the table that a run ends with.
+
+A record is a file bench/results/<device>/<date>-<commit>.json: where and when, the device's measured ceilings and
+`results`, a list of plain dicts. Results with equal `contest` were timed in turn, round by round, so their ratio is
+taken in each round and the drift of the clocks cancels. A ratio is one of speeds: 2 is twice as fast.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.timing import ROOT, percentile
+
+FORMAT = 2
+RESULTS = ROOT / "bench" / "results"
+
+Record = dict[str, Any]
+Result = dict[str, Any]
+
+
+class RecordError(ValueError):
+    """A file that is no record, or none that can be used for what was asked; the message is one line."""
+
+
+# ----------------------------------------------------------------------------------------------- reading
+
+
+def load(path: Path) -> Record:
+    """A stored record, with `path` added.
+
+    Raises:
+        RecordError: it can't be read, or is of another format.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecordError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from None
+    found = record.get("format") if isinstance(record, dict) else None
+    if found != FORMAT:
+        raise RecordError(f"{path} has format {found}, this reads {FORMAT}: measure again with python -m bench.gpu")
+    missing = [key for key in ("started", "commit", "environment", "results") if key not in record]
+    if missing:
+        raise RecordError(f"{path} lacks {', '.join(missing)}: it is no record of bench.gpu or bench.cpu")
+    return record | {"path": path}
+
+
+def stored(folder: Path = RESULTS) -> list[Record]:
+    """All stored records, oldest first."""
+    return sorted((load(path) for path in folder.glob("*/*.json")), key=lambda record: record["started"])
+
+
+def device_of(record: Record) -> str:
+    """What the device calls itself: "NVIDIA H100 80GB HBM3", or "cpu"."""
+    return record["environment"]["device"]
+
+
+def on_gpu(record: Record) -> bool:
+    return record["environment"].get("compute_capability") is not None
+
+
+def newest(records: Iterable[Record], op: str) -> dict[str, Record]:
+    """The newest record of each device in which an operation that begins with `op` was timed."""
+    return {
+        device_of(record): record
+        for record in sorted(records, key=lambda record: record["started"])
+        if pick(record, op)
+    }
+
+
+def pick(record: Record, op: str) -> list[Result]:
+    """A record's timed results of the operations that begin with `op`."""
+    return [result for result in record["results"] if result["op"].startswith(op) and result.get("ms_median")]
+
+
+# --------------------------------------------------------------------------------------------- comparing
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast: over the rounds of a contest; of two medians, where they were not timed in turn."""
+
+    median: float
+    p20: float | None
+    p80: float | None
+
+    @property
+    def paired(self) -> bool:
+        return self.p20 is not None
+
+    def __str__(self) -> str:
+        """1.26 (1.25..1.27); ~1.26 where the two were not timed in turn."""
+        return f"{self.median:.2f} ({self.p20:.2f}..{self.p80:.2f})" if self.paired else f"~{self.median:.2f}"
+
+
+def ratio(mine: Result, theirs: Result) -> Ratio:
+    """The speed of a result over another's: round by round where they were timed in turn, else of the medians."""
+    rounds = round_ratios(mine, theirs)
+    if rounds is None:
+        return Ratio(theirs["ms_median"] / mine["ms_median"], None, None)
+    return Ratio(statistics.median(rounds), percentile(rounds, 20), percentile(rounds, 80))
+
+
+def round_ratios(mine: Result, theirs: Result) -> list[float] | None:
+    """The speed of a result over another's in each round; None where they were not timed in turn."""
+    ours, other = mine.get("round_ms") or [], theirs.get("round_ms") or []
+    in_turn = mine.get("contest") is not None and mine.get("contest") == theirs.get("contest")
+    if not in_turn or not ours or len(ours) != len(other):
+        return None
+    return [b / a for a, b in zip(ours, other, strict=True)]
+
+
+def work(result: Result) -> tuple[str, str, str]:
+    """What is computed: the operation, its shape in words and the precision."""
+    words = [str(v) if k == "model" else f"{k}={v}" for k, v in result["shape"].items() if v is not None]
+    return result["op"], " ".join(words), result["dtype"]
+
+
+def candidate(result: Result) -> str:
+    """What computes it: "triton", "transformers compiled"; a step that isn't compiled says so."""
+    mode = {True: " compiled", False: " eager" if result["op"] == "training step" else ""}
+    return result["backend"] + mode.get(result.get("compiled"), "")  # type: ignore[arg-type]
+
+
+def best_peer(result: Result, results: Sequence[Result]) -> Result | None:
+    """The fastest peer at the same work: of those timed in turn with the result, else of all; None without any."""
+    peers = [r for r in results if r["role"] == "peer" and r.get("ms_median") and work(r) == work(result)]
+    in_turn = [peer for peer in peers if peer["contest"] == result["contest"]]
+    return min(in_turn or peers, key=lambda peer: peer["ms_median"], default=None)
+
+
+# ----------------------------------------------------------------------------------------------- showing
+
+
+def gib(count: float | None) -> str:
+    """Bytes as GiB; nothing where unknown."""
+    return "" if count is None else f"{count / 2**30:.2f}"
+
+
+def limit(result: Result) -> str:
+    """The measured ceiling that binds and how near to it the result is: "memory 87%"; nothing without ceilings."""
+    return f"{result['limit']} {result['limit_fraction']:.0%}" if result.get("limit_fraction") else ""
+
+
+_COLUMNS = ("work", "backend", "role", "ms", "p20..p80", "TFLOP/s", "tokens/s", "limit", "GiB", "x best peer")
+
+
+def table(results: Sequence[Result]) -> str:
+    """One line a timed result, the fastest of each work first, with its speed over that of the fastest peer."""
+    timed = [result for result in results if result.get("ms_median")]
+    rows = [_COLUMNS]
+    for result in sorted(timed, key=lambda r: (work(r), r["ms_median"])):
+        op, shape, dtype = work(result)
+        spread = f"{result['ms_p20']:.3f}..{result['ms_p80']:.3f}" if result.get("ms_p20") else ""
+        tflops = f"{result['tflops']:.1f}" if result.get("tflops") else ""
+        tokens = f"{result['tokens_per_s']:,.0f}" if result.get("tokens_per_s") else ""
+        peer = best_peer(result, timed)
+        against = str(ratio(result, peer)) if peer is not None else "no peer"
+        cells = (candidate(result), result["role"], f"{result['ms_median']:.3f}", spread, tflops, tokens)
+        rows.append((f"{op} {shape} {dtype}", *cells, limit(result), gib(result.get("peak_memory_bytes")), against))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    aligned = ["<", "<", "<", ">", ">", ">", ">", ">", ">", ">"]
+    return "\n".join(
+        "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, aligned, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def first_step(result: Result) -> str:
+    """Seconds from a fresh process to the first step done: "cold 45.1 s, cached 9.8 s"; nothing where not measured."""
+    seconds = result.get("seconds_to_first") or {}
+    return ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items() if value is not None)
+
+
+def ceilings(record: Record) -> str:
+    """The measured ceilings in a line; nothing where there are none."""
+    found = record.get("ceilings")
+    if not found:
+        return ""
+    parts = [f"memory {found['memory_bytes_per_s'] / 1e12:.2f} TB/s"]
+    products = (found.get("matrix_flops_per_s") or {}).items()
+    parts += [f"{dtype} products {speed / 1e12:,.1f} TFLOP/s" for dtype, speed in products if speed]
+    if found.get("special_per_s"):
+        parts.append(f"exponentials {found['special_per_s'] / 1e12:.2f} T/s")
+    return ", ".join(parts)
+
+
+def summary(record: Record) -> str:
+    """What a run prints last: the tests, the ceilings, the table, times to the first step and what was not done."""
+    lines = [f"{device_of(record)}, commit {record['commit']['id']}"]
+    if text := ceilings(record):
+        lines.append(f"measured ceilings: {text}")
+    for stage in record.get("stages", ()):
+        if stage["required"]:
+            counts = f", {stage['tests']['run']} tests run" if stage["tests"] else ""
+            lines.append(f"{stage['name']}: {stage['status']}{counts}")
+    results = record["results"]
+    lines.append(table(results) if any(r.get("ms_median") for r in results) else "no benchmark has a result")
+    for result in results:
+        if text := first_step(result):
+            lines.append(f"to the first step: {work(result)[1]} {candidate(result)}: {text}")
+    lines += [f"not done: {missing['name']}: {missing['reason']}" for missing in record.get("not_done", ())]
+    return "\n".join(lines)
