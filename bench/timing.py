@@ -1,16 +1,19 @@
 """How everything here is timed, and the record of where it was.
 
-A call is timed on inputs that rotate, so that the L2 cache holds none of them, after a warm-up that takes in
-compilation and lets the clocks rise. pytest-benchmark's own figures are wall-clock seconds of a call and the wait
-for the device. On a CUDA device the figures to quote are `event_ms_*`: device events around each of many calls
-that are queued without waiting, so that the launches hide behind the work.
+A contest times all candidates for one piece of work together: in each round every candidate in turn, in an order that
+rotates, is called once untimed and then some times timed. A candidate's figure for a round is the median of its timed
+calls, its figure the median of its rounds; a ratio of two candidates is formed round by round, so that what drifts
+(clocks, temperature, a neighbour on the same machine) cancels. Inputs rotate, so that the L2 cache holds none of them.
 
-    python -m bench.timing --jsonl FILE     append the device's two ceilings to FILE, as one JSON object
+On a CUDA device the clock is a pair of device events around each call. The calls of a round are queued behind a kernel
+that only spins for as long as the host takes to queue them: the events hold the device's time alone, and `host_ms` says
+what launching took beside it. On a CPU it is the wall clock.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -18,9 +21,10 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,7 +33,206 @@ from fastgpt2.device import device_name, peak_flops, peak_memory_bytes, synchron
 ROOT = Path(__file__).resolve().parents[1]
 
 Call = Callable[[int], object]
-"""Launches the work on the inputs of an index, which only ever grows."""
+"""Launches the work on the inputs of an index, which grows by one a call."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A candidate's times in a contest.
+
+    Args:
+        round_ms: the median of each round, milliseconds.
+        samples_ms: of every timed call.
+        host_ms: what launching a call takes the host, the median over rounds; None on a CPU.
+        clock: what told the time.
+    """
+
+    round_ms: list[float]
+    samples_ms: list[float]
+    host_ms: float | None
+    clock: str
+
+    @property
+    def ms_median(self) -> float:
+        return statistics.median(self.round_ms)
+
+    def info(self) -> dict[str, Any]:
+        """A result's fields: ms_median, ms_p20, ms_p80 (over rounds), ms_clock, rounds, samples, round_ms, host_ms."""
+        return {
+            "ms_median": self.ms_median,
+            "ms_p20": percentile(self.round_ms, 20),
+            "ms_p80": percentile(self.round_ms, 80),
+            "ms_clock": self.clock,
+            "rounds": len(self.round_ms),
+            "samples": len(self.samples_ms),
+            "round_ms": self.round_ms,
+            "host_ms": self.host_ms,
+        }
+
+
+ROUNDS, FEWEST_ROUNDS = 10, 5
+MOST_CALLS = 20
+"""Timed calls of a candidate in a round."""
+QUEUED_MS = 2.5
+"""The host's time for the calls that are queued together. A launch takes it some 2.5 us at the least: more than 1024 of
+them fill the queue, and the host waits."""
+MOST_SPIN_MS = 50.0
+
+
+def contest(
+    calls: Mapping[str, Call], device: torch.device, *, rounds: int = ROUNDS, seconds: float = 1.0
+) -> dict[str, Timed | Exception]:
+    """Time calls against each other, in interleaved rounds.
+
+    Args:
+        calls: by name; each waits for nothing.
+        rounds: how many; fewer, but FEWEST_ROUNDS at least, where two calls of each take too long for that many.
+        seconds: about how long the rounds take for each of the calls.
+
+    Returns:
+        By name what was timed, or the exception that the call raised, after which it takes no further part.
+    """
+    entrants = {name: _Entrant(call, device) for name, call in calls.items()}
+    for entrant in entrants.values():
+        entrant.warm_up()
+    cost_ms = sum(entrant.cost_ms for entrant in entrants.values())
+    rounds = max(FEWEST_ROUNDS, min(rounds, int(1e3 * seconds * len(calls) / max(2 * cost_ms, 1e-6))))
+    order = list(entrants.values())
+    for _ in range(rounds):
+        for entrant in order:
+            entrant.round(1e3 * seconds / rounds)
+        order = order[1:] + order[:1]
+    return {name: entrant.result() for name, entrant in entrants.items()}
+
+
+class _Entrant:
+    """One candidate of a contest: its call, and what it has shown so far."""
+
+    def __init__(self, call: Call, device: torch.device) -> None:
+        indices = itertools.count()
+        self._launch = lambda: call(next(indices))
+        self._time_calls, self._clock = _CLOCKS[device.type]
+        self._batches: list[_Batch] = []
+        self._error: Exception | None = None
+        self.cost_ms = 0.0
+        """What a call takes, launch and all."""
+
+    def warm_up(self) -> None:
+        """Compile, let the clocks rise, and see how long a call takes."""
+        for _ in range(3):
+            self._time(1)
+        if self._error is None:
+            last = self._batches[-1]
+            self.cost_ms = max(last.samples_ms[-1], last.host_ms, 1e-6)
+
+    def round(self, budget_ms: float) -> None:
+        """An untimed call and as many timed ones as the budget allows, one at the least."""
+        most = MOST_CALLS
+        if self._error is None and self._batches[-1].host_ms:
+            most = min(most, int(QUEUED_MS / self._batches[-1].host_ms))
+        self._time(max(1, min(most, int(budget_ms / max(self.cost_ms, 1e-6)) - 1)))
+
+    def _time(self, count: int) -> None:
+        if self._error is not None:
+            return
+        host_ms = self._batches[-1].host_ms if self._batches else 0.0
+        try:
+            self._batches.append(self._time_calls(self._launch, count, host_ms))
+        except Exception as error:  # one candidate's failure is not to lose the others
+            self._error = error
+
+    def result(self) -> Timed | Exception:
+        if self._error is not None:
+            return self._error
+        rounds = self._batches[3:]
+        return Timed(
+            round_ms=[statistics.median(batch.samples_ms) for batch in rounds],
+            samples_ms=[ms for batch in rounds for ms in batch.samples_ms],
+            host_ms=statistics.median(batch.host_ms for batch in rounds) or None,
+            clock=self._clock,
+        )
+
+
+class _Batch(NamedTuple):
+    samples_ms: list[float]
+    host_ms: float
+    """Of a launch; 0 where the launch is the work."""
+
+
+def _time_on_host(launch: Callable[[], object], count: int, host_ms: float) -> _Batch:
+    """One call untimed, then `count` by the wall clock."""
+    launch()
+    samples = []
+    for _ in range(count):
+        began = time.perf_counter()
+        launch()
+        samples.append(1e3 * (time.perf_counter() - began))
+    return _Batch(samples, 0.0)
+
+
+def _time_on_cuda(launch: Callable[[], object], count: int, host_ms: float) -> _Batch:
+    """One launch untimed, then `count` between device events, queued behind a spin that lasts until all are queued.
+
+    Args:
+        host_ms: what a launch took the host the last time.
+    """
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    cycles_per_ms = _spin_cycles_per_ms()
+    torch.cuda.synchronize()
+    launch()
+    torch.cuda._sleep(int(min(MOST_SPIN_MS, 1.5 * (count + 1) * host_ms) * cycles_per_ms))
+    began = time.perf_counter()
+    for start, end in pairs:
+        start.record()
+        launch()
+        end.record()
+    host_ms = 1e3 * (time.perf_counter() - began) / count
+    torch.cuda.synchronize()
+    return _Batch([start.elapsed_time(end) for start, end in pairs], host_ms)
+
+
+@functools.cache
+def _spin_cycles_per_ms() -> float:
+    cycles = 40_000_000
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(cycles)  # the clocks rise
+    start.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    torch.cuda.synchronize()
+    return cycles / start.elapsed_time(end)
+
+
+_CLOCKS = {
+    "cpu": (_time_on_host, "wall clock, interleaved rounds"),
+    "cuda": (_time_on_cuda, "device events, interleaved rounds, launches hidden behind a spin"),
+}
+
+
+class _Replay:
+    """A timer for pytest-benchmark that makes durations measured elsewhere its own: it is read twice a round, and the
+    difference is the next of the samples, to the last bit."""
+
+    __name__ = "REPLAY"  # what pytest-benchmark's table calls it
+
+    def __init__(self) -> None:
+        self._readings: Iterator[float] = iter(())
+
+    def load(self, seconds: Iterable[float]) -> None:
+        self._readings = iter([reading for sample in seconds for reading in (0.0, sample)])
+
+    def __call__(self) -> float:
+        return next(self._readings)
+
+
+REPLAY = _Replay()
+"""For `@pytest.mark.benchmark(timer=REPLAY)`."""
+
+
+def replay(benchmark: Any, timed: Timed) -> None:
+    """Hand a contest's samples to pytest-benchmark's fixture, in a test whose timer is REPLAY."""
+    REPLAY.load(ms / 1e3 for ms in timed.samples_ms)
+    benchmark.pedantic(lambda: None, rounds=len(timed.samples_ms))
 
 
 def time_call(benchmark: Any, call: Call, device: torch.device, *, seconds: float = 1.0) -> dict[str, Any]:
