@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.timing import ROOT, percentile
+from fastgpt2.config import ConfigError
 
 FORMAT = 2
 RESULTS = ROOT / "bench" / "results"
@@ -23,7 +24,7 @@ Record = dict[str, Any]
 Result = dict[str, Any]
 
 
-class RecordError(ValueError):
+class RecordError(ConfigError):
     """A file that is no record, or none that can be used for what was asked; the message is one line."""
 
 
@@ -72,6 +73,13 @@ def newest(records: Iterable[Record], op: str) -> dict[str, Record]:
     }
 
 
+def versions(record: Record) -> dict[str, str]:
+    """The versions that a figure depends on: torch, triton, CUDA, cuDNN, Python and the peers' packages."""
+    environment = record["environment"]
+    found = {name: environment.get(name) for name in ("torch", "triton", "cuda", "cudnn", "python")}
+    return {name: str(version) for name, version in (found | environment.get("packages", {})).items() if version}
+
+
 def pick(record: Record, op: str) -> list[Result]:
     """A record's timed results of the operations that begin with `op`."""
     return [result for result in record["results"] if result["op"].startswith(op) and result.get("ms_median")]
@@ -114,59 +122,85 @@ def round_ratios(mine: Result, theirs: Result) -> list[float] | None:
     return [b / a for a, b in zip(ours, other, strict=True)]
 
 
-def work(result: Result) -> tuple[str, str, str]:
-    """What is computed: the operation, its shape in words and the precision."""
+def work(result: Result) -> tuple[str, str, str, str]:
+    """What is computed: the operation, its shape in words, the precision, and of a step whether it is compiled."""
     words = [str(v) if k == "model" else f"{k}={v}" for k, v in result["shape"].items() if v is not None]
-    return result["op"], " ".join(words), result["dtype"]
+    return result["op"], " ".join(words), result["dtype"], mode(result)
 
 
-def candidate(result: Result) -> str:
-    """What computes it: "triton", "transformers compiled"; a step that isn't compiled says so."""
-    mode = {True: " compiled", False: " eager" if result["op"] == "training step" else ""}
-    return result["backend"] + mode.get(result.get("compiled"), "")  # type: ignore[arg-type]
+def mode(result: Result) -> str:
+    """Of a whole step "compiled" or "eager": a user's choice, so that like stands beside like. Of an operation
+    nothing: there a compiled form is one more candidate, and its name says so."""
+    if result["op"] not in ("training step", "first step"):
+        return ""
+    return "compiled" if result["compiled"] else "eager"
 
 
 def best_peer(result: Result, results: Sequence[Result]) -> Result | None:
     """The fastest peer at the same work: of those timed in turn with the result, else of all; None without any."""
     peers = [r for r in results if r["role"] == "peer" and r.get("ms_median") and work(r) == work(result)]
-    in_turn = [peer for peer in peers if peer["contest"] == result["contest"]]
+    in_turn = [peer for peer in peers if peer.get("contest") == result.get("contest")]
     return min(in_turn or peers, key=lambda peer: peer["ms_median"], default=None)
 
 
 # ----------------------------------------------------------------------------------------------- showing
 
 
+def number(value: float | None, form: str) -> str:
+    """A number in a format; nothing where there is none."""
+    return "" if value is None else format(value, form)
+
+
 def gib(count: float | None) -> str:
     """Bytes as GiB; nothing where unknown."""
-    return "" if count is None else f"{count / 2**30:.2f}"
+    return number(count and count / 2**30, ".2f")
 
 
 def limit(result: Result) -> str:
-    """The measured ceiling that binds and how near to it the result is: "memory 87%"; nothing without ceilings."""
-    return f"{result['limit']} {result['limit_fraction']:.0%}" if result.get("limit_fraction") else ""
+    """The measured ceiling that binds and how near to it the result is: "memory 87%", and whether launching takes
+    longer than computing; nothing where unknown."""
+    near = [f"{result['limit']} {result['limit_fraction']:.0%}"] if result.get("limit_fraction") else []
+    slow_host = (result.get("host_ms") or 0.0) > result["ms_median"]
+    return ", ".join(near + ["launch-bound"] * slow_host)
 
 
-_COLUMNS = ("work", "backend", "role", "ms", "p20..p80", "TFLOP/s", "tokens/s", "limit", "GiB", "x best peer")
+def mfu(result: Result, formula: str = "llm.c") -> str:
+    """The model's FLOPs over the data sheet's peak, by a formula; nothing where either is unknown."""
+    fraction = (result.get("mfu") or {}).get(formula)
+    return f"{fraction:.1%}" if fraction else ""
 
 
 def table(results: Sequence[Result]) -> str:
     """One line a timed result, the fastest of each work first, with its speed over that of the fastest peer."""
     timed = [result for result in results if result.get("ms_median")]
-    rows = [_COLUMNS]
-    for result in sorted(timed, key=lambda r: (work(r), r["ms_median"])):
-        op, shape, dtype = work(result)
-        spread = f"{result['ms_p20']:.3f}..{result['ms_p80']:.3f}" if result.get("ms_p20") else ""
-        tflops = f"{result['tflops']:.1f}" if result.get("tflops") else ""
-        tokens = f"{result['tokens_per_s']:,.0f}" if result.get("tokens_per_s") else ""
+    order = list(dict.fromkeys(work(result) for result in timed))
+    rows = []
+    for result in sorted(timed, key=lambda r: (order.index(work(r)), r["ms_median"])):
         peer = best_peer(result, timed)
-        against = str(ratio(result, peer)) if peer is not None else "no peer"
-        cells = (candidate(result), result["role"], f"{result['ms_median']:.3f}", spread, tflops, tokens)
-        rows.append((f"{op} {shape} {dtype}", *cells, limit(result), gib(result.get("peak_memory_bytes")), against))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    aligned = ["<", "<", "<", ">", ">", ">", ">", ">", ">", ">"]
-    return "\n".join(
-        "  ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, aligned, widths, strict=True)).rstrip() for row in rows
-    )
+        rows.append(
+            {
+                "<work": " ".join(work(result)).rstrip(),
+                "<backend": result["backend"],
+                "<role": result["role"],
+                ">ms": number(result["ms_median"], ".3f"),
+                ">p20..p80": "..".join(number(result.get(key), ".3f") for key in ("ms_p20", "ms_p80")),
+                ">tokens/s": number(result.get("tokens_per_s"), ",.0f"),
+                ">TFLOP/s": number(result.get("tflops"), ".1f"),
+                ">MFU llm.c": mfu(result),
+                ">of the limit": limit(result),
+                ">GiB": gib(result.get("peak_memory_bytes")),
+                ">x best peer": "no peer" if peer is None else str(ratio(result, peer)),
+            }
+        )
+    return align(rows) if rows else "no benchmark has a result"
+
+
+def align(rows: Sequence[dict[str, str]]) -> str:
+    """Rows as lines under a head, in columns: each key is the column's title after < or >, its side."""
+    lines = [{key: key[1:] for key in rows[0]}, *rows]
+    widths = {key: max(len(line[key]) for line in lines) for key in rows[0]}
+    cells = ([f"{text:{key[0]}{widths[key]}}" for key, text in line.items()] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in cells)
 
 
 def first_step(result: Result) -> str:
@@ -197,10 +231,9 @@ def summary(record: Record) -> str:
         if stage["required"]:
             counts = f", {stage['tests']['run']} tests run" if stage["tests"] else ""
             lines.append(f"{stage['name']}: {stage['status']}{counts}")
-    results = record["results"]
-    lines.append(table(results) if any(r.get("ms_median") for r in results) else "no benchmark has a result")
-    for result in results:
+    lines.append(table(record["results"]))
+    for result in record["results"]:
         if text := first_step(result):
-            lines.append(f"to the first step: {work(result)[1]} {candidate(result)}: {text}")
+            lines.append(f"to the first step: {work(result)[1]} {mode(result)}, {result['backend']}: {text}")
     lines += [f"not done: {missing['name']}: {missing['reason']}" for missing in record.get("not_done", ())]
     return "\n".join(lines)
