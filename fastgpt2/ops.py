@@ -8,10 +8,12 @@ chosen, so that neither Triton nor a kernel is imported by a run that doesn't us
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,9 +46,11 @@ LOSS: dict[str, str] = {
 SLOTS = {"attention": ATTENTION, "mlp": MLP, "norm": NORM, "loss": LOSS}
 FLAGS = {"attention": "--attn", "mlp": "--mlp", "norm": "--norm", "loss": "--loss"}
 AUTO = {"attention": ("sdpa",), "mlp": ("torch",), "norm": ("torch",), "loss": ("triton", "chunked")}
-"""What `auto` is, the first that can run without being interpreted: PyTorch's own form until a measured table shows
-ours ahead on the GPU at hand, and bench/results has none yet. The loss alone needs no measurement: only in chunks are
-the logits never whole, and of the two that do so Triton's passes over a chunk twice, PyTorch's some ten times."""
+"""What `auto` is where nothing was measured, the first that can run without being interpreted: PyTorch's own form. The
+loss alone needs no measurement: only in chunks are the logits never whole, and of the two that do so Triton's passes
+over a chunk twice, PyTorch's some ten times. On a GPU in auto.json what was faster there in the compiled step and in
+this precision comes before."""
+MEASURED = Path(__file__).with_name("auto.json")
 
 AttentionOp = Callable[..., Tensor]
 MlpOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -134,11 +138,12 @@ def make_ops(
     """
     device = torch.device(device)
     why_not = partial(_why_not, device=device, dtype=dtype, head_dim=head_dim, dropout=dropout)
+    order = _auto(device, "tf32" if tf32 else str(dtype).removeprefix("torch."))
     chosen, functions = {}, {}
     for slot, table in SLOTS.items():
         name = (choices or {}).get(slot, "auto")
         if name == "auto":
-            name = next(n for n in AUTO[slot] if (device.type == "cuda" or n != "triton") and not why_not(slot, n))
+            name = next(n for n in order[slot] if (device.type == "cuda" or n != "triton") and not why_not(slot, n))
         if name not in table:
             raise ConfigError(f"no {slot} {name!r}: there are auto, {', '.join(table)}")
         if reason := why_not(slot, name):
@@ -146,6 +151,20 @@ def make_ops(
         chosen[slot] = name
         functions[slot] = partial(_load(SLOTS[slot][name]), **_options(slot, name, tf32))
     return Ops(**functions), chosen
+
+
+def _auto(device: torch.device, precision: str) -> dict[str, tuple[str, ...]]:
+    """What `auto` tries in turn, by slot: what was measured to be faster on this GPU in this precision, then AUTO."""
+    # A GPU that isn't there (its ops can be made and inspected) has no name.
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else None
+    faster = _measured().get(name, {}).get(precision, {}).get("slots", {})
+    return {slot: (*faster.get(slot, ()), *names) for slot, names in AUTO.items()}
+
+
+@cache
+def _measured() -> dict[str | None, dict[str, Any]]:
+    """auto.json's devices, which `python -m bench.report` writes from what bench/results holds."""
+    return json.loads(MEASURED.read_text(encoding="utf-8"))["devices"]
 
 
 def _options(slot: str, name: str, tf32: bool) -> dict[str, Any]:

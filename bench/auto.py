@@ -1,0 +1,81 @@
+"""What a slot left at `auto` becomes on a GPU where the compiled step was measured: fastgpt2/auto.json.
+
+The ablation times the compiled step in PyTorch's forms and with one slot's implementation changed, all in turn. An
+implementation stands in the table, the fastest first, where the step with it is faster than with what `auto` is
+without a table, beyond the spread over the rounds (the 20th percentile of the ratio is over 1), in every contest of
+that precision. `python -m bench.report` writes it; fastgpt2.ops reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from bench.results import Ratio, Record, Result, newest, on_gpu, pick, ratio, versions, work
+from bench.timing import ROOT
+from fastgpt2.ops import AUTO, SLOTS
+
+PATH = ROOT / "fastgpt2" / "auto.json"
+PLAIN = "plain"
+"""The step in PyTorch's forms, by its backend's name; "mlp-triton" is that with one slot changed, and so on."""
+CANDIDATES = {slot: AUTO[slot] if slot == "loss" else tuple(table) for slot, table in SLOTS.items()}
+"""What `auto` may become. Of the losses those that never hold all logits, whatever the time: it is for the memory."""
+
+
+def ablations(record: Record, compiled: bool = True) -> list[dict[str, Result]]:
+    """The record's contests of steps in which one slot was changed: {backend: result} each, with the plain step."""
+    contests: dict[Any, dict[str, Result]] = {}
+    for result in pick(record, "training step"):
+        if result["compiled"] is compiled:
+            contests.setdefault((result["contest"], work(result)), {})[result["backend"]] = result
+    return [found for found in contests.values() if PLAIN in found and any(_changed(slot, found) for slot in SLOTS)]
+
+
+def _changed(slot: str, contest: dict[str, Result]) -> dict[str, Result]:
+    """By implementation: the steps with this slot changed alone."""
+    return {name: contest[f"{slot}-{name}"] for name in SLOTS[slot] if f"{slot}-{name}" in contest}
+
+
+def best(slot: str, contests: Iterable[dict[str, Result]]) -> tuple[list[str], dict[str, str]]:
+    """The implementations that beat `auto` without a table in every contest, fastest first; all ratios in words."""
+    ratios: dict[str, list[Ratio]] = {}
+    for contest in contests:
+        changed = _changed(slot, contest)
+        # The plain form has no name of its own among those that were changed.
+        before = changed.get(AUTO[slot][0], contest[PLAIN] if slot != "loss" else None)
+        for name in CANDIDATES[slot]:
+            if before is not None and name in changed and changed[name] is not before:
+                ratios.setdefault(name, []).append(ratio(changed[name], before))
+    speed = {name: math.prod(r.median for r in found) ** (1 / len(found)) for name, found in ratios.items()}
+    won = [name for name, found in ratios.items() if all(r.p20 is not None and r.p20 > 1.0 for r in found)]
+    words = {name: ", ".join(str(r) for r in found) for name, found in ratios.items()}
+    return sorted(won, key=lambda name: -speed[name]), words
+
+
+def table(records: Iterable[Record]) -> dict[str, Any]:
+    """fastgpt2/auto.json: {"devices": {name: {precision: {"slots", "measured"}}}}, from the newest record of each."""
+    devices: dict[str, Any] = {}
+    with_ablation = [record for record in records if on_gpu(record) and ablations(record)]
+    for device, record in newest(with_ablation, "training step").items():
+        contests = ablations(record)
+        for precision in sorted({contest[PLAIN]["dtype"] for contest in contests}):
+            chosen = [contest for contest in contests if contest[PLAIN]["dtype"] == precision]
+            found = {slot: best(slot, chosen) for slot in SLOTS}
+            devices.setdefault(device, {})[precision] = {
+                "slots": {slot: won for slot, (won, _) in found.items() if won},
+                "measured": {
+                    "commit": record["commit"]["id"],
+                    "date": record["started"][:10],
+                    "versions": versions(record),
+                    "steps": [" ".join(work(contest[PLAIN])) for contest in chosen],
+                    "speed over auto without a table": {slot: words for slot, (_, words) in found.items() if words},
+                },
+            }
+    return {"devices": dict(sorted(devices.items()))}
+
+
+def as_text(records: Iterable[Record]) -> str:
+    """The file's text."""
+    return json.dumps(table(records), indent=1) + "\n"
