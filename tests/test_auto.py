@@ -40,7 +40,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def test_the_table_holds_what_won_beyond_the_spread(gpu: Any) -> None:
     measured = table([make_record()])["devices"][GPU]["bfloat16"]
-    # The norm's 0.1% is within the spread, the MLP's is slower; of the losses, the one that `auto` is already is the fastest.
+    # 0.1% for the norm is within the spread, the MLP is slower; the loss that `auto` is already is the fastest.
     assert measured["slots"] == {"attention": ["triton"]}
     speed = measured["measured"]["speed over auto without a table"]
     assert {slot: list(names) for slot, names in speed.items()} == {
