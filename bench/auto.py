@@ -18,36 +18,36 @@ from bench.timing import ROOT
 from fastgpt2.ops import AUTO, SLOTS
 
 PATH = ROOT / "fastgpt2" / "auto.json"
-PLAIN = "plain"
-"""The step in PyTorch's forms, by its backend's name; "mlp-triton" is that with one slot changed, and so on."""
+PLAIN = "ours-torch"
+"""Our step in PyTorch's forms, by its backend's name; "ours-mlp-triton" is that with one slot changed, and so on."""
 CANDIDATES = {slot: AUTO[slot] if slot == "loss" else tuple(table) for slot, table in SLOTS.items()}
 """What `auto` may become. Of the losses those that never hold all logits, whatever the time: it is for the memory."""
 
 
-def ablations(record: Record, compiled: bool = True) -> list[dict[str, Result]]:
-    """The record's contests of steps in which one slot was changed: {backend: result} each, with the plain step."""
+def ablations(record: Record) -> list[dict[str, Result]]:
+    """The record's contests of compiled steps where one slot was changed, with the plain step: {backend: result}."""
     contests: dict[Any, dict[str, Result]] = {}
     for result in pick(record, "training step"):
-        if result["compiled"] is compiled:
+        if result["compiled"]:
             contests.setdefault((result["contest"], work(result)), {})[result["backend"]] = result
-    return [found for found in contests.values() if PLAIN in found and any(_changed(slot, found) for slot in SLOTS)]
+    return [found for found in contests.values() if PLAIN in found and any(changed(slot, found) for slot in SLOTS)]
 
 
-def _changed(slot: str, contest: dict[str, Result]) -> dict[str, Result]:
+def changed(slot: str, contest: dict[str, Result]) -> dict[str, Result]:
     """By implementation: the steps with this slot changed alone."""
-    return {name: contest[f"{slot}-{name}"] for name in SLOTS[slot] if f"{slot}-{name}" in contest}
+    return {name: contest[f"ours-{slot}-{name}"] for name in SLOTS[slot] if f"ours-{slot}-{name}" in contest}
 
 
 def best(slot: str, contests: Iterable[dict[str, Result]]) -> tuple[list[str], dict[str, str]]:
     """The implementations that beat `auto` without a table in every contest, fastest first; all ratios in words."""
     ratios: dict[str, list[Ratio]] = {}
     for contest in contests:
-        changed = _changed(slot, contest)
-        # The plain form has no name of its own among those that were changed.
-        before = changed.get(AUTO[slot][0], contest[PLAIN] if slot != "loss" else None)
+        steps, without_table = changed(slot, contest), AUTO[slot][0]
+        plain = contest[PLAIN]
+        before = plain if plain["slots"][slot] == without_table else steps.get(without_table)
         for name in CANDIDATES[slot]:
-            if before is not None and name in changed and changed[name] is not before:
-                ratios.setdefault(name, []).append(ratio(changed[name], before))
+            if before is not None and name in steps and steps[name] is not before:
+                ratios.setdefault(name, []).append(ratio(steps[name], before))
     speed = {name: math.prod(r.median for r in found) ** (1 / len(found)) for name, found in ratios.items()}
     won = [name for name, found in ratios.items() if all(r.p20 is not None and r.p20 > 1.0 for r in found)]
     words = {name: ", ".join(str(r) for r in found) for name, found in ratios.items()}

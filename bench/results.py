@@ -233,7 +233,7 @@ def summary(record: Record) -> str:
             lines.append(f"{stage['name']}: {stage['status']}{counts}")
     lines.append(table(record["results"]))
     for result in record["results"]:
-        if text := first_step(result):
+        if result["op"] == "first step" and (text := first_step(result)):
             lines.append(f"to the first step: {work(result)[1]} {mode(result)}, {result['backend']}: {text}")
     lines += [f"not done: {missing['name']}: {missing['reason']}" for missing in record.get("not_done", ())]
     return "\n".join(lines)

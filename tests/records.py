@@ -22,14 +22,14 @@ CEILINGS = {
 PLAIN = {"attention": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
 STEPS: dict[str, tuple[str, dict[str, str] | None, float, float]] = {
     # backend: role, slots, milliseconds at B = 32, GiB
-    "plain": ("ours", PLAIN, 90.0, 30.0),
-    "all-triton": ("ours", dict.fromkeys(PLAIN, "triton"), 75.0, 20.0),
-    "attention-triton": ("ours", PLAIN | {"attention": "triton"}, 82.0, 29.0),
-    "mlp-triton": ("ours", PLAIN | {"mlp": "triton"}, 91.0, 28.0),
-    "norm-triton": ("ours", PLAIN | {"norm": "triton"}, 89.9, 29.5),
-    "loss-triton": ("ours", PLAIN | {"loss": "triton"}, 93.0, 22.0),
-    "loss-chunked": ("ours", PLAIN | {"loss": "chunked"}, 97.0, 22.0),
-    "plain-pytorch": ("peer", None, 88.0, 31.0),
+    "ours-torch": ("ours", PLAIN, 90.0, 30.0),
+    "ours-triton": ("ours", dict.fromkeys(PLAIN, "triton"), 75.0, 20.0),
+    "ours-attention-triton": ("ours", PLAIN | {"attention": "triton"}, 82.0, 29.0),
+    "ours-mlp-triton": ("ours", PLAIN | {"mlp": "triton"}, 91.0, 28.0),
+    "ours-norm-triton": ("ours", PLAIN | {"norm": "triton"}, 89.9, 29.5),
+    "ours-loss-triton": ("ours", PLAIN | {"loss": "triton"}, 93.0, 22.0),
+    "ours-loss-chunked": ("ours", PLAIN | {"loss": "chunked"}, 97.0, 22.0),
+    "plain": ("peer", None, 88.0, 31.0),
     "transformers": ("peer", None, 120.0, 45.0),
 }
 OPS: dict[str, tuple[dict[str, Any], dict[str, tuple[str, float]], float, str, float]] = {
@@ -109,7 +109,7 @@ def make_record(
         tokens = B * 1024
         rows = {}
         for backend, (role, slots, ms, gib) in STEPS.items():
-            if not gpu and backend not in ("plain", "plain-pytorch", "transformers"):
+            if not gpu and backend not in ("ours-torch", "plain", "transformers"):
                 continue
             ms *= factor
             row = {"role": role, "compiled": compiled, "ms": ms, "gib": gib * B / 32}
@@ -133,7 +133,7 @@ def make_record(
         for op, (shape, backends, flops, limit_name, limit_ms) in OPS.items():
             bound = {"limit": limit_name, "limit_ms": limit_ms, "tokens": 65536, "flops": flops}
             contest(op, shape, "bfloat16", {b: {"role": role, "ms": ms, **bound} for b, (role, ms) in backends.items()})
-    for backend, role, cold in (("all-triton", "ours", 41.0), ("plain-pytorch", "peer", 38.0)):
+    for backend, role, cold in (("ours-triton", "ours", 41.0), ("plain", "peer", 38.0)):
         shape = {"model": "gpt2", "n_layer": 12, "B": 32, "T": 1024}
         seconds = {"cold": cold * machine, "cached": cold / 4 * machine}
         results.append(

@@ -18,7 +18,7 @@ from kernels import launch
 from tests.records import GPU, make_record
 
 PLAIN = {"attention": "sdpa", "mlp": "torch", "norm": "torch"}
-STEP = "training_step[modelgpt2-n_layer12-B{}-T1024-bfloat16-compiled-{}]"
+STEP = "training_step[modelgpt2-n_layer12-B{}-T1024-bfloat16-compiled-ours-{}]"
 
 
 @pytest.fixture
@@ -99,3 +99,11 @@ def test_the_shipped_table_is_in_step_and_names_what_exists() -> None:
         for entry in precisions.values():
             assert all(name in SLOTS[slot] for slot, names in entry["slots"].items() for name in names)
     assert all(name in SLOTS[slot] for slot, names in AUTO.items() for name in names)
+
+
+def test_the_ablation_is_among_what_is_timed() -> None:
+    steps = pytest.importorskip("bench.steps").STEPS
+    assert auto.PLAIN in steps
+    for slot, names in auto.CANDIDATES.items():
+        changed = {f"ours-{slot}-{name}" for name in names} & steps.keys()
+        assert changed, f"no step changes {slot} alone"
