@@ -1,0 +1,139 @@
+"""`python -m bench.cpu`: the training step on a CPU, ours beside the peers, in speed and memory.
+
+Four contests: float32 and bfloat16, eager and compiled. In each, ours as it comes (every slot at auto) against plain
+PyTorch and transformers, each in a process of its own with as many threads, timed in turn for some rounds. The result
+is the median over the rounds of our speed over the fastest peer's, and our peak memory over the leanest peer's. The
+record is written after each contest. Tokens a second are this machine's, with whatever else it did; the ratios hold
+further.
+
+Exit status: 0; 1 where a candidate was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.lockstep import Limits, Lost, contest
+from bench.results import FORMAT, best_peer, gib, mode, number, ratio
+from bench.steps import REFERENCE, STEPS, StepShape, agree_in, result
+from bench.timing import ROOT, commit, environment
+from fastgpt2.config import PRESETS
+
+CANDIDATES = ("ours-auto", "plain", "transformers")
+ROUND_S = 0.5
+"""A round has one step, or as many as are done in this."""
+CELLS = [f"{dtype}-{how}" for dtype in ("float32", "bfloat16") for how in ("eager", "compiled")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.cpu", description="Time the training step on a CPU.")
+    parser.add_argument("--minutes", type=float, default=20.0, help="no round starts later (default: 20)")
+    parser.add_argument("--rounds", type=int, default=10, help="of each contest (default: 10)")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="default: bench/results")
+    parser.add_argument("--commit", help="what is measured, where there is no git repository to ask")
+    parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS, metavar="CELL", help=f"of {CELLS}")
+    parser.add_argument("--candidates", nargs="+", default=CANDIDATES, choices=list(STEPS), metavar="NAME")
+    parser.add_argument("--model", default="gpt2", choices=list(PRESETS))
+    parser.add_argument("--n-layer", type=int, default=4, help="blocks (default: 4)")
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences in a step (default: 4)")
+    parser.add_argument("--block-size", type=int, default=512, help="tokens in a sequence (default: 512)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each candidate (default: every core's)")
+    given = parser.parse_args(arguments)
+    ends = time.monotonic() + 60 * given.minutes
+    started, source = datetime.now(UTC), commit(given.commit)
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "started": started.isoformat(timespec="seconds"),
+        "minutes": given.minutes,
+        "commit": source,
+        "environment": {**environment(), "cpu_threads": given.threads},
+        "nvidia_smi": {},
+        "device_state_at_start": {},
+        "ceilings": None,
+        "stages": [],
+        "results": [],
+        "not_done": [],
+    }
+    folder = given.out.resolve() / "cpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{started:%Y-%m-%d-%H%M%S}-{source['id'][:12]}.json"
+    for number, cell in enumerate(given.cells):
+        share = (ends - time.monotonic()) / (len(given.cells) - number)
+        dtype, how = cell.split("-")
+        shape = StepShape(given.model, given.batch_size, dtype, given.block_size, given.n_layer)
+        _run_cell(record, shape, how == "compiled", given, time.monotonic() + share)
+        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{file}\n{table(record['results'])}")
+    for missing in record["not_done"]:
+        print(f"not done: {missing['name']}: {missing['reason']}")
+    return 1 if record["not_done"] else 0
+
+
+def _run_cell(record: dict[str, Any], shape: StepShape, compiled: bool, given: Any, until: float) -> None:
+    """Hold a contest and add what came of it to the record."""
+    device = torch.device("cpu")
+    group = f"training step, {shape.model}, {shape.dtype}, {'compiled' if compiled else 'eager'}"
+    print(f"{group} ...", flush=True)
+    outcomes = contest(
+        {name: STEPS[name].on(shape, device, compiled=compiled, threads=given.threads) for name in given.candidates},
+        rounds=given.rounds,
+        seconds=ROUND_S * given.rounds,
+        limits=Limits(build=900.0, round=300.0),
+        reference=REFERENCE,
+        agree=agree_in(shape),
+        until=until,
+        say=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
+    )
+    identity = uuid.uuid4().hex
+    for name, outcome in outcomes.items():
+        title = f"{group}, {name}"
+        if isinstance(outcome, Lost):
+            record["not_done"].append({"name": title, "reason": outcome.reason})
+            print(f"{title}: {outcome.reason}\n{outcome.output}", file=sys.stderr)
+            continue
+        record["environment"] = {**outcome.versions, "cpu_threads": given.threads}
+        record["results"].append(
+            {
+                "name": title,
+                "group": group,
+                "contest": identity,
+                **result(name, shape, compiled, outcome, device),
+                "seconds_to_build": outcome.seconds_to_build,
+                "device_state": {},
+            }
+        )
+    print(table(record["results"][-len(outcomes) :]), flush=True)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A line a result, with the speed over the fastest peer's and the memory over the leanest's of its contest."""
+    heads = f"{'tokens/s':>9}  {'x fastest peer':<20} {'GiB':>6} {'x leanest':>9}"
+    lines = [f"{'dtype':<9} {'mode':<9} {'candidate':<14} {heads}"]
+    for _, members in itertools.groupby(results, key=lambda r: r["contest"]):
+        beside = list(members)
+        leanest = min((r["peak_memory_bytes"] for r in beside if r["role"] == "peer"), default=None)
+        for r in beside:
+            peer = best_peer(r, beside)
+            lines.append(
+                f"{r['dtype']:<9} {mode(r):<9} {r['backend']:<14} {r['tokens_per_s']:>9,.1f}  "
+                f"{'no peer' if peer is None else str(ratio(r, peer)):<20} {gib(r['peak_memory_bytes']):>6} "
+                f"{number(leanest and r['peak_memory_bytes'] / leanest, '.2f'):>9}".rstrip()
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    from fastgpt2.console import run_command
+
+    run_command(main)

@@ -1,0 +1,355 @@
+"""The candidates of a training step, ours and the peers: how each is built in its worker, and what a result says.
+
+All train the same GPT-2 from the same weights on the same tokens with the same fused Adam, and draw the next batch
+while the device works. Ours runs as the trainer does, under its numerics, which ask PyTorch for deterministic
+algorithms; the peers run without that request, which is PyTorch at its fastest. Peers:
+
+    plain                   bench.plain_gpt2: PyTorch alone, as nanoGPT does it, SDPA's choice of kernel
+    plain-cudnn, -flash, -efficient      the same with SDPA held to one kernel
+    plain-reduce-overhead   the same with PyTorch's own CUDA graphs (torch.compile's mode)
+    transformers            GPT2LMHeadModel with attn_implementation="sdpa" and the one-kernel form of its GELU; logits,
+                            then F.cross_entropy, which spares the copies of its `labels=` path
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.lockstep import Candidate, Finished
+from bench.plain_gpt2 import PlainGPT2
+from bench.roofline import Work, figures
+from fastgpt2.config import PRESETS, ModelConfig, TrainConfig
+from fastgpt2.data import open_data, split
+from fastgpt2.model import FLOPS_PER_TOKEN, GPT
+from fastgpt2.ops import FLAGS, SLOTS
+from fastgpt2.run import TORCH_DTYPE, build, numerics, settle
+
+# ------------------------------------------------------------------------------------------------ candidates
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """A step of a preset, with other blocks or tokens where n_layer and T say so."""
+
+    model: str
+    B: int
+    dtype: str
+    T: int | None = None
+    n_layer: int | None = None
+
+    def size(self) -> ModelConfig:
+        size = PRESETS[self.model]
+        return dataclasses.replace(size, block_size=self.T or size.block_size, n_layer=self.n_layer or size.n_layer)
+
+    def info(self) -> dict[str, Any]:
+        """A result's `shape`."""
+        size = self.size()
+        return {"model": self.model, "n_layer": size.n_layer, "B": self.B, "T": size.block_size}
+
+
+@dataclass(frozen=True)
+class StepCandidate:
+    """One way to train.
+
+    Args:
+        make: builds it in the worker, from the settings of a TrainConfig and `options`.
+        settings: of the TrainConfig, beside the shape's.
+        cuda: why it can't run without a CUDA GPU; "" where it can.
+    """
+
+    role: str
+    make: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    cuda: str = ""
+
+    def on(self, shape: StepShape, device: torch.device, *, compiled: bool, threads: int | None = None) -> Candidate:
+        """As a worker's work.
+
+        Args:
+            threads: of PyTorch on a CPU; None leaves them as they are.
+        """
+        settings = {
+            "model": shape.model,
+            "n_layer": shape.n_layer,
+            "block_size": shape.T,
+            "batch_size": shape.B,
+            "dtype": shape.dtype,
+            "compile": compiled,
+            "device": str(device),
+            **self.settings,
+        }
+        environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+        return Candidate(self.make, {"settings": settings, **self.options}, environment)
+
+
+TORCH = {"attention": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
+"""What the ablation begins with: PyTorch's forms."""
+_INTERPRETED = "Triton on a CPU is interpreted: its time would say nothing about the kernel"
+_GRAPH = "a CUDA graph needs a CUDA GPU"
+_KERNELS = "PyTorch's attention kernels are told apart on a CUDA GPU only"
+
+
+def _ours(choices: dict[str, str] | None, **settings: Any) -> StepCandidate:
+    """The trainer's step, with PyTorch's forms but for `choices`; None: as it comes, every slot at auto."""
+    chosen = {} if choices is None else TORCH | choices
+    needs = {
+        _INTERPRETED: "triton" in chosen.values(),
+        "it trains on a CUDA GPU only": chosen.get("attention") in ("cudnn", "flex"),
+        _GRAPH: settings.get("cuda_graph", False),
+    }
+    flags: dict[str, Any] = {FLAGS[slot].removeprefix("--"): name for slot, name in chosen.items()}
+    if chosen.get("attention") == "cudnn":
+        flags["deterministic"] = False  # there is no deterministic form of it
+    cuda = next((why for why, yes in needs.items() if yes), "")
+    return StepCandidate("ours", "bench.steps:make_ours", {**flags, **settings}, cuda=cuda)
+
+
+def _plain(cuda: str = "", **options: Any) -> StepCandidate:
+    return StepCandidate("peer", "bench.steps:make_plain", options=options, cuda=cuda)
+
+
+_ALL = dict.fromkeys(SLOTS, "triton")
+STEPS: dict[str, StepCandidate] = {
+    "ours-auto": _ours(None),
+    "ours-triton": _ours(_ALL),
+    "ours-torch": _ours({}),
+    **{
+        f"ours-{slot}-{name}": _ours({slot: name})
+        for slot, table in SLOTS.items()
+        for name in table
+        if name not in (TORCH[slot], "naive")
+    },
+    "ours-auto-recompute": _ours(None, recompute=True),
+    "ours-triton-recompute": _ours(_ALL, recompute=True),
+    "ours-auto-graph": _ours(None, cuda_graph=True),
+    "ours-triton-graph": _ours(_ALL, cuda_graph=True),
+    "plain": _plain(),
+    **{f"plain-{kernel}": _plain(_KERNELS, kernel=kernel) for kernel in ("cudnn", "flash", "efficient")},
+    "plain-reduce-overhead": _plain(_GRAPH, mode="reduce-overhead"),
+    "transformers": StepCandidate("peer", "bench.steps:make_transformers"),
+}
+"""By name. `ours-auto` is what the trainer does by default; `ours-<slot>-<implementation>` changes one slot."""
+REFERENCE = "plain"
+"""Whose losses the others' must agree with: eagerly, there is nothing of ours and no compiler in it."""
+
+# ---------------------------------------------------------------------------------------------- in the worker
+
+
+class Step:
+    """A training step that draws its own tokens: what a worker times.
+
+    Args:
+        work: (index, tokens (grad_accum, B, T + 1)) -> the loss, on the device.
+        draw: index -> the tokens of a step, on their way to the device.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        work: Callable[[int, Tensor], Tensor],
+        draw: Callable[[int], Tensor],
+        facts: dict[str, Any],
+        *,
+        keeps_memory: bool = False,
+    ) -> None:
+        self.device, self.facts, self.keeps_memory = device, facts, keeps_memory
+        self._work, self._draw = work, draw
+        self._tokens = draw(0)
+
+    def __call__(self, index: int) -> Tensor:
+        loss = self._work(index, self._tokens)
+        self._tokens = self._draw(index + 1)
+        return loss
+
+
+def make_ours(settings: dict[str, Any]) -> Step:
+    """The trainer's step. Its numerics hold from here to the end of the process."""
+    config, device = settle(TrainConfig(**settings))
+    _for_good(numerics(config))
+    run = build(config)
+    facts = {
+        "slots": run.chosen,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "recompute": config.recompute,
+        "cuda_graph": config.cuda_graph,
+    }
+    return Step(
+        device,
+        lambda index, tokens: run.step(index, tokens)[0],
+        run.next_tokens,
+        facts,
+        keeps_memory=config.cuda_graph,
+    )
+
+
+def make_plain(settings: dict[str, Any], kernel: str | None = None, mode: str | None = None) -> Step:
+    """bench.plain_gpt2, with SDPA held to a kernel and torch.compile in a mode where they are given."""
+    if kernel is not None:
+        _for_good(sdpa_kernel(SDPBackend[f"{kernel.upper()}_ATTENTION"]))
+
+    def model(size: ModelConfig, weights: dict[str, Tensor]) -> nn.Module:
+        with torch.device("meta"):
+            plain = PlainGPT2(size)
+        plain.load_state_dict(weights, assign=True)
+        return plain
+
+    return _peer(settings, model, mode)
+
+
+def make_transformers(settings: dict[str, Any]) -> Step:
+    return _peer(settings, HuggingFace)
+
+
+class HuggingFace(nn.Module):
+    """The mean cross-entropy of transformers' GPT2LMHeadModel with our weights."""
+
+    def __init__(self, size: ModelConfig, weights: dict[str, Tensor]) -> None:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        super().__init__()
+        config = GPT2Config(  # type: ignore[call-arg]
+            vocab_size=size.vocab_size,
+            n_positions=size.block_size,
+            n_embd=size.n_embd,
+            n_layer=size.n_layer,
+            n_head=size.n_head,
+            activation_function="gelu_pytorch_tanh",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+        self.model = GPT2LMHeadModel(config)
+        self.to(next(iter(weights.values())).dtype)
+        with torch.no_grad():
+            for name, parameter in self.model.transformer.named_parameters():
+                parameter.copy_(to_transformers(name, weights[name], size))
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.model(tokens).logits.flatten(0, 1), targets.flatten())
+
+
+def to_transformers(name: str, ours: Tensor, size: ModelConfig) -> Tensor:
+    """Our parameter as theirs of that name: their Conv1D stores [in, out], and no padded vocabulary."""
+    if name == "wte.weight":
+        return ours[: size.vocab_size]
+    return ours.T if ".c_" in name and name.endswith("weight") else ours
+
+
+def _peer(
+    settings: dict[str, Any], make_model: Callable[[ModelConfig, dict[str, Tensor]], nn.Module], mode: str | None = None
+) -> Step:
+    """A training loop's body with PyTorch alone."""
+    config, device = settle(TrainConfig(**settings))
+    dtype = TORCH_DTYPE[str(config.dtype)]
+    torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
+    model = make_model(config.model_config(), initial_weights(config)).to(device)
+    model.train()
+    if config.compile:
+        model.compile(mode=mode)
+    optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(config.beta1, config.beta2), fused=True)
+    mixed = torch.autocast(device.type, dtype) if dtype.itemsize == 2 else contextlib.nullcontext()
+    source = open_data(
+        config.data,
+        split="train",
+        vocab_size=int(config.vocab_size or 0),
+        batch_size=int(config.batch_size or 0),
+        block_size=int(config.block_size or 0),
+        grad_accum=1,
+        seed=config.seed,
+    )
+
+    def draw(index: int) -> Tensor:
+        tokens = source.tokens(index)
+        return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
+
+    def work(index: int, tokens: Tensor) -> Tensor:
+        inputs, targets = split(tokens[0])
+        optimizer.zero_grad(set_to_none=True)
+        with mixed:
+            loss = model(inputs, targets)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    facts = {"deterministic": torch.are_deterministic_algorithms_enabled()}
+    return Step(device, work, draw, facts, keeps_memory=mode is not None)
+
+
+def initial_weights(config: TrainConfig) -> dict[str, Tensor]:
+    """What the trainer begins with; float64 in that precision, else float32."""
+    torch.manual_seed(config.seed)
+    dtype = torch.promote_types(TORCH_DTYPE[str(config.dtype)], torch.float32)
+    return GPT(config.model_config()).to(dtype).state_dict()
+
+
+_entered = contextlib.ExitStack()
+
+
+def _for_good(context: contextlib.AbstractContextManager) -> None:
+    """Enter a context that a worker never leaves."""
+    _entered.enter_context(context)
+
+
+# ------------------------------------------------------------------------------------------------- the result
+
+RELATIVE_TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "tf32": 2e-3, "bfloat16": 2e-3, "float16": 2e-3}
+"""Of the first losses between candidates."""
+
+
+def agree_in(shape: StepShape) -> Callable[[list[float], list[float]], str | None]:
+    """What bench.lockstep checks before it times: the first losses. A vocabulary that is predicted with its padding, as
+    nanoGPT's is, adds log(padded / V) at the most to the loss: about as much may lie between."""
+    size = shape.size()
+    padding = math.log(size.padded_vocab_size / size.vocab_size)
+
+    def agree(losses: list[float], right: list[float]) -> str | None:
+        for step, (mine, theirs) in enumerate(zip(losses, right, strict=True)):
+            allowed = padding + RELATIVE_TOLERANCE[shape.dtype] * abs(theirs)
+            if not abs(mine - theirs) <= allowed:
+                return f"the loss of step {step} is {mine:.6f} where {theirs:.6f} is right, {allowed:.1e} is allowed"
+        return None
+
+    return agree
+
+
+def result(
+    name: str,
+    shape: StepShape,
+    compiled: bool,
+    finished: Finished,
+    device: torch.device,
+    ceilings: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A result of format 2 but for name, group, contest and device_state."""
+    size = shape.size()
+    tokens = shape.B * size.block_size
+    flops = {formula: float(tokens * FLOPS_PER_TOKEN[formula](size)) for formula in ("llm.c", "nanogpt")}
+    work = Work(tokens, flops["llm.c"], None, None, "llm.c", "not counted")
+    return {
+        "op": "training step",
+        "backend": name,
+        "role": STEPS[name].role,
+        "compiled": compiled,
+        "dtype": shape.dtype,
+        "shape": shape.info(),
+        **finished.facts,
+        **finished.timed.info(),
+        **figures(work, finished.timed.ms_median, shape.dtype, device, ceilings, {"nanogpt": flops["nanogpt"]}),
+        "peak_memory_bytes": finished.peak_memory_bytes,
+        "peak_memory_meaning": finished.peak_memory_meaning,
+        "held_before_bytes": None,
+        "first_losses": finished.values,
+    }
