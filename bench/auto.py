@@ -20,6 +20,8 @@ from fastgpt2.ops import AUTO, SLOTS
 PATH = ROOT / "fastgpt2" / "auto.json"
 PLAIN = "ours-torch"
 """Our step in PyTorch's forms, by its backend's name; "ours-mlp-triton" is that with one slot changed, and so on."""
+ALL = "ours-triton"
+"""With every slot by our kernels."""
 CANDIDATES = {slot: AUTO[slot] if slot == "loss" else tuple(table) for slot, table in SLOTS.items()}
 """What `auto` may become. Of the losses those that never hold all logits, whatever the time: it is for the memory."""
 
@@ -57,8 +59,7 @@ def best(slot: str, contests: Iterable[dict[str, Result]]) -> tuple[list[str], d
 def table(records: Iterable[Record]) -> dict[str, Any]:
     """fastgpt2/auto.json: {"devices": {name: {precision: {"slots", "measured"}}}}, from the newest record of each."""
     devices: dict[str, Any] = {}
-    with_ablation = [record for record in records if on_gpu(record) and ablations(record)]
-    for device, record in newest(with_ablation, "training step").items():
+    for device, record in newest(filter(on_gpu, records), ablations).items():
         contests = ablations(record)
         for precision in sorted({contest[PLAIN]["dtype"] for contest in contests}):
             chosen = [contest for contest in contests if contest[PLAIN]["dtype"] == precision]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from bench.results import (
     RESULTS,
+    Key,
     Record,
     RecordError,
     Result,
@@ -27,6 +28,7 @@ from bench.results import (
     best_peer,
     device_of,
     gib,
+    key,
     load,
     pick,
     round_ratios,
@@ -40,8 +42,6 @@ SLOWER = 0.02
 """What two runs of the same code may differ by beyond what the spread over a run's rounds tells."""
 STANDARD_ERRORS = 3.0
 LARGER = 0.01
-
-Key = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ def compare(new: Record, old: Record) -> list[Change]:
             f"{_name(new)} was measured on {device_of(new)}, {_name(old)} on {device_of(old)}: "
             "compare runs of one device"
         )
-    now, before = _by_key(new), _by_key(old)
-    both = [key for key in now if key in before]
-    drifts = [before[key]["ms_median"] / now[key]["ms_median"] for key in both if now[key]["role"] == "peer"]
+    now, before = ({key(result): result for result in pick(record, "")} for record in (new, old))
+    both = [name for name in now if name in before]
+    drifts = [before[name]["ms_median"] / now[name]["ms_median"] for name in both if now[name]["role"] == "peer"]
     machine = statistics.median(drifts) if drifts else None
-    changes = [_change(now[key], before[key], now, before, machine) for key in both if now[key]["role"] == "ours"]
+    changes = [_change(now[name], before[name], now, before, machine) for name in both if now[name]["role"] == "ours"]
     if not changes:
         raise RecordError(f"{_name(new)} and {_name(old)} have no result of ours in common: run the same stages")
     return changes
@@ -100,11 +100,11 @@ def compare(new: Record, old: Record) -> list[Change]:
 def _change(
     new: Result, old: Result, now: dict[Key, Result], before: dict[Key, Result], machine: float | None
 ) -> Change:
-    peers = [r for key, r in now.items() if round_ratios(new, r) and round_ratios(old, before.get(key, {}))]
+    peers = [r for name, r in now.items() if round_ratios(new, r) and round_ratios(old, before.get(name, {}))]
     peer = best_peer(new, peers)
     if peer is not None:
         against, factor = peer["backend"], 1.0
-        speeds = [round_ratios(new, peer) or [], round_ratios(old, before[_key(peer)]) or []]
+        speeds = [round_ratios(new, peer) or [], round_ratios(old, before[key(peer)]) or []]
     else:
         against, factor = ("nothing: no peer is in both", 1.0) if machine is None else ("all peers' median", machine)
         speeds = [[1 / ms for ms in result["round_ms"]] for result in (new, old)]
@@ -125,18 +125,6 @@ def standard_error(rounds: Sequence[float]) -> float:
     """Of the rounds' median, over it; from the spread of their middle, so that a round that was disturbed is none."""
     deviation = (percentile(list(rounds), 80) - percentile(list(rounds), 20)) / 2 / 0.84
     return 1.25 * deviation / math.sqrt(len(rounds)) / statistics.median(rounds)
-
-
-def _key(result: Result) -> Key:
-    return (*work(result), result["backend"])
-
-
-def _by_key(record: Record) -> dict[Key, Result]:
-    """A run's results; of a contest that was repeated the first."""
-    found: dict[Key, Result] = {}
-    for result in pick(record, ""):
-        found.setdefault(_key(result), result)
-    return found
 
 
 def _name(record: Record) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ RESULTS = ROOT / "bench" / "results"
 
 Record = dict[str, Any]
 Result = dict[str, Any]
+Key = tuple[str, ...]
 
 
 class RecordError(ConfigError):
@@ -64,13 +65,10 @@ def on_gpu(record: Record) -> bool:
     return record["environment"].get("compute_capability") is not None
 
 
-def newest(records: Iterable[Record], op: str) -> dict[str, Record]:
-    """The newest record of each device in which an operation that begins with `op` was timed."""
-    return {
-        device_of(record): record
-        for record in sorted(records, key=lambda record: record["started"])
-        if pick(record, op)
-    }
+def newest(records: Iterable[Record], results_of: Callable[[Record], Sequence[Any]]) -> dict[str, Record]:
+    """The newest record of each device, oldest first, in which there is something of what is asked for."""
+    in_time = sorted(records, key=lambda record: record["started"])
+    return {device_of(record): record for record in in_time if results_of(record)}
 
 
 def versions(record: Record) -> dict[str, str]:
@@ -81,8 +79,12 @@ def versions(record: Record) -> dict[str, str]:
 
 
 def pick(record: Record, op: str) -> list[Result]:
-    """A record's timed results of the operations that begin with `op`."""
-    return [result for result in record["results"] if result["op"].startswith(op) and result.get("ms_median")]
+    """A record's timed results of the operations that begin with `op`; of a contest that was repeated the first."""
+    found: dict[Key, Result] = {}
+    for result in record["results"]:
+        if result["op"].startswith(op) and result.get("ms_median"):
+            found.setdefault(key(result), result)
+    return list(found.values())
 
 
 # --------------------------------------------------------------------------------------------- comparing
@@ -134,6 +136,11 @@ def mode(result: Result) -> str:
     if result["op"] not in ("training step", "first step"):
         return ""
     return "compiled" if result["compiled"] else "eager"
+
+
+def key(result: Result) -> Key:
+    """What was timed, by which another run of it is found: the work and what computes it."""
+    return (*work(result), result["backend"])
 
 
 def best_peer(result: Result, results: Sequence[Result]) -> Result | None:
