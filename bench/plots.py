@@ -61,7 +61,7 @@ def attention(record: Record) -> Figure:
     """TFLOP/s against T, forward and backward, each backend, and the limit that was measured."""
     panels = []
     for direction in ("forward", "backward"):
-        results = sorted(pick(record, f"attention {direction}"), key=lambda r: r["shape"]["T"])
+        results = _longest_sweep(pick(record, f"attention {direction}"))
         by_backend: dict[str, list[Result]] = {}
         for result in results:
             by_backend.setdefault(result["backend"], []).append(result)
@@ -76,6 +76,15 @@ def attention(record: Record) -> Figure:
             title = f"{direction}, {shape['H']} heads of {shape['D']}, {results[0]['dtype']}"
             panels.append({"title": title, "x": "T, tokens in a sequence", "y": "TFLOP/s (causal)", "lines": lines})
     return {"title": f"Attention on {device_of(record)}", "note": stamp(record), "panels": panels}
+
+
+def _longest_sweep(results: Sequence[Result]) -> list[Result]:
+    """Of the attention's results those of the same tokens, heads and precision that have the most T, by T."""
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for result in sorted(results, key=lambda r: r["shape"]["T"]):
+        shape = result["shape"]
+        groups.setdefault((shape["B"] * shape["T"], shape["H"], shape["D"], result["dtype"]), []).append(result)
+    return max(groups.values(), key=lambda group: len({r["shape"]["T"] for r in group}), default=[])
 
 
 def _curve(label: str, results: Sequence[Result], size: str, what: str, scale: float) -> Any:

@@ -239,3 +239,12 @@ def test_a_history_begins_with_the_second_run() -> None:
     assert "history-synthetic-gpu-80gb" not in plots.figures([one])
     panel = plots.figures([one, two])["history-synthetic-gpu-80gb"]["panels"][0]
     assert panel["lines"][0]["x"] == ["aaaaaaa\n2030-01-01", "bbbbbbb\n2030-02-01"]
+
+
+def test_other_widths_and_batches_are_not_in_the_sweep_over_t() -> None:
+    record = make_record()
+    swept = plots.attention(record)
+    wide = [r for r in pick(record, "attention forward") if r["shape"]["T"] == 1024]
+    for more in ({"H": 25}, {"B": 4}):
+        record["results"] += [r | {"shape": r["shape"] | more, "ms_median": 1.0, "limit_ms": 0.5} for r in wide]
+    assert plots.attention(record) == swept
