@@ -1,4 +1,4 @@
-"""The attention's forward and backward, each backend beside PyTorch's own kernels.
+"""The attention's forward and backward: ours beside the plain form, PyTorch's own kernels and other packages'.
 
 Every candidate is first compared with float64, in the very call that is timed: what is wrong is not timed. Inputs
 require gradients, so that the forward also saves what the backward needs. PyTorch's global numerics are at their
@@ -7,131 +7,102 @@ defaults here, so its kernels may add in any order, which is fastest; `determini
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench.shapes import (
-    APART,
-    ATTENTION_FLOPS,
-    ATTENTION_SHAPES,
-    DEVICE,
-    OURS,
-    PEERS,
-    SECONDS,
-    AttentionShape,
-    Candidate,
-)
-from bench.timing import input_sets, peak_memory, rates, time_call
+from bench.contests import Candidate, Contest, Function, backward_of, ours, peers, rotate
+from bench.peers import PEERS, Unavailable
+from bench.shapes import ATTENTION_SHAPES, DEVICE, AttentionShape
+from bench.timing import REPLAY, Call, input_sets
+from fastgpt2.attention import naive_attention, sdpa_attention
 from fastgpt2.compare import attention_problem, error_and_budget
 
-CANDIDATES = {**OURS, **PEERS, **APART}
-
-every_shape = pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=lambda shape: f"T{shape.T}")
-every_candidate = pytest.mark.parametrize("name", CANDIDATES)
-Record = Callable[[dict[str, Any]], None]
+LONGEST_NAIVE = 2048
+"""The plain form keeps all scores: at 65,536 tokens of 12 heads and T = 2048 some 10 GB for the backward, and with T
+they double."""
 
 
-@every_candidate
-@every_shape
-def test_attention_forward(benchmark: Any, record: Record, shape: AttentionShape, name: str) -> None:
-    candidate = CANDIDATES[name]
-    op = candidate.op(DEVICE, shape.dtype, shape.D)
-    with candidate.selected():
-        check_attention(name, op, shape)
-        function, sets = prepare(candidate, op, shape)
-        measure(benchmark, record, "forward", shape, name, lambda i: function(*sets[i % len(sets)][0]))
+def candidates(size: AttentionShape) -> dict[str, Candidate]:
+    """By name; those whose inputs are apart do without the copy that packs the gradient, and are a floor."""
+    table = {
+        "triton": Candidate(lambda: ours("attention", "triton", size.dtype, size.D), "ours"),
+        "naive": Candidate(lambda: naive_attention, "peer"),
+        "sdpa": Candidate(lambda: sdpa_attention, "peer"),
+        **peers("attention"),
+    }
+    if size.T > LONGEST_NAIVE:
+        for name in ("naive", "naive-compiled"):
+            table[name] = Candidate(too_long, "peer")
+    return table
 
 
-@every_candidate
-@every_shape
-def test_attention_backward(benchmark: Any, record: Record, shape: AttentionShape, name: str) -> None:
-    candidate = CANDIDATES[name]
-    op = candidate.op(DEVICE, shape.dtype, shape.D)
-    with candidate.selected():
-        check_attention(name, op, shape)
-        function, sets = prepare(candidate, op, shape)
-        outputs = [function(*inputs) for inputs, _ in sets]
-
-        def backward(i: int) -> object:
-            inputs, grad_output = sets[i % len(sets)]
-            return torch.autograd.grad(outputs[i % len(sets)], inputs, grad_output, retain_graph=True)
-
-        measure(benchmark, record, "backward", shape, name, backward)
+def too_long() -> Function:
+    raise Unavailable(f"keeps T^2 scores a head: timed up to T = {LONGEST_NAIVE}")
 
 
-def measure(
-    benchmark: Any, record: Record, direction: str, shape: AttentionShape, name: str, call: Callable[[int], object]
-) -> None:
-    """Time a call and record it with its size."""
-    benchmark.group = f"attention {direction}, T={shape.T}"
-    dtype = str(shape.dtype).removeprefix("torch.")
-    timing = time_call(benchmark, call, DEVICE, seconds=SECONDS)
-    record(
-        {
-            "op": f"attention {direction}",
-            "backend": name,
-            "dtype": dtype,
-            "shape": {"B": shape.B, "T": shape.T, "H": shape.H, "D": shape.D},
-            "packed": CANDIDATES[name].packed,
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-            **timing,
-            **rates(
-                timing,
-                tokens=shape.B * shape.T,
-                flops=shape.flops(direction),
-                formula=ATTENTION_FLOPS[direction],
-                dtype=dtype,
-                device=DEVICE,
-            ),
-            **peak_memory(lambda: call(0), DEVICE),
-        }
-    )
+NAMES = list(candidates(ATTENTION_SHAPES[0]))
 
 
-def prepare(
-    candidate: Candidate, op: Callable[..., Tensor], shape: AttentionShape
-) -> tuple[Callable[..., Tensor], list[tuple[tuple[Tensor, ...], Tensor]]]:
-    """The function that is timed, and the sets (inputs, grad_output (B, T, H, D)) that it is given in turn.
+class AttentionContest(Contest):
+    def __init__(self, size: AttentionShape, direction: str) -> None:
+        self.size, self.direction = size, direction
+        self.op, self.dtype = f"attention {direction}", str(size.dtype).removeprefix("torch.")
+        self.work, self.retains = size.work(direction), direction == "backward"
+        self.candidates = candidates(size)
 
-    The inputs are qkv (B, T, 3, H, D), or q, k and v (B, H, T, D) as views into one.
-    """
-    B, T, H, D = shape.B, shape.T, shape.H, shape.D
-    generator = torch.Generator(DEVICE).manual_seed(0)
+    def shape(self) -> dict[str, Any]:
+        return {"B": self.size.B, "T": self.size.T, "H": self.size.H, "D": self.size.D}
 
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, device=DEVICE, dtype=shape.dtype, generator=generator)
+    def draw(self) -> list[tuple[Tensor, Tensor]]:
+        """qkv (B, T, 3, H, D), which requires a gradient, and that of the output (B, T, H, D)."""
+        B, T, H, D, dtype = self.size.B, self.size.T, self.size.H, self.size.D, self.size.dtype
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        draw = functools.partial(torch.randn, device=DEVICE, dtype=dtype, generator=generator)
+        count = input_sets(DEVICE, B * T * 3 * H * D * dtype.itemsize)
+        return [(draw(B, T, 3, H, D).requires_grad_(), draw(B, T, H, D)) for _ in range(count)]
 
-    sets: list[tuple[tuple[Tensor, ...], Tensor]] = []
-    for _ in range(input_sets(DEVICE, B * T * 3 * H * D * shape.dtype.itemsize)):
-        qkv = draw(B, T, 3, H, D)
-        inputs = (qkv,) if candidate.packed else qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        sets.append((tuple(x.detach().requires_grad_() for x in inputs), draw(B, T, H, D)))
-    return (op if candidate.packed else _sdpa_apart), sets
+    def prepare(self, name: str, function: Function, sets: Sequence[tuple[Tensor, Tensor]]) -> Call:
+        given = [((qkv,) if packed(name) else unpack(qkv), do) for qkv, do in sets]
+        if self.direction == "forward":
+            return rotate([functools.partial(function, *inputs) for inputs, _ in given])
+        return rotate([backward_of(function, inputs, do) for inputs, do in given])
+
+    def check(self, name: str, function: Function) -> None:
+        op = function if packed(name) else lambda qkv: function(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+        check_attention(name, op, self.size)
 
 
-def _sdpa_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+def packed(name: str) -> bool:
+    """Whether a candidate takes the packed projection, as the model needs it; else q, k and v, each (B, H, T, D)."""
+    return name not in PEERS["attention"] or PEERS["attention"][name].packed
 
 
-_checked: set[tuple[str, AttentionShape]] = set()
+def unpack(qkv: Tensor) -> tuple[Tensor, ...]:
+    """Views into the packed projection, each of which has a gradient of its own."""
+    return tuple(x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4).unbind(0))
 
 
-def check_attention(name: str, op: Callable[..., Tensor], shape: AttentionShape) -> None:
+@pytest.mark.benchmark(timer=REPLAY)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("size", ATTENTION_SHAPES, ids=lambda size: f"C{size.H * size.D}-T{size.T}-B{size.B}")
+def test_attention(compete: Callable[[Contest, str], None], size: AttentionShape, direction: str, name: str) -> None:
+    compete(AttentionContest(size, direction), name)
+
+
+def check_attention(name: str, op: Callable[..., Tensor], size: AttentionShape) -> None:
     """Fail where the attention, called with the size that is timed, errs more than the budget allows.
 
     One head of one sequence, the last of each, is compared; the others hold random numbers of their own, so a
     kernel that reads the wrong rows is found out. The budget is fastgpt2.compare's, relative to naive and sdpa.
-    A candidate that has passed with a shape is not compared again.
     """
-    if (name, shape) in _checked:
-        return
-    B, T, H, D = shape.B, shape.T, shape.H, shape.D
-    rest = torch.randn(B, T, 3, H, D, device=DEVICE, dtype=shape.dtype)
+    B, T, H, D = size.B, size.T, size.H, size.D
+    rest = torch.randn(B, T, 3, H, D, device=DEVICE, dtype=size.dtype)
 
     def last_head(qkv: Tensor) -> Tensor:
         full = rest.clone()
@@ -139,6 +110,5 @@ def check_attention(name: str, op: Callable[..., Tensor], shape: AttentionShape)
         return op(full)[-1:, :, -1:]
 
     problem = attention_problem((1, T, 1, D))
-    for tensor, (error, budget) in error_and_budget(last_head, problem, shape.dtype, DEVICE, [0]).items():
+    for tensor, (error, budget) in error_and_budget(last_head, problem, size.dtype, DEVICE, [0]).items():
         assert error <= budget, f"not timed: {tensor} is off by {error:.2e}, {budget:.2e} is allowed"
-    _checked.add((name, shape))

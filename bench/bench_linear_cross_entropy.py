@@ -1,4 +1,4 @@
-"""The head and its loss, forward and backward: ours by both its rows' steps, PyTorch's plain form, and PyTorch's own.
+"""The head and its loss, forward and backward: ours by both its rows' steps, PyTorch's plain form, and others' own.
 
 Every candidate is first compared with float64, with the size that is timed: what is wrong is not timed. Beside them
 stand the three matmuls alone, which is what all of them do at least. `evaluation` is the forward pass without
@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench.budget import assert_within_budget
-from bench.shapes import CUDA, DEVICE, SECONDS
-from bench.timing import input_sets, peak_memory, rates, time_call
-from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from bench.contests import Candidate, Contest, Function, ours, peers, rotate
+from bench.roofline import Work
+from bench.shapes import CUDA, DEVICE
+from bench.timing import REPLAY, Call, input_sets
+from kernels.linear_cross_entropy import linear_cross_entropy_reference
 
-Head = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(hidden (N, C), weight (V, C), targets (N,)) -> the mean loss"""
-Record = Callable[[dict[str, Any]], None]
+Drawn = tuple[Tensor, Tensor, Tensor]
+"""hidden (N, C) and weight (V, C), which require gradients, and targets (N,)."""
 
 
 @dataclass(frozen=True)
@@ -37,153 +37,115 @@ class HeadShape:
     V: int
     dtype: torch.dtype
 
-    def flops(self, direction: str) -> float:
-        return {"training": 6.0, "evaluation": 2.0}[direction] * self.N * self.C * self.V
-
-    def bytes(self, direction: str) -> int:
-        """Logits that pass through memory, in dtype: written, read and made a gradient, read twice; or written and
-        read. Inputs and gradients are little beside them."""
-        return {"training": 5, "evaluation": 2}[direction] * self.N * self.V * self.dtype.itemsize
+    def work(self, direction: str) -> Work:
+        """Bytes: hidden, weight and targets read, in training the two gradients written; logits need not pass through
+        memory. Exponentials: one a logit for the sum, in training another for the gradient."""
+        passes = {"training": 2, "evaluation": 1}[direction]
+        matmuls = {"training": 3, "evaluation": 1}[direction]
+        moved = passes * (self.N + self.V) * self.C * self.dtype.itemsize + 8 * self.N
+        flops = 2.0 * matmuls * self.N * self.C * self.V
+        return Work(
+            self.N, flops, moved, passes * self.N * self.V, FLOPS[direction], "what it is given and gives, once"
+        )
 
 
 FLOPS = {"training": "6 N C V (three matmuls)", "evaluation": "2 N C V (one matmul)"}
 if CUDA:
-    SHAPES = [HeadShape(N, C, 50304, torch.bfloat16) for N, C in ((65536, 768), (8192, 768), (16384, 1600))]
+    SHAPES = [HeadShape(N, C, 50304, torch.bfloat16) for N, C in ((65536, 768), (4096, 768))]
+    # The logits of 65,536 tokens and their gradients don't leave room for much else: fewer tokens of the wide ones.
+    SHAPES += [HeadShape(16384, C, 50304, torch.bfloat16) for C in (1024, 1280, 1600)]
 else:
     SHAPES = [HeadShape(64, 32, 1024, torch.float32)]
-
-
-def torchs_own(options: Any) -> Head:
-    if not hasattr(F, "linear_cross_entropy"):
-        pytest.skip("this torch has no linear_cross_entropy: from 2.13 on")
-    return functools.partial(F.linear_cross_entropy, options=options)
-
-
-def torchs_own_in_chunks() -> Head:
-    return torchs_own(torch.nn.LinearCrossEntropyOptions() if hasattr(F, "linear_cross_entropy") else None)
-
-
-CANDIDATES: dict[str, Callable[[], Head]] = {
-    "torch": lambda: linear_cross_entropy_reference,
-    "torch-compiled": lambda: torch.compile(linear_cross_entropy_reference, fullgraph=True),
-    "torch-linear-cross-entropy": lambda: torchs_own(None),
-    "torch-linear-cross-entropy-chunks": torchs_own_in_chunks,
-    "chunked": lambda: functools.partial(linear_cross_entropy, implementation="chunked"),
-    "triton": lambda: functools.partial(linear_cross_entropy, implementation="triton"),
-}
 MATMULS = "matmuls-alone"
-
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"N{shape.N}-C{shape.C}")
-
-
-@pytest.mark.parametrize("direction", ["training", "evaluation"])
-@pytest.mark.parametrize("name", [*CANDIDATES, MATMULS])
-@every_shape
-def test_linear_cross_entropy(benchmark: Any, record: Record, shape: HeadShape, name: str, direction: str) -> None:
-    if name == "triton" and DEVICE.type == "cpu":
-        pytest.skip("Triton on a CPU is interpreted: its time would say nothing about the kernel")
-    try:
-        if name == MATMULS:
-            call = matmuls(shape, direction)
-        else:
-            head = CANDIDATES[name]()
-            check(name, head, shape)
-            call = prepare(head, shape, direction)
-        measure(benchmark, record, shape, name, direction, call)
-    except torch.cuda.OutOfMemoryError:
-        pytest.skip(f"out of memory on {torch.cuda.get_device_name()}")
+NAMES = ["triton", "chunked", *peers("linear_cross_entropy"), MATMULS]
 
 
-def measure(
-    benchmark: Any, record: Record, shape: HeadShape, name: str, direction: str, call: Callable[[int], object]
-) -> None:
-    """Time a call and record it with its size."""
-    benchmark.group = f"head and loss, {direction}, {shape.N} tokens, C={shape.C}"
-    dtype = str(shape.dtype).removeprefix("torch.")
-    timing = time_call(benchmark, call, DEVICE, seconds=SECONDS)
-    record(
-        {
-            "op": f"linear_cross_entropy {direction}",
-            "backend": name,
-            "dtype": dtype,
-            "shape": {"N": shape.N, "C": shape.C, "V": shape.V},
-            "deterministic": torch.are_deterministic_algorithms_enabled(),
-            "bytes": shape.bytes(direction),
-            "bytes_formula": "logits in dtype: 5 N V in training, 2 N V in evaluation",
-            **timing,
-            **rates(
-                timing,
-                tokens=shape.N,
-                flops=shape.flops(direction),
-                formula=FLOPS[direction],
-                dtype=dtype,
-                device=DEVICE,
-            ),
-            **peak_memory(lambda: call(0), DEVICE),
+class HeadContest(Contest):
+    def __init__(self, size: HeadShape, direction: str) -> None:
+        self.size, self.direction = size, direction
+        self.op, self.dtype = f"linear_cross_entropy {direction}", str(size.dtype).removeprefix("torch.")
+        self.work = size.work(direction)
+        self.candidates = {
+            **{name: Candidate(functools.partial(self._ours, name), "ours") for name in ("triton", "chunked")},
+            **peers("linear_cross_entropy"),
+            MATMULS: Candidate(lambda: matmuls, "floor"),
         }
-    )
 
+    def _ours(self, name: str) -> Function:
+        return functools.partial(ours("loss", name, self.size.dtype), vocab_size=self.size.V)
 
-def draw(shape: HeadShape, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden and weight, which require gradients, for logits of standard deviation 1, and targets."""
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    hidden, weight = (torch.randn(rows, shape.C, device=DEVICE, generator=generator) for rows in (shape.N, shape.V))
-    targets = torch.randint(shape.V, (shape.N,), device=DEVICE, generator=generator)
-    weight /= math.sqrt(shape.C)
-    return hidden.to(shape.dtype).requires_grad_(), weight.to(shape.dtype).requires_grad_(), targets
+    def shape(self) -> dict[str, Any]:
+        return {"N": self.size.N, "C": self.size.C, "V": self.size.V}
 
+    def draw(self) -> list[Drawn]:
+        return [draw(self.size, seed) for seed in range(input_sets(DEVICE, int(self.work.bytes or 0)))]
 
-def prepare(head: Head, shape: HeadShape, direction: str) -> Callable[[int], object]:
-    """The call that is timed, on inputs that rotate."""
-    sets = [draw(shape, seed) for seed in range(input_sets(DEVICE, shape.bytes(direction)))]
+    def prepare(self, name: str, function: Function, sets: Sequence[Drawn]) -> Call:
+        if name == MATMULS:
+            logits = torch.empty(self.size.N, self.size.V, dtype=self.size.dtype, device=DEVICE)
+            return rotate([functools.partial(matmuls, self.direction, logits, *inputs) for inputs in sets])
+        call = {"training": training, "evaluation": evaluation}[self.direction]
+        return rotate([functools.partial(call, function, *inputs) for inputs in sets])
 
-    def training(i: int) -> object:
-        hidden, weight, targets = sets[i % len(sets)]
-        return torch.autograd.grad(head(hidden, weight, targets), (hidden, weight))
+    @functools.cached_property
+    def _kept(self) -> slice:
+        """Every so manieth row counts, 512 in all: the float64 of 65536 wouldn't fit."""
+        return slice(None, None, max(1, self.size.N // 512))
 
-    @torch.no_grad()
-    def evaluation(i: int) -> object:
-        return head(*sets[i % len(sets)])
+    @functools.cached_property
+    def _exact_and_plain(self) -> tuple[list[Tensor], list[Tensor]]:
+        reference, dtype = linear_cross_entropy_reference, self.size.dtype
+        return self._results(reference, self._kept, torch.float64), self._results(reference, self._kept, dtype)
 
-    return training if direction == "training" else evaluation
-
-
-@torch.no_grad()
-def matmuls(shape: HeadShape, direction: str) -> Callable[[int], object]:
-    """hidden W^T, and in training G W and G^T hidden, each in one piece."""
-    sets = [[x.detach() for x in draw(shape, seed)[:2]] for seed in range(input_sets(DEVICE, shape.bytes(direction)))]
-    logits = torch.empty(shape.N, shape.V, dtype=shape.dtype, device=DEVICE)
-
-    def call(i: int) -> object:
-        hidden, weight = sets[i % len(sets)]
-        torch.mm(hidden, weight.T, out=logits)
-        return (logits @ weight, logits.T @ hidden) if direction == "training" else None
-
-    return call
-
-
-_checked: set[tuple[str, HeadShape]] = set()
-
-
-def check(name: str, head: Head, shape: HeadShape) -> None:
-    """Fail where the loss or a gradient is off from float64's by more than twice what the plain form is off, and four
-    units in the last place of the tensor's scale. The candidate is given all rows, of which every so manieth counts,
-    512 in all: the float64 of 65536 wouldn't fit. A candidate that has passed with a shape is not compared again."""
-    if (name, shape) in _checked:
-        return
-    hidden, weight, targets = draw(shape, seed=0)
-    kept = slice(None, None, max(1, shape.N // 512))
-    few = torch.full_like(targets, -100)
-    few[kept] = targets[kept]
-
-    def results(head: Head, rows: slice = kept, dtype: torch.dtype = shape.dtype) -> list[Tensor]:
+    def _results(self, head: Function, rows: slice, dtype: torch.dtype) -> list[Tensor]:
+        """The loss and its gradients, of the rows that count, which are among those that the head is given."""
+        hidden, weight, targets = draw(self.size, seed=0)
+        few = torch.full_like(targets, -100)
+        few[self._kept] = targets[self._kept]
         given = [x.detach().to(dtype).requires_grad_() for x in (hidden[rows], weight)]
         loss = head(given[0], given[1], few[rows])
         dhidden, dweight = torch.autograd.grad(loss, given)
-        return [loss.detach(), dhidden if rows == kept else dhidden[kept], dweight]
+        return [loss.detach(), dhidden if rows == self._kept else dhidden[self._kept], dweight]
 
-    truth = results(linear_cross_entropy_reference, dtype=torch.float64)
-    trio = zip(results(head, slice(None)), results(linear_cross_entropy_reference), truth, strict=True)
-    for what, (mine, theirs, exact) in zip(("loss", "dhidden", "dweight"), trio, strict=True):
-        assert_within_budget(what, mine, theirs, exact)
-    _checked.add((name, shape))
+    def check(self, name: str, function: Function) -> None:
+        if name == MATMULS:
+            return
+        exact, plain = self._exact_and_plain
+        mine = self._results(function, slice(None), self.size.dtype)
+        for tensor, m, p, e in zip(("loss", "dhidden", "dweight"), mine, plain, exact, strict=True):
+            assert_within_budget(tensor, m, p, e)
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("direction", list(FLOPS))
+@pytest.mark.parametrize("size", SHAPES, ids=lambda size: f"N{size.N}-C{size.C}")
+def test_linear_cross_entropy(
+    compete: Callable[[Contest, str], None], size: HeadShape, direction: str, name: str
+) -> None:
+    compete(HeadContest(size, direction), name)
+
+
+def draw(size: HeadShape, seed: int) -> Drawn:
+    """Of logits of standard deviation 1."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    hidden, weight = (torch.randn(rows, size.C, device=DEVICE, generator=generator) for rows in (size.N, size.V))
+    targets = torch.randint(size.V, (size.N,), device=DEVICE, generator=generator)
+    weight /= math.sqrt(size.C)
+    return hidden.to(size.dtype).requires_grad_(), weight.to(size.dtype).requires_grad_(), targets
+
+
+def training(head: Function, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(head(hidden, weight, targets), (hidden, weight))
+
+
+@torch.no_grad()
+def evaluation(head: Function, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return head(hidden, weight, targets)
+
+
+@torch.no_grad()
+def matmuls(direction: str, logits: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor) -> object:
+    """hidden W^T, and in training G W and G^T hidden, each in one piece."""
+    torch.mm(hidden, weight.T, out=logits)
+    return (logits @ weight, logits.T @ hidden) if direction == "training" else None

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
-from bench.timing import append_json_line, commit, environment
+from bench import contests
+from bench.contests import Contest, Measured, Missing, call_once, clean_device
+from bench.roofline import ceilings, read_ceilings
+from bench.shapes import DEVICE
+from bench.timing import append_json_line, commit, environment, replay
 
 if not torch.cuda.is_available():
     # A thread that waits for another spins; on cores shared with other work that costs a hundredfold, by chance.
     torch.set_num_threads(1)
+
+ENTERED = pytest.StashKey[dict[Any, dict[str, Measured | Missing]]]()
+"""What the contests of this session have shown."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastgpt2")
     group.addoption("--bench-commit", help="commit that is measured, where there is no git repository to ask")
     group.addoption("--bench-jsonl", type=Path, help="append each result to this file as soon as it is there")
+    group.addoption(
+        "--bench-ceilings", type=Path, help="the device's ceilings, as python -m bench.roofline --out wrote them"
+    )
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -46,11 +55,79 @@ def record(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[dict[str
     return keep
 
 
+@pytest.fixture(scope="session")
+def measured_ceilings(pytestconfig: pytest.Config) -> Callable[[], dict[str, Any]]:
+    """The device's ceilings: those of --bench-ceilings, else measured when they are first asked for."""
+    found: list[dict[str, Any]] = []
+
+    def get() -> dict[str, Any]:
+        if not found:
+            path = pytestconfig.getoption("--bench-ceilings")
+            found.append(read_ceilings(path) if path else ceilings(DEVICE))
+            clean_device()
+        return found[0]
+
+    return get
+
+
+@pytest.fixture
+def selected(request: pytest.FixtureRequest) -> list[str]:
+    """The candidates of this test's contest whose tests were selected: those that differ from it in `name` alone."""
+
+    here = request.node
+
+    def beside(item: Any) -> bool:
+        if (item.path, getattr(item, "originalname", "")) != (here.path, here.originalname):
+            return False
+        return all(item.callspec.params[k] == v for k, v in here.callspec.params.items() if k != "name")
+
+    items: list[Any] = request.session.items
+    return [item.callspec.params["name"] for item in items if beside(item)]
+
+
+@pytest.fixture
+def compete(
+    request: pytest.FixtureRequest,
+    benchmark: Any,
+    record: Callable[[dict[str, Any]], None],
+    selected: list[str],
+    measured_ceilings: Callable[[], dict[str, Any]],
+) -> Callable[[Contest, str], None]:
+    """Show a candidate's figures in a contest, which the first test of it that asks runs with all that are selected.
+
+    Under --benchmark-disable the candidate is checked and called once instead.
+    """
+
+    def show(contest: Contest, name: str) -> None:
+        benchmark.group = contest.group
+        if not benchmark.enabled:
+            benchmark.pedantic(lambda: None)
+            missing = call_once(contest, name)
+            clean_device()
+            if missing is not None:
+                _stop(missing)
+            return
+        entered = request.session.stash.setdefault(ENTERED, {})
+        if contest.group not in entered:
+            entered[contest.group] = contests.run(contest, selected)
+        outcome = entered[contest.group][name]
+        if isinstance(outcome, Missing):
+            _stop(outcome)
+        record(contests.result(contest, name, outcome, measured_ceilings()))
+        replay(benchmark, outcome.timed)
+
+    return show
+
+
+def _stop(missing: Missing) -> NoReturn:
+    if missing.failed:
+        pytest.fail(missing.reason, pytrace=False)
+    pytest.skip(missing.reason)
+
+
 @pytest.fixture(autouse=True)
-def clean_device() -> Iterator[None]:
-    """Leave nothing for the next benchmark: no memory held, no compiled code that it would only add a variant to."""
+def clean_after(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What holds no contest cleans up after each test."""
     yield
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if "compete" not in request.fixturenames:
+        clean_device()

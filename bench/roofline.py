@@ -37,14 +37,14 @@ class Work:
     """What a call has to do at the least.
 
     Args:
-        tokens: that it takes in.
+        tokens: that it takes in; None where it takes none.
         flops: additions and multiplications, counted against the matrix units.
         bytes: read and written once; None where nobody has counted them, as `special`.
         special: exponentials, hyperbolic tangents and the like.
         flops_formula, bytes_formula: what is counted, in words.
     """
 
-    tokens: int
+    tokens: int | None
     flops: float
     bytes: float | None
     special: float | None
@@ -80,7 +80,7 @@ def figures(
         "special": work.special,
         "flops_formula": work.flops_formula,
         "bytes_formula": work.bytes_formula,
-        "tokens_per_s": work.tokens * per_second,
+        "tokens_per_s": None if work.tokens is None else work.tokens * per_second,
         "tflops": work.flops * per_second / 1e12,
         "bytes_per_s": None if work.bytes is None else work.bytes * per_second,
         "mfu": {formula: peak and flops * per_second / peak for formula, flops in formulas.items()},

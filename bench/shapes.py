@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.roofline import Work
 from fastgpt2.config import ConfigError
 from fastgpt2.ops import ATTENTION, make_ops
 
@@ -32,14 +33,21 @@ class AttentionShape:
     D: int
     dtype: torch.dtype
 
-    def flops(self, direction: str) -> float:
-        """Forward 4 B H T^2 D (two matmuls), halved because half the pairs are masked; backward 2.5 times it."""
-        forward = 4 * self.B * self.H * self.T**2 * self.D / 2
-        return {"forward": 1.0, "backward": 2.5}[direction] * forward
+    def work(self, direction: str) -> Work:
+        """Forward 4 B H T^2 D FLOPs (two matmuls), halved because half the pairs are masked; backward 2.5 times it.
+
+        An exponential for every pair that is not masked, in each direction. Bytes: forward qkv, o and the log-sum-exp
+        of each row (float32); backward these, do and dqkv.
+        """
+        pairs, rows = self.B * self.H * self.T**2 / 2, self.B * self.H * self.T
+        flops = {"forward": 4.0, "backward": 10.0}[direction] * pairs * self.D
+        moved = {"forward": 4, "backward": 8}[direction] * rows * self.D * self.dtype.itemsize + 4 * rows
+        counted = "what it is given, gives and keeps, once"
+        return Work(self.B * self.T, flops, moved, pairs, ATTENTION_FLOPS[direction], counted)
 
 
 ATTENTION_FLOPS = {"forward": "4 B H T^2 D / 2 (causal)", "backward": "2.5 * 4 B H T^2 D / 2 (causal)"}
-"""AttentionShape.flops in words, recorded beside every figure that it enters."""
+"""AttentionShape.work's FLOPs in words, recorded beside every figure that they enter."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,9 @@ class StepShape:
 if CUDA:
     # The same 65,536 tokens at every length, so that only the attention's T^2 grows.
     ATTENTION_SHAPES = [AttentionShape(65536 // T, T, 12, 64, torch.bfloat16) for T in (1024, 2048, 4096, 8192)]
+    # The widths of the larger models, and few tokens, where launching takes longer than computing.
+    ATTENTION_SHAPES += [AttentionShape(64, 1024, H, 64, torch.bfloat16) for H in (16, 20, 25)]
+    ATTENTION_SHAPES += [AttentionShape(4, 1024, 12, 64, torch.bfloat16)]
     # By importance: a run that is cut short has the middle size of every candidate first.
     # 1 and 4 are where launching takes longer than computing.
     STEP_SHAPES = [StepShape("gpt2", B, "bfloat16") for B in (32, 64, 16, 4, 1)]
@@ -62,8 +73,8 @@ else:
     ATTENTION_SHAPES = [AttentionShape(2, 256, 4, 64, torch.float32)]
     # One block: most of a CPU's time goes into compiling.
     STEP_SHAPES = [StepShape("tiny", 8, "float32", n_layer=1)]
-SECONDS = 1.0 if CUDA else 0.25
-"""About how long a measurement goes on."""
+SECONDS = 0.2 if CUDA else 0.1
+"""About how long the rounds of a contest take for each candidate."""
 
 
 @dataclass(frozen=True)

@@ -320,21 +320,29 @@ def rates(
     }
 
 
-def peak_memory(launch: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """`peak_memory_bytes` of a call, with what it means: the two devices can't tell the same thing."""
+def peak_memory(launch: Callable[[], object], device: torch.device, *, others: int = 0) -> dict[str, Any]:
+    """`peak_memory_bytes` of a call, with what it means: the two devices can't tell the same thing.
+
+    Args:
+        others: bytes of the device's memory that are held and have nothing to do with the call.
+    """
     if device.type != "cuda":
         launch()
         meaning = "resident in the process, the most so far, with everything run before"
-        return {"peak_memory_bytes": peak_memory_bytes(device), "peak_memory_meaning": meaning}
+        return {
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "peak_memory_meaning": meaning,
+            "held_before_bytes": None,
+        }
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     held = torch.cuda.memory_allocated(device)
     launch()
     torch.cuda.synchronize(device)
     return {
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_bytes": peak_memory_bytes(device) - others,
         "peak_memory_meaning": "allocated by torch during a call, with all inputs",
-        "held_before_bytes": held,
+        "held_before_bytes": held - others,
     }
 
 

@@ -1,0 +1,150 @@
+"""The optimizer's step over all parameters of a model: ours, one fused pass, beside PyTorch's other forms of AdamW.
+
+All candidates step the same parameters with the same gradients and moments, so that the largest model's fit. Before
+that each steps a small model of its own, which is compared with PyTorch's plain loop in float64: what is wrong is not
+timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.budget import assert_within_budget
+from bench.contests import Candidate, Contest, Function
+from bench.peers import Unavailable
+from bench.roofline import Work
+from bench.shapes import CUDA, DEVICE
+from bench.timing import REPLAY, Call
+from fastgpt2.config import PRESETS, ModelConfig, TrainConfig
+from fastgpt2.model import GPT
+from fastgpt2.optim import make_optimizer
+
+Made = tuple[torch.optim.Optimizer, Callable[[], object]]
+"""An optimizer and its step."""
+Drawn = tuple[GPT, list[dict[str, Tensor]]]
+"""A model with gradients, and each parameter's moments."""
+
+ONE_BLOCK = dataclasses.replace(PRESETS["tiny"], n_layer=1)
+SIZES = (
+    {name: PRESETS[name] for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")} if CUDA else {"tiny": ONE_BLOCK}
+)
+CONFIG = TrainConfig(optimizer="adamw", weight_decay=0.1)
+MOST_LAYERS_COMPILED = 12
+CHECKED_STEPS = 3
+
+
+def fused(model: GPT) -> Made:
+    optimizer = make_optimizer(model, CONFIG)
+    return optimizer, optimizer.step
+
+
+def foreach(model: GPT) -> Made:
+    optimizer = _adamw(model, foreach=True)
+    return optimizer, optimizer.step
+
+
+def loop(model: GPT) -> Made:
+    optimizer = _adamw(model, foreach=False)
+    return optimizer, optimizer.step
+
+
+def loop_compiled(model: GPT) -> Made:
+    optimizer = _adamw(model, foreach=False)
+    return optimizer, torch.compile(lambda: optimizer.step())
+
+
+def _adamw(model: GPT, *, foreach: bool) -> torch.optim.Optimizer:
+    """With the groups and settings of ours."""
+    kept = ("params", "lr", "betas", "weight_decay")
+    groups = [{name: group[name] for name in kept} for group in make_optimizer(model, CONFIG).param_groups]
+    return torch.optim.AdamW(groups, foreach=foreach)
+
+
+def _too_many_layers() -> Function:
+    raise Unavailable(f"torch.compile traces it tensor by tensor: timed up to {MOST_LAYERS_COMPILED} blocks")
+
+
+def candidates(size: ModelConfig) -> dict[str, Candidate]:
+    compiled = (lambda: loop_compiled) if size.n_layer <= MOST_LAYERS_COMPILED else _too_many_layers
+    return {
+        "fused": Candidate(lambda: fused, "ours"),
+        "foreach": Candidate(lambda: foreach, "peer"),
+        "loop-compiled": Candidate(compiled, "peer"),
+    }
+
+
+class OptimizerContest(Contest):
+    op, dtype = "optimizer step", "float32"
+
+    def __init__(self, model: str, size: ModelConfig) -> None:
+        self.model, self.size = model, size
+        self.candidates = candidates(self.size)
+        with torch.device("meta"):
+            parameters = list(GPT(self.size).parameters())
+        self.parameters = sum(p.numel() for p in parameters)
+        counted = "p, g, m and v read, p, m and v written, in float32"
+        # m and v: two products and a sum each, and g^2; the step: two corrections, root, sum, quotient, lr, decay.
+        self.work = Work(None, 15.0 * self.parameters, 28.0 * self.parameters, 0, "15 a parameter", counted)
+
+    def shape(self) -> dict[str, Any]:
+        return {"model": self.model, "n_layer": self.size.n_layer, "parameters": self.parameters}
+
+    def draw(self) -> list[Drawn]:
+        model = make_model(self.size)
+        return [
+            (model, [{name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")} for p in model.parameters()])
+        ]
+
+    def prepare(self, name: str, function: Function, sets: Sequence[Drawn]) -> Call:
+        ((model, moments),) = sets
+        optimizer, step = function(model)
+        # As AdamW's first step would make it; its count is on the device in the fused form alone.
+        device = DEVICE if optimizer.param_groups[0].get("fused") else torch.device("cpu")
+        for parameter, shared in zip(model.parameters(), moments, strict=True):
+            optimizer.state[parameter] = {"step": torch.zeros((), device=device), **shared}
+        return lambda _: step()
+
+    @functools.cached_property
+    def _exact_and_plain(self) -> tuple[list[Tensor], list[Tensor]]:
+        return stepped(loop, torch.float64), stepped(loop, torch.float32)
+
+    def check(self, name: str, function: Function) -> None:
+        exact, plain = self._exact_and_plain
+        for i, (m, p, e) in enumerate(zip(stepped(function, torch.float32), plain, exact, strict=True)):
+            assert_within_budget(f"parameter {i}", m, p, e)
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+@pytest.mark.parametrize("name", candidates(ONE_BLOCK))
+@pytest.mark.parametrize("model", SIZES)
+def test_optimizer(compete: Callable[[Contest, str], None], model: str, name: str) -> None:
+    compete(OptimizerContest(model, SIZES[model]), name)
+
+
+def make_model(size: ModelConfig) -> GPT:
+    """A model whose parameters and gradients are normal numbers."""
+    with torch.device("meta"):
+        model = GPT(size)
+    model.to_empty(device=DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02, generator=generator)
+        parameter.grad = torch.randn(parameter.shape, device=DEVICE, generator=generator)
+    return model
+
+
+def stepped(make: Callable[[GPT], Made], dtype: torch.dtype) -> list[Tensor]:
+    """A small model's parameters after some steps."""
+    # With the parameters their gradients are converted, too.
+    model = make_model(ONE_BLOCK).to(dtype)
+    _, step = make(model)
+    for _ in range(CHECKED_STEPS):
+        step()
+    return [p.detach() for p in model.parameters()]
