@@ -1,0 +1,459 @@
+"""Counts that don't vary: what a step and each slot's implementations ask of PyTorch, without running them.
+
+    python -m bench.counts            the table
+    python -m bench.counts --check    compare with bench/counts.json; status 1 where a count differs
+    python -m bench.counts --write    rewrite it, where the difference is meant
+
+Times on shared CPUs say little; these counts are the same on every machine, and CI holds them. The step is GPT-2
+124M's with 4 sequences of 1024 tokens, on fake tensors, which have sizes and no values: nothing is computed, and what
+asks for a value is found. Our opaque operators are looked into: their launchers run, on fake tensors too, with a tally
+in place of each Triton kernel. It is the CPU's path that is counted: a launcher may do otherwise on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from fastgpt2.compare import Problem, attention_problem, loss_problem, mlp_problem, norm_problem
+from fastgpt2.config import TrainConfig
+from fastgpt2.model import GPT, saved_bytes
+from fastgpt2.ops import SLOTS, Ops, make_ops
+from fastgpt2.optim import make_optimizer
+from fastgpt2.run import TORCH_DTYPE, Run, settle
+
+CHECKED_IN = Path(__file__).parent / "counts.json"
+B, T, H, D, V = 4, 1024, 12, 64, 50257
+OPERATIONS = ("attention", "gelu_mlp", "layer_norm", "linear_cross_entropy")
+"""Our operators are fastgpt2::<operation>_forward and _backward, each launched by kernels.<operation>'s function of the
+same name."""
+SYNCHRONISING = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
+"""Operators whose result the host has to wait for."""
+
+Counts = dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------------ FLOPs
+
+
+def _attention_forward(q: Tensor, *_: Any, **__: Any) -> int:
+    batch, tokens, heads, size = q.shape
+    return sdpa_flop_count(*[(batch, heads, tokens, size)] * 3)
+
+
+def _attention_backward(do: Tensor, *_: Any, **__: Any) -> int:
+    batch, tokens, heads, size = do.shape
+    return sdpa_backward_flop_count(*[(batch, heads, tokens, size)] * 4)
+
+
+def _mlp_forward(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * x.numel() // x.size(-1) * (w_fc.numel() + w_proj.numel())
+
+
+def _mlp_backward(dy: Tensor, x: Tensor, w_fc: Tensor, w_proj: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * _mlp_forward(x, w_fc, dy, w_proj)
+
+
+def _loss_forward(hidden: Tensor, weight: Tensor, *options: Any, **__: Any) -> int:
+    """The logits, and each gradient that the last two options ask for."""
+    return 2 * hidden.size(0) * weight.numel() * (1 + sum(options[-2:]))
+
+
+def _loss_backward(upstream: Tensor, lse: Tensor, hidden: Tensor, weight: Tensor, *options: Any, **__: Any) -> int:
+    return _loss_forward(hidden, weight, *options)
+
+
+def _cpu_attention_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def _cpu_attention_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(do.shape, q.shape, k.shape, v.shape)
+
+
+FLOPS: dict[str, Callable[..., int]] = {
+    "fastgpt2::attention_forward": _attention_forward,
+    "fastgpt2::attention_backward": _attention_backward,
+    "fastgpt2::gelu_mlp_forward": _mlp_forward,
+    "fastgpt2::gelu_mlp_backward": _mlp_backward,
+    "fastgpt2::linear_cross_entropy_forward": _loss_forward,
+    "fastgpt2::linear_cross_entropy_backward": _loss_backward,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _cpu_attention_forward,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_attention_backward,
+}
+"""FLOPs of a call, beside those that PyTorch knows, by its convention: the matmuls alone, attention as if without its
+mask, and five products in its backward, which computes the scores again."""
+
+
+def flops(function: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> int:
+    if formula := FLOPS.get(function._schema.name):
+        return formula(*args, **kwargs)
+    if formula := flop_registry.get(function._overloadpacket):
+        return formula(*args, **kwargs, out_val=result)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------ counting
+
+
+class OperatorCounter(TorchDispatchMode):
+    """Counts what passes through PyTorch's dispatcher.
+
+    Bytes are those of storages that an operator made: all of them, and the most that were there at once. Who asks a
+    fake tensor for its value is counted, and told 1.
+
+    Args:
+        look_inside: count what our own operators' launchers call, rather than the operators alone.
+    """
+
+    def __init__(self, *, look_inside: bool = True) -> None:
+        super().__init__()
+        self.look_inside = look_inside
+        self.calls: Counter[str] = Counter()
+        self.views = self.synchronisations = self.flops = 0
+        self.allocated = self.live = self.peak = 0
+        self.storages: dict[int, int] = {}
+        self.inside = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name.startswith(("prim::", "profiler::")):  # bookkeeping of fake tensors and of the optimizer
+            return func(*args, **kwargs)
+        if self.inside and _is_composite(func):  # outside, autograd has taken it apart already
+            with self:
+                return func.decompose(*args, **kwargs)
+        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
+        if name in SYNCHRONISING:
+            self.synchronisations += 1
+        result = self._result(func, name, args, kwargs)
+        made = [x.untyped_storage() for x in tree_iter(result) if isinstance(x, Tensor)]
+        if given or made:  # what takes and gives no tensor, as promote_types, is a function of the host
+            self.calls[name.removeprefix("aten::")] += 1
+            self.views += _is_view(func)
+        for storage in made:
+            if storage._cdata not in given:
+                self._allocate(storage)
+        return result
+
+    def _result(self, func: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Of an operator of ours, what its launcher gives, whose inside is counted."""
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1.0 if args[0].is_floating_point() else 1
+        if not (self.look_inside and name.startswith("fastgpt2::")):
+            result = func(*args, **kwargs)
+            self.flops += 0 if self.inside else flops(func, args, kwargs, result)
+            return result
+        self.flops += flops(func, args, kwargs, None)
+        self.inside = True
+        with self:
+            result = _launcher(name)(*args, **kwargs)
+        self.inside = False
+        return result
+
+    def _allocate(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.storages:
+            return
+        self.storages[key] = storage.nbytes()
+        self.allocated += self.storages[key]
+        self.live += self.storages[key]
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.live -= self.storages.pop(key)
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+@functools.cache
+def _is_view(func: Any) -> bool:
+    """Whether all that it returns is its arguments' memory, and that not written."""
+    aliases = [result.alias_info for result in func._schema.returns]
+    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _launcher(operator: str) -> Callable[..., Any]:
+    name = operator.removeprefix("fastgpt2::")
+    return getattr(import_module(f"kernels.{name.rpartition('_')[0]}"), name)
+
+
+class _Tally:
+    """Stands for a Triton kernel: counts its launches."""
+
+    def __init__(self, name: str, launches: Counter[str]) -> None:
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.launches[self.name] += 1
+
+
+@contextlib.contextmanager
+def tallied() -> Iterator[Counter[str]]:
+    """Launch no Triton kernel, but count them by name."""
+    launches: Counter[str] = Counter()
+    with contextlib.ExitStack() as stack:
+        for operation in (*OPERATIONS, "cross_entropy"):
+            module = import_module(f"kernels.{operation}")
+            kernels = {id(kernel.function) for kernel in getattr(module, "KERNELS", {}).values()}
+            for name, value in list(vars(module).items()):
+                if id(value) in kernels:
+                    stack.enter_context(mock.patch.object(module, name, _Tally(name, launches)))
+        # Whether a matrix begins at 16 bytes: what PyTorch allocates does.
+        stack.enter_context(mock.patch.object(FakeTensor, "data_ptr", lambda self: 0, create=True))
+        yield launches
+
+
+def counted(work: Callable[[], object]) -> Counts:
+    """What a piece of work on fake tensors asks for."""
+    counter = OperatorCounter()
+    with tallied() as launches, counter:
+        kept = work()
+    del kept
+    return {
+        "operators": counter.calls.total() - counter.views,
+        "views": counter.views,
+        "kernel launches": launches.total(),
+        "host synchronisations": counter.synchronisations,
+        "allocated bytes": counter.allocated,
+        "peak bytes": counter.peak,
+        "flops": counter.flops,
+        "calls": dict(sorted(counter.calls.items())),
+        "launches": dict(sorted(launches.items())),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ what is counted
+
+
+def step_counts(choices: dict[str, str], dtype: str, ops: Ops | None = None, **settings: Any) -> Counts:
+    """The second step of GPT-2 124M, when the optimizer has its state; `ops` in place of the choices' own."""
+    config = TrainConfig(**{"model": "gpt2", "batch_size": B, "dtype": dtype, **settings})
+    with FakeTensorMode():
+        run, tokens = _run(config, choices, ops)
+        with OperatorCounter(look_inside=False):
+            run.step(0, tokens)
+            with run.autocast():
+                saved = saved_bytes(run.model, tokens[0, :, :-1], tokens[0, :, 1:])
+        return {**counted(lambda: run.step(1, tokens)), "saved bytes": saved}
+
+
+def compile_counts(choices: dict[str, str], dtype: str, ops: Ops | None = None) -> Counts:
+    """What torch.compile makes of the model in three steps: of a tiny one, as the graphs don't depend on its sizes."""
+    from torch._dynamo.utils import counters
+
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64}
+    config = TrainConfig(**shape, batch_size=2, dtype=dtype)  # type: ignore[arg-type]
+    run, tokens = _run(config, choices, ops)
+    graphs = 0
+
+    def backend(module: Any, inputs: Any) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    torch.compiler.reset()
+    counters.clear()
+    run.model.compile(backend=backend, dynamic=False)
+    with tallied():
+        made = [(run.step(step, tokens), graphs)[1] for step in range(3)]
+    torch.compiler.reset()
+    breaks = sum(counters["graph_break"].values())
+    return {"graphs": made[0], "graph breaks": breaks, "recompilations": made[-1] - made[0]}
+
+
+def _run(config: TrainConfig, choices: dict[str, str], ops: Ops | None) -> tuple[Run, Tensor]:
+    """A run that is ready to step, and tokens (1, B, T + 1) for it."""
+    config, device = settle(dataclasses.replace(config, device="cpu", steps=3))
+    size = config.model_config()
+    ops = ops or make_ops(choices, dtype=TORCH_DTYPE[str(config.dtype)], head_dim=size.head_dim)[0]
+    model = GPT(size, ops, recompute=config.recompute)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    parameters = list(model.parameters())
+    run = Run(config, device, model, make_optimizer(model, config), scaler, None, None, {}, parameters=parameters)  # type: ignore[arg-type]
+    return run, torch.zeros(1, int(config.batch_size or 0), size.block_size + 1, dtype=torch.int64)
+
+
+PROBLEMS = {
+    "attention": attention_problem((B, T, H, D)),
+    "mlp": mlp_problem((B * T, H * D)),
+    "norm": norm_problem((B * T, H * D)),
+    "loss": loss_problem((T, H * D, V)),  # a chunk; the step has several
+}
+
+
+class _Slot(nn.Module):
+    """An implementation with its inputs for parameters, so that what it saves beside them can be counted."""
+
+    def __init__(self, op: Callable[..., Any], problem: Problem, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.op, self.problem, self.dtype = op, problem, dtype
+        for name, size in problem.sizes.items():
+            kind = torch.promote_types(dtype, torch.float32) if name in problem.master else dtype
+            self.register_parameter(name, nn.Parameter(torch.zeros(size, dtype=kind)))
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        given = [targets] if self.problem.targets else []
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype.itemsize == 2):
+            outputs = self.op(*self.parameters(), *given, **self.problem.options)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def slot_counts(slot: str, name: str, dtype: str) -> Counts:
+    """Forward and backward of a slot's implementation at GPT-2 124M's sizes, in a precision as in training."""
+    compute = TORCH_DTYPE[dtype]
+    with FakeTensorMode():
+        op = getattr(make_ops({slot: name}, dtype=compute)[0], slot)
+        module = _Slot(op, PROBLEMS[slot], compute)
+        targets = torch.zeros(T, dtype=torch.int64)
+        saved = saved_bytes(module, targets, targets)  # type: ignore[arg-type]
+        upstream = [torch.empty_like(y) for y in module(targets, targets)]
+
+        def both() -> object:
+            outputs = module(targets, targets)
+            return torch.autograd.grad(outputs, list(module.parameters()), upstream)
+
+        return {**counted(both), "saved bytes": saved}
+
+
+_TRITON = dict.fromkeys(SLOTS, "triton")
+_PLAIN = {"attention": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
+DTYPES = ("bfloat16", "float32")
+CASES: dict[str, Callable[[], Counts]] = {
+    # On a CPU the default's loss goes through its rows in thousands of operators, which take seconds to count: once,
+    # with fewer rows, which are still two chunks.
+    "step default float32, 2 sequences": functools.partial(step_counts, {}, "float32", batch_size=2),
+    **{
+        f"step {name} {dtype}": functools.partial(step_counts, choices, dtype)
+        for name, choices in (("plain", _PLAIN), ("all-triton", _TRITON))
+        for dtype in DTYPES
+    },
+    "step all-triton-recompute bfloat16": functools.partial(step_counts, _TRITON, "bfloat16", recompute=True),
+    **{
+        f"{slot} {name} {dtype}": functools.partial(slot_counts, slot, name, dtype)
+        for slot, table in SLOTS.items()
+        for name in table
+        for dtype in DTYPES
+        if name not in ("cudnn", "flex")  # they train on a CUDA GPU alone
+    },
+    **{
+        f"compile {name} bfloat16": functools.partial(compile_counts, choices, "bfloat16")
+        for name, choices in (("default", {}), ("plain", _PLAIN), ("all-triton", _TRITON))
+    },
+}
+"""By name, how to count. Slots are counted forward and backward."""
+
+
+# ------------------------------------------------------------------------------------------------ the file
+
+
+def version() -> str:
+    """PyTorch's, without the patch: another one may count differently, and has counts of its own."""
+    return ".".join(torch.__version__.split(".")[:2])
+
+
+def checked_in() -> dict[str, Counts]:
+    """The counts of this version of PyTorch by case; empty where there are none."""
+    return json.loads(CHECKED_IN.read_text()).get(version(), {}) if CHECKED_IN.exists() else {}
+
+
+def changes(case: str, old: Counts | None, new: Counts | None) -> list[str]:
+    """What differs in a case, a line each: totals, then the calls and launches behind them."""
+    if old is None or new is None:
+        return [
+            f"{case}: not in {CHECKED_IN.name}" if old is None else f"{case}: in {CHECKED_IN.name}, not counted now"
+        ]
+    lines = []
+    for name in sorted({*old, *new}, key=lambda name: (isinstance(new.get(name), dict), name)):
+        before, now = old.get(name, 0), new.get(name, 0)
+        if isinstance(now, dict):
+            lines += changes(f"{case}, {name}", before or {}, now)
+        elif before != now:
+            lines.append(f"{case}: {name} {'grew' if now > before else 'fell'} from {before:,} to {now:,}")
+    return lines
+
+
+INTENDED = "if that is intended: python -m bench.counts --write"
+
+
+def table(counts: dict[str, Counts]) -> str:
+    """One line a case, its numbers under their names."""
+    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "operators": ("operators", "{:,}".format),
+        "views": ("views", "{:,}".format),
+        "kernel launches": ("launches", "{:,}".format),
+        "host synchronisations": ("syncs", "{:,}".format),
+        "allocated bytes": ("allocated", _mebibytes),
+        "peak bytes": ("peak", _mebibytes),
+        "saved bytes": ("saved", _mebibytes),
+        "flops": ("GFLOP", lambda value: f"{value / 1e9:,.1f}"),
+    }
+    lines = [["", *(title for title, _ in columns.values())]]
+    rest = []
+    for case, found in counts.items():
+        if "graphs" in found:
+            rest.append(f"{case}: " + ", ".join(f"{name} {value}" for name, value in found.items()))
+        else:
+            lines.append([case, *(form(found[name]) for name, (_, form) in columns.items())])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = [
+        [line[0].ljust(widths[0])] + [x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True)] for line in lines
+    ]
+    return "\n".join(["  ".join(line) for line in aligned] + rest)
+
+
+def _mebibytes(value: int) -> str:
+    return f"{value / 2**20:,.1f} MiB"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.counts", description=__doc__.partition("\n")[0])
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="compare with the file; status 1 where a count differs")
+    what.add_argument("--write", action="store_true", help="rewrite the file's counts of this version of PyTorch")
+    given = parser.parse_args()
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which the cases do
+    counts = {name: count() for name, count in CASES.items()}
+    if given.write:
+        known = json.loads(CHECKED_IN.read_text()) if CHECKED_IN.exists() else {}
+        CHECKED_IN.write_text(json.dumps({**known, version(): counts}, indent=1, sort_keys=True) + "\n")
+    if not given.check:
+        print(table(counts))
+        return 0
+    known = checked_in()
+    if not known:
+        print(f"no counts of torch {version()} in {CHECKED_IN.name}: python -m bench.counts --write", file=sys.stderr)
+        return 1
+    lines = [line for case in {**known, **counts} for line in changes(case, known.get(case), counts.get(case))]
+    print("\n".join([*lines, INTENDED]) if lines else f"{len(counts)} cases: the counts are those of {CHECKED_IN.name}")
+    return int(bool(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
