@@ -19,12 +19,12 @@ Figure = dict[str, Any]
 
 # Okabe and Ito's colours, which the colour-blind tell apart, without their yellow, which is faint on white.
 _COLOURS = {
-    "ours": ("#0072B2", "#56B4E9", "#009E73", "#004466"),
+    "ours": ("#0072B2", "#56B4E9", "#004466", "#009E73"),
     "peer": ("#D55E00", "#E69F00", "#CC79A7", "#7F3C00", "#8A5A7A", "#5F5F00"),
     "floor": ("#888888", "#AAAAAA"),
     "limit": ("#222222",),
 }
-_MARKERS = {"ours": "oDPX", "peer": "s^v<>*", "floor": "12", "limit": ","}
+_MARKERS = {"ours": "oDPX", "peer": "s^v<>*d", "floor": "12", "limit": ","}
 _DASHES = {"ours": "-", "peer": "-", "floor": ":", "limit": "--"}
 
 
@@ -75,7 +75,8 @@ def attention(record: Record) -> Figure:
             shape = results[0]["shape"]
             title = f"{direction}, {shape['H']} heads of {shape['D']}, {results[0]['dtype']}"
             panels.append({"title": title, "x": "T, tokens in a sequence", "y": "TFLOP/s (causal)", "lines": lines})
-    return {"title": f"Attention on {device_of(record)}", "note": stamp(record), "panels": panels}
+    note = f"{stamp(record)}; blue: ours, dotted: a part of the work alone"
+    return {"title": f"Attention on {device_of(record)}", "note": note, "panels": panels}
 
 
 def _longest_sweep(results: Sequence[Result]) -> list[Result]:
@@ -115,7 +116,7 @@ def step(record: Record, most: int = 3) -> Figure:
         {"title": "speed", "x": x, "y": "tokens/s", "lines": speed},
         {"title": "peak memory", "x": x, "y": "GiB", "lines": memory},
     ]
-    return {"title": title, "note": stamp(record), "panels": panels}
+    return {"title": title, "note": f"{stamp(record)}; blue: ours", "panels": panels}
 
 
 def headline(records: Sequence[Record]) -> tuple[str, ...] | None:

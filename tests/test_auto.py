@@ -52,6 +52,20 @@ def test_the_table_holds_what_won_beyond_the_spread(gpu: Any) -> None:
     assert len(measured["measured"]["steps"]) == 2
 
 
+def test_what_is_faster_by_the_median_but_not_beyond_the_spread_is_left_out() -> None:
+    def step(*round_ms: float) -> dict[str, Any]:
+        return {"slots": {**PLAIN, "loss": "torch"}, "contest": "one", "round_ms": round_ms, "ms_median": 10.0}
+
+    contest = {
+        auto.PLAIN: step(10.0, 10.0, 10.0, 10.0, 10.0),
+        "ours-norm-triton": step(9.9, 9.9, 9.9, 10.1, 10.1),
+        "ours-mlp-triton": step(9.9, 9.9, 9.9, 9.9, 10.1),
+    }
+    assert auto.best("norm", [contest]) == ([], {"triton": "1.01 (0.99..1.01)"})
+    assert auto.best("mlp", [contest]) == (["triton"], {"triton": "1.01 (1.01..1.01)"})
+    assert auto.best("loss", [contest]) == ([], {})
+
+
 def test_what_wins_in_one_contest_and_loses_in_another_is_left_out() -> None:
     record = make_record(slower={STEP.format(64, "attention-triton"): 1.2})
     assert table([record])["devices"][GPU]["bfloat16"]["slots"] == {}
