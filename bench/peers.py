@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -181,8 +181,14 @@ def _liger_linear_cross_entropy(*, sums: torch.dtype | None) -> Callable[..., Te
     """sums: what the weight's gradient is added up in over the chunks; None, its default, for the weight's dtype."""
     module = _package("liger_kernel.transformers.functional", "liger-kernel", AMPERE, triton=True)
     return lambda hidden, weight, targets: module.liger_fused_linear_cross_entropy(
-        hidden, weight, targets, reduction="mean", accum_dtype=sums
+        *_recorded(hidden, weight), targets, reduction="mean", accum_dtype=sums
     )
+
+
+def _recorded(*inputs: Tensor) -> Iterable[Tensor]:
+    """The inputs, where no gradient is recorded as ones that need none: some packages ask the tensors alone, and would
+    make gradients that nobody takes."""
+    return inputs if torch.is_grad_enabled() else (x.detach() for x in inputs)
 
 
 def _liger_add_layer_norm() -> Callable[..., Any]:
@@ -198,7 +204,7 @@ def _cut_cross_entropy(*, filter_eps: str | None) -> Callable[..., Tensor]:
     def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         if hidden.dtype.itemsize != 2:
             raise Unavailable(f"cut-cross-entropy has a backward in bfloat16 and float16 only, got {hidden.dtype}")
-        return module.linear_cross_entropy(hidden, weight, targets, reduction="mean", filter_eps=filter_eps)
+        return module.linear_cross_entropy(*_recorded(hidden, weight), targets, reduction="mean", filter_eps=filter_eps)
 
     return head
 

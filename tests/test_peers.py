@@ -273,6 +273,24 @@ def test_settings_that_are_rows_of_their_own(monkeypatch) -> None:
         PEERS[LOSS]["cut-cross-entropy"].load()(half.float(), half.float(), torch.zeros(8, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("name", ["liger", "cut-cross-entropy"])
+def test_without_gradients_none_are_made(monkeypatch, name: str) -> None:
+    """Both decide by the tensors' requires_grad, which under torch.no_grad() is what it was."""
+    needed: list[bool] = []
+
+    def head(hidden: Tensor, weight: Tensor, *_: Any, **__: Any) -> None:
+        needed.append(hidden.requires_grad or weight.requires_grad)
+
+    stand_in(monkeypatch, LIGER, liger_fused_linear_cross_entropy=head)
+    stand_in(monkeypatch, "cut_cross_entropy", linear_cross_entropy=head)
+    inputs, rest = draw(LOSS, torch.bfloat16, "cpu")
+    given = [x.requires_grad_() for x in inputs]
+    PEERS[LOSS][name].load()(*given, *rest)
+    with torch.no_grad():
+        PEERS[LOSS][name].load()(*given, *rest)
+    assert needed == [True, False]
+
+
 def test_a_stand_in_called_wrongly_is_out_of_budget(monkeypatch) -> None:
     stand_in(monkeypatch, "flash_attn", flash_attn_qkvpacked_func=lambda qkv, causal: packed_2(qkv, causal=False))
     with pytest.raises(AssertionError, match="not timed: attention, tensor 0 is off"):
