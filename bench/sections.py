@@ -65,7 +65,8 @@ def provenance(record: Record) -> str:
     """Where and when a table was measured, in a line."""
     commit = record["commit"]
     changed = " with uncommitted changes" if commit["dirty"] else ""
-    threads = "" if on_gpu(record) else f", {record['environment']['cpu_threads']} threads"
+    count = record["environment"]["cpu_threads"]
+    threads = "" if on_gpu(record) else f", {count} thread{'s' * (count > 1)}"
     known = ", ".join(f"{name} {version}" for name, version in versions(record).items())
     day, which = record["started"][:10], f"commit {commit['id'][:12]}{changed}"
     return prose(f"*{device_of(record)}{threads}; {day}; {which}; {known}.*")

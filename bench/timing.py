@@ -383,8 +383,15 @@ def _ceiling_ms(launch: Callable[[], object]) -> float:
     return statistics.median(event_samples(launch, 100))
 
 
+PEER_PACKAGES = (
+    *("transformers", "liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4"),
+    *("cut-cross-entropy", "quack-kernels"),
+)
+"""What bench.peers and bench.steps take their candidates from, beside PyTorch."""
+
+
 def environment() -> dict[str, Any]:
-    """The device and the versions that a figure depends on."""
+    """The device and the versions that a figure depends on; of PEER_PACKAGES those that are installed."""
     cuda = torch.cuda.is_available()
     properties = torch.cuda.get_device_properties(0) if cuda else None
     return {
@@ -402,6 +409,7 @@ def environment() -> dict[str, Any]:
         "system": platform.system(),
         "machine": platform.machine(),
         "cpu_threads": torch.get_num_threads(),
+        "packages": {name: version for name in PEER_PACKAGES if (version := _version(name))},
     }
 
 

@@ -17,7 +17,7 @@ import pytest
 from bench import plots, report
 from bench.results import RecordError, best_peer, load, pick, ratio, round_ratios, stored, summary, table, work
 from bench.sections import SECTIONS
-from bench.timing import ROOT
+from bench.timing import PEER_PACKAGES, ROOT, environment
 from tests.records import GPU, make_record, write_record
 
 # ------------------------------------------------------------------------------------------------------ results
@@ -248,3 +248,10 @@ def test_other_widths_and_batches_are_not_in_the_sweep_over_t() -> None:
     for more in ({"H": 25}, {"B": 4}):
         record["results"] += [r | {"shape": r["shape"] | more, "ms_median": 1.0, "limit_ms": 0.5} for r in wide]
     assert plots.attention(record) == swept
+
+
+def test_a_record_names_the_versions_of_all_peers_packages() -> None:
+    from bench.peers import PEERS
+
+    assert {peer.needs for table in PEERS.values() for peer in table.values()} - {None} <= set(PEER_PACKAGES)
+    assert environment()["packages"].keys() <= set(PEER_PACKAGES)
