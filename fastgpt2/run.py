@@ -20,7 +20,7 @@ from torch import Tensor
 from fastgpt2 import checkpoint
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.data import TokenSource, data_end_of_text, data_vocab_size, open_data, split
-from fastgpt2.device import pick_device
+from fastgpt2.device import keep_freed_memory, pick_device
 from fastgpt2.graph import CapturedStep
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import make_ops
@@ -126,6 +126,8 @@ def build(config: TrainConfig) -> Run:
         ConfigError: the request can't be carried out on this machine.
     """
     config, device = settle(config)
+    if device.type == "cpu":
+        keep_freed_memory()
     model_config = config.model_config()
     source, val_source = _open_sources(config)
     dtype = TORCH_DTYPE[str(config.dtype)]
