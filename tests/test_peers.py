@@ -1,7 +1,8 @@
 """The peers of the benchmarks: called with the right arguments, right where they can run here, and plain about why not.
 
 Packages whose kernels Triton can interpret run here where they are installed. The others meet a stand-in of the same
-interface that computes what its arguments ask for: another scale, mask, layout or reduction would be out of budget.
+interface that computes what its arguments ask for: another scale, mask, layout or reduction would be out of budget. On
+a GPU the benchmarks themselves compare every peer with float64 before they time it.
 """
 
 from __future__ import annotations
@@ -38,29 +39,29 @@ def load(op: str, name: str) -> Any:
         pytest.skip(str(reason))
 
 
-def draw(op: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor], list[Tensor]]:
+def draw(op: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     """What a peer is given, as in the benchmarks: the inputs with gradients and without."""
     generator = torch.Generator().manual_seed(0)
-    rows, C, V, (B, T, H, D) = (24, 32, 96, (2, 19, 2, 16)) if device == "cpu" else (512, 256, 1024, (2, 384, 3, 64))
+    rows, C, V = 24, 32, 96
 
     def normal(*size: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
-        return (scale * torch.randn(size, generator=generator)).to(device, dtype)
+        return (scale * torch.randn(size, generator=generator)).to(dtype)
 
     if op == "attention":
-        return [normal(B, T, 3, H, D)], []
+        return [normal(2, 19, 3, 2, 16)], []
     if op == "mlp":
         w_fc, w_proj = normal(4 * C, C, scale=C**-0.5), normal(C, 4 * C, scale=(4 * C) ** -0.5)
         return [normal(rows, C), w_fc, normal(4 * C), w_proj, normal(C)], []
     if op == "add_layer_norm":  # the stream and the parameters are float32 in training
         stream = [normal(rows, C, dtype=torch.float32), 1 + 0.3 * normal(C, dtype=torch.float32)]
         return [normal(rows, C), *stream, normal(C, dtype=torch.float32)], []
-    targets = torch.randint(V, (rows,), generator=generator).to(device)
+    targets = torch.randint(V, (rows,), generator=generator)
     return [normal(rows, C), normal(V, C, scale=3 * C**-0.5)], [targets]
 
 
-def assert_right(op: str, function: Any, dtype: torch.dtype, device: str = "cpu") -> None:
+def assert_right(op: str, function: Any, dtype: torch.dtype) -> None:
     """Outputs and gradients within budget of the plain form in float64."""
-    inputs, rest = draw(op, dtype, device)
+    inputs, rest = draw(op, dtype)
 
     def results(function: Any, double: bool = False) -> list[Tensor]:
         given = [(x.double() if double else x).detach().clone().requires_grad_() for x in inputs]
@@ -119,18 +120,6 @@ def test_cut_cross_entropy_interpreted_is_within_budget(monkeypatch, name: str) 
     # The order of its filter is compiled, which takes a C++ compiler longer than the rest of this file.
     monkeypatch.setattr("cut_cross_entropy.cce.sort_logit_avg", lambda x: torch.argsort(x).to(torch.int32))
     assert_right("linear_cross_entropy", head, torch.float16)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("op", "name"), [(op, name) for op, table in PEERS.items() for name in table])
-def test_every_peer_that_is_here_is_within_budget_on_a_gpu(op: str, name: str) -> None:
-    function = load(op, name)
-    if not PEERS[op][name].packed:
-        apart, function = function, lambda qkv: apart(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
-    try:
-        assert_right(op, function, torch.bfloat16, "cuda")
-    except Unavailable as reason:
-        pytest.skip(str(reason))
 
 
 # ------------------------------------------------------------------------------------------------ stand-ins
@@ -283,7 +272,7 @@ def test_without_gradients_none_are_made(monkeypatch, name: str) -> None:
 
     stand_in(monkeypatch, LIGER, liger_fused_linear_cross_entropy=head)
     stand_in(monkeypatch, "cut_cross_entropy", linear_cross_entropy=head)
-    inputs, rest = draw(LOSS, torch.bfloat16, "cpu")
+    inputs, rest = draw(LOSS, torch.bfloat16)
     given = [x.requires_grad_() for x in inputs]
     PEERS[LOSS][name].load()(*given, *rest)
     with torch.no_grad():
