@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     changes = compare(new, old)
     print(f"{device_of(new)}: commit {new['commit']['id'][:12]} against {old['commit']['id'][:12]} ({_name(old)})")
     now, before = versions(new), versions(old)
-    if differing := [f"{n} {before.get(n)} -> {now.get(n)}" for n in {**before, **now} if before.get(n) != now.get(n)]:
+    if differing := [f"{n} {before[n]} -> {now[n]}" for n in now if before.get(n, now[n]) != now[n]]:
         print(f"versions differ, and a peer that got faster looks like a slowdown of ours: {', '.join(differing)}")
     print(align([change.row() for change in sorted(changes, key=lambda change: not change.verdict)]))
     flagged = [change for change in changes if change.verdict]

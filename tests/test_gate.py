@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,15 @@ def test_what_is_larger_is_flagged(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_what_is_faster_or_smaller_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert judged(tmp_path, capsys, slower={STEP: 0.8}, memory=0.5) == (0, [])
+
+
+def test_other_versions_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = write_record(tmp_path), write_record(tmp_path, **NEW)
+    record = json.loads(new.read_text())
+    record["environment"] |= {"torch": "3.0.0", "packages": {"quack-kernels": "1.0"}}
+    new.write_text(json.dumps(record))
+    assert main([str(new), "--against", str(old)]) == 0
+    assert "looks like a slowdown of ours: torch 2.99.0 -> 3.0.0\n" in capsys.readouterr().out
 
 
 def test_the_newest_stored_record_of_another_commit_is_the_default(
