@@ -30,8 +30,8 @@ def test_the_counts_are_those_of_the_file(case: str) -> None:
     known = checked_in()
     if not known:
         pytest.skip(f"counts.json has no counts of torch {counts.version()}: python -m bench.counts --write")
-    lines = changes(case, known.get(case), CASES[case]())
-    assert not lines, "\n".join([*lines, counts.INTENDED])
+    if lines := changes(case, known.get(case), CASES[case]()):
+        pytest.fail("\n".join([*lines, counts.INTENDED]), pytrace=False)
 
 
 def test_the_file_has_what_ci_runs_and_nothing_else() -> None:
