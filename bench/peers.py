@@ -156,7 +156,8 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 def _flash_attn_2() -> Callable[..., Tensor]:
-    flash = _package("flash_attn", "flash-attn", AMPERE).flash_attn_qkvpacked_func
+    # Not from flash_attn itself, a name that version 4 has as well.
+    flash = _package("flash_attn.flash_attn_interface", "flash-attn", AMPERE).flash_attn_qkvpacked_func
     return lambda qkv: flash(qkv, causal=True)
 
 

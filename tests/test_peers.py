@@ -159,14 +159,17 @@ def packed_3(
     return (out, out.detach().sum(-1)) if return_softmax else out
 
 
-def separate_4(q, k, v, softmax_scale=None, causal=False, window_size=(None, None), softcap=0.0):
+def separate_4(
+    q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False, window_size=(None, None),
+):  # fmt: skip
+    assert qv is None and gather_kv_indices is None
     return attend(q, k, v, softmax_scale, causal), None
 
 
 @pytest.mark.parametrize(
     ("name", "path", "functions"),
     [
-        ("flash-attn", "flash_attn", {"flash_attn_qkvpacked_func": packed_2}),
+        ("flash-attn", "flash_attn.flash_attn_interface", {"flash_attn_qkvpacked_func": packed_2}),
         ("flash-attn-3", "flash_attn_interface", {"flash_attn_qkvpacked_func": packed_3}),
         ("flash-attn-4", "flash_attn.cute", {"flash_attn_func": separate_4}),
     ],
@@ -281,7 +284,8 @@ def test_without_gradients_none_are_made(monkeypatch, name: str) -> None:
 
 
 def test_a_stand_in_called_wrongly_is_out_of_budget(monkeypatch) -> None:
-    stand_in(monkeypatch, "flash_attn", flash_attn_qkvpacked_func=lambda qkv, causal: packed_2(qkv, causal=False))
+    wrong = {"flash_attn_qkvpacked_func": lambda qkv, causal: packed_2(qkv, causal=False)}
+    stand_in(monkeypatch, "flash_attn.flash_attn_interface", **wrong)
     with pytest.raises(AssertionError, match="not timed: attention, tensor 0 is off"):
         assert_right("attention", PEERS["attention"]["flash-attn"].load(), torch.float32)
 
@@ -310,8 +314,9 @@ def test_every_peer_loads_or_says_in_a_line_why_not() -> None:
 def test_a_package_that_is_not_installed(monkeypatch) -> None:
     monkeypatch.setattr(peers, "_capability", lambda: (9, 0))
     assert reason("mlp", "quack") == "quack-kernels is not installed: pip install quack-kernels"
-    stand_in(monkeypatch, "flash_attn")  # version 2 and 4 share the name
-    assert reason("attention", "flash-attn-4") == "flash-attn-4 is not installed: pip install flash-attn-4"
+    stand_in(monkeypatch, "flash_attn")  # the name that version 2 and 4 share
+    for name in ("flash-attn", "flash-attn-4"):
+        assert reason("attention", name) == f"{name} is not installed: pip install {name}"
 
 
 def test_a_package_that_does_not_fit(monkeypatch, tmp_path) -> None:
