@@ -1,142 +1,195 @@
 """The whole training step, as the trainer runs it: draw the next batch, forward, backward, optimizer.
 
-The ablation: one slot's implementation changed at a time, the others in PyTorch's form; all of ours together; and what
-is about the step as a whole (activations recomputed, the step as one CUDA graph). They run under the trainer's
-numerics, which ask PyTorch for deterministic algorithms. The peers are the same step with PyTorch's attention held to
-one kernel and without that request, which is PyTorch at its fastest.
+Each contest is a set of candidates of bench.steps, every one in a process of its own (bench.lockstep), timed in turn
+once their losses and gradients are seen to agree with those of plain PyTorch, eager:
+
+    peers       ours as it comes, and with every kernel of ours, beside plain PyTorch and transformers
+    ablation    PyTorch's forms, one slot's implementation changed at a time, and all
+    graph       small batches, where launching takes longer than computing: with CUDA graphs, ours and PyTorch's
+    recompute   a block's activations computed again in the backward
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
-from bench.bench_attention import check_attention
-from bench.shapes import CUDA, DEVICE, PEERS, SECONDS, STEP_SHAPES, AttentionShape, Candidate, StepShape
-from bench.timing import peak_memory, rates, time_call
-from fastgpt2.compare import error_and_budget, problems
-from fastgpt2.config import TrainConfig
-from fastgpt2.model import FLOPS_PER_TOKEN
-from fastgpt2.ops import FLAGS, SLOTS, make_ops
-from fastgpt2.run import TORCH_DTYPE, build, numerics, settle
-from fastgpt2.train import MFU_FORMULA
+from bench.device_state import make_state_query
+from bench.lockstep import Candidate, Finished, Limits, Lost, contest
+from bench.shapes import CUDA, DEVICE
+from bench.steps import REFERENCE, STEPS, StepShape, agree_in, result
+from bench.timing import REPLAY, replay
+from fastgpt2.ops import SLOTS
 
-PLAIN = {"attention": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
-"""What the ablation changes: PyTorch's forms."""
+ROUNDS = 10 if CUDA else 3
+ROUND_S = 0.4 if CUDA else 0.05
+"""About how long a candidate is timed in a round."""
+CONTEST_S = 240.0
+"""No round starts when a contest has taken so long: what was timed until then is kept."""
+LIMITS = Limits(build=240.0, round=30.0)
+MOST_AT_ONCE = 6 if CUDA else 1
+"""Candidates that are built at the same time; each compiles in several processes of its own."""
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A step: some slots' implementations, PyTorch's for the others, and settings of the trainer."""
+class StepContest:
+    """One shape, compiled or not, and who takes part."""
 
-    choices: dict[str, str] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    peer: Candidate | None = None
+    kind: str
+    shape: StepShape
+    compiled: bool
+    names: tuple[str, ...]
 
-    def ops(self) -> dict[str, str]:
-        return PLAIN | self.choices
-
-    def config(self, shape: StepShape, compiled: bool) -> TrainConfig:
-        flags: dict[str, Any] = {FLAGS[slot].removeprefix("--"): name for slot, name in self.ops().items()}
-        return TrainConfig(
-            model=shape.model,
-            n_layer=shape.n_layer,
-            batch_size=shape.batch_size,
-            dtype=shape.dtype,  # type: ignore[arg-type]
-            compile=compiled,
-            device=str(DEVICE),
-            deterministic=self.choices != {"attention": "cudnn"},
-            **flags,
-            **self.settings,
-        )
+    @property
+    def title(self) -> str:
+        return f"{self.shape.model}-B{self.shape.B}-{'compiled' if self.compiled else 'eager'}-{self.kind}"
 
 
-_OURS = dict.fromkeys(SLOTS, "triton")
-VARIANTS: dict[str, Variant] = {
-    "plain": Variant(),
-    "all-triton": Variant(_OURS),
-    **{
-        f"{slot}-{name}": Variant({slot: name})
-        for slot, table in SLOTS.items()
-        for name in table
-        if name != PLAIN[slot]
-    },
-    "plain-recompute": Variant(settings={"recompute": True}),
-    "all-triton-recompute": Variant(_OURS, {"recompute": True}),
-    "plain-graph": Variant(settings={"cuda_graph": True}),
-    "all-triton-graph": Variant(_OURS, {"cuda_graph": True}),
-    **{name: Variant(peer=PEERS[name]) for name in ("sdpa-cudnn", "sdpa-flash")},
-}
+@dataclass(frozen=True)
+class Held:
+    """What a contest came to."""
+
+    outcomes: dict[str, Finished | Lost]
+    identity: str
+    device_state: dict[str, dict[str, str]]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
-@pytest.mark.parametrize("shape", STEP_SHAPES, ids=lambda shape: f"B{shape.batch_size}")
+PEERS = ("ours-auto", "ours-triton", "plain", "plain-cudnn", "plain-flash", "transformers")
+FEWER = ("ours-auto", "ours-triton", "plain", "plain-cudnn", "transformers")
+ABLATION = (
+    "ours-torch",
+    *(name for name in STEPS if name.startswith(tuple(f"ours-{slot}-" for slot in SLOTS))),
+    "ours-triton",
+)
+GRAPH = ("ours-auto", "ours-auto-graph", "ours-triton-graph", "plain", "plain-reduce-overhead")
+RECOMPUTE = ("ours-auto", "ours-auto-recompute", "ours-triton-recompute")
+
+
+def _gpt2(B: int) -> StepShape:
+    return StepShape("gpt2", B, "bfloat16")
+
+
+# By importance: a run that is cut short has the middle size of every candidate first.
+ON_A_GPU = [
+    StepContest("peers", _gpt2(32), True, (*PEERS, "plain-efficient")),
+    StepContest("ablation", _gpt2(32), True, ABLATION),
+    StepContest("peers", _gpt2(64), True, PEERS),
+    StepContest("graph", _gpt2(4), True, GRAPH),
+    StepContest("graph", _gpt2(1), True, GRAPH),
+    StepContest("peers", _gpt2(32), False, FEWER),
+    # A candidate holds 16 bytes a parameter between its rounds: the larger the model, the fewer fit.
+    StepContest("peers", StepShape("gpt2-medium", 16, "bfloat16"), True, FEWER),
+    StepContest("peers", StepShape("gpt2-large", 8, "bfloat16"), True, ("ours-auto", "plain", "plain-cudnn")),
+    StepContest("peers", StepShape("gpt2-xl", 4, "bfloat16"), True, ("ours-auto", "plain-cudnn")),
+    StepContest("recompute", _gpt2(32), True, RECOMPUTE),
+    *(StepContest("peers", _gpt2(B), True, FEWER) for B in (16, 8, 4, 1)),
+    *(StepContest("graph", _gpt2(B), False, GRAPH[:-1]) for B in (4, 1)),
+]
+_TINY = StepShape("tiny", 8, "float32", n_layer=1)
+"""One block: most of a CPU's time goes into compiling."""
+ON_A_CPU = [
+    StepContest("peers", _TINY, False, FEWER),
+    StepContest("peers", _TINY, True, FEWER),
+    StepContest("ablation", _TINY, True, ABLATION),
+]
+
+
+@pytest.fixture(scope="session")
+def held() -> dict[StepContest, Held]:
+    """The contests of this session."""
+    return {}
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+@pytest.mark.parametrize(
+    ("entered", "name"),
+    [pytest.param(c, name, id=f"{c.title}-{name}") for c in (ON_A_GPU if CUDA else ON_A_CPU) for name in c.names],
+)
 def test_train_step(
-    benchmark: Any, record: Callable[[dict[str, Any]], None], shape: StepShape, compiled: bool, name: str
+    benchmark: Any,
+    record: Callable[[dict[str, Any]], None],
+    measured_ceilings: Callable[[], dict[str, Any]],
+    selected: list[str],
+    held: dict[StepContest, Held],
+    entered: StepContest,
+    name: str,
 ) -> None:
-    variant = VARIANTS[name]
-    if not CUDA and "triton" in variant.choices.values():
-        pytest.skip("Triton on a CPU is interpreted: its time would say nothing about the kernels")
-    if not CUDA and variant.settings.get("cuda_graph"):
-        pytest.skip("a CUDA graph needs a CUDA GPU")
-    candidate = variant.peer or Candidate(variant.ops()["attention"])
-    config, _ = settle(variant.config(shape, compiled))
-    size, dtype = config.model_config(), TORCH_DTYPE[shape.dtype]
-    op = candidate.op(DEVICE, dtype, size.head_dim)
-    with candidate.selected():
-        check_attention(name, op, AttentionShape(2, size.block_size, size.n_head, size.head_dim, dtype))
-        check_slots(variant, dtype)
-        with numerics(config):
-            if candidate.peer:
-                torch.use_deterministic_algorithms(False)
-            run = build(config)
-            tokens = [run.next_tokens(0)]
-            losses: list[torch.Tensor] = []
-
-            def step(i: int) -> None:
-                loss, _ = run.step(i, tokens[0])
-                tokens[0] = run.next_tokens(i + 1)
-                losses[:] = [loss]
-
-            benchmark.group = f"training step, {shape.model}"
-            timing = time_call(benchmark, step, DEVICE, seconds=2 * SECONDS)
-            memory = peak_memory(lambda: step(0), DEVICE)
-            deterministic = torch.are_deterministic_algorithms_enabled()
-    assert torch.isfinite(losses[0]), f"the loss of a timed step is {losses[0].item()}"
-    tokens_a_step = shape.batch_size * size.block_size
+    shape, benchmark.group = entered.shape, f"training step, {entered.title}, {entered.shape.dtype}"
+    if reason := STEPS[name].cuda * (not CUDA):
+        pytest.skip(reason)
+    if not benchmark.enabled:
+        (outcome,) = hold(entered, [name], rounds=1).outcomes.values()
+        if isinstance(outcome, Lost):
+            _stop(outcome)
+        benchmark.pedantic(lambda: None)
+        return
+    if entered not in held:
+        held[entered] = hold(entered, selected, rounds=ROUNDS)
+    outcome = held[entered].outcomes[name]
+    if isinstance(outcome, Lost):
+        _stop(outcome)
     record(
         {
-            "op": "training step",
-            "backend": name,
-            "slots": variant.ops(),
-            "compiled": compiled,
-            "dtype": shape.dtype,
-            "shape": {"model": shape.model, "n_layer": size.n_layer, "B": shape.batch_size, "T": size.block_size},
-            "deterministic": deterministic,
-            **timing,
-            **rates(
-                timing,
-                tokens=tokens_a_step,
-                flops=tokens_a_step * FLOPS_PER_TOKEN[MFU_FORMULA](size),
-                formula=f"{MFU_FORMULA}, forward and backward",
-                dtype=shape.dtype,
-                device=DEVICE,
-            ),
-            **memory,
+            "contest": held[entered].identity,
+            **result(name, shape, entered.compiled, outcome, DEVICE, measured_ceilings()),
+            "device_state": held[entered].device_state,
         }
     )
+    replay(benchmark, outcome.timed)
 
 
-def check_slots(variant: Variant, dtype: torch.dtype) -> None:
-    """Fail where an implementation other than the attention's errs more than its budget allows."""
-    ops, _ = make_ops(variant.ops(), device=DEVICE, dtype=dtype)
-    for slot, problem in problems(DEVICE).items():
-        if slot != "attention" and variant.ops()[slot] != PLAIN[slot]:
-            table = error_and_budget(getattr(ops, slot), problem, dtype, DEVICE, [0])
-            for tensor, (error, budget) in table.items():
-                assert error <= budget, f"not timed: {slot} {tensor} is off by {error:.2e}, {budget:.2e} is allowed"
+def _stop(lost: Lost) -> NoReturn:
+    if lost.failed:
+        pytest.fail(f"{lost.reason}\n{lost.output}", pytrace=False)
+    pytest.skip(lost.reason)
+
+
+def hold(entered: StepContest, names: Sequence[str], rounds: int) -> Held:
+    """Run a contest with those of its candidates that are named and can run here."""
+    names = [name for name in names if CUDA or not STEPS[name].cuda]
+    threads = None if CUDA else 1
+
+    def candidate(name: str, compiled: bool) -> Candidate:
+        return STEPS[name].on(entered.shape, DEVICE, compiled=compiled, threads=threads)
+
+    reference = f"{REFERENCE}, eager"
+    state = make_state_query() if CUDA else dict
+    before = state()
+    outcomes = contest(
+        # The reference first: it is done with the device while the others still compile.
+        {reference: candidate(REFERENCE, False), **{name: candidate(name, entered.compiled) for name in names}},
+        rounds=rounds,
+        seconds=rounds * ROUND_S,
+        limits=LIMITS,
+        reference=reference,
+        agree=agree_in(entered.shape),
+        at_once=at_once(entered.shape, len(names)),
+        untimed=[reference],
+        until=time.monotonic() + CONTEST_S,
+        say=lambda text: print(f"{entered.title}: {text}", file=sys.stderr, flush=True),
+    )
+    device_state = {"before": before, "after": state()} if before else {}
+    return Held(outcomes, f"{entered.title} {uuid.uuid4().hex[:12]}", device_state)
+
+
+def at_once(shape: StepShape, candidates: int) -> int:
+    """How many candidates may take their first steps at the same time, each holding all activations.
+
+    An estimate, of 34 bytes a channel of a block and 8 a logit for each token, and 16 a parameter. Where it is wrong,
+    bench.lockstep builds those again that ran out of memory.
+    """
+    if not CUDA:
+        return 1
+    size = shape.size()
+    parameters = size.padded_vocab_size * size.n_embd + 12 * size.n_layer * size.n_embd**2
+    a_token = 34 * size.n_layer * size.n_embd + 8 * size.padded_vocab_size
+    total = torch.cuda.get_device_properties(DEVICE).total_memory
+    free = total - candidates * (16 * parameters + 2**29)
+    return max(1, min(MOST_AT_ONCE, int(free / (shape.B * size.block_size * a_token))))

@@ -68,8 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
     folder = given.out.resolve() / "cpu"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{started:%Y-%m-%d-%H%M%S}-{source['id'][:12]}.json"
-    for number, cell in enumerate(given.cells):
-        share = (ends - time.monotonic()) / (len(given.cells) - number)
+    for done, cell in enumerate(given.cells):
+        share = (ends - time.monotonic()) / (len(given.cells) - done)
         dtype, how = cell.split("-")
         shape = StepShape(given.model, given.batch_size, dtype, given.block_size, given.n_layer)
         _run_cell(record, shape, how == "compiled", given, time.monotonic() + share)

@@ -36,24 +36,22 @@ def all_stages(scratch: Path, results: Path, commit_id: str) -> list[Stage]:
         return Stage(name, [*_PYTEST, f"bench/{file}", "-k", keyword, *options], seconds_limit)
 
     attention, step = "bench_attention.py", "bench_train_step.py"
-    whole = "compiled and not recompute and not graph"
-    peers = "(all-triton or plain or sdpa)"
     return [
         Stage("ceilings", [sys.executable, "-m", "bench.timing", "--jsonl", str(results)], 60),
         *(_tests(file, scratch) for file in gpu_test_files()),
         bench("attention T=1024", attention, "T1024", 90),
-        bench("step, ours and peers", step, f"B32 and {whole} and {peers}", 300),
+        bench("step, ours and peers", step, "gpt2-B32-compiled-peers", 300),
         bench("linear cross-entropy", "bench_linear_cross_entropy.py", "test", 120),
         bench("gelu_mlp", "bench_gelu_mlp.py", "test", 120),
         bench("layer norm", "bench_layer_norm.py", "test", 90),
-        bench("step, one slot changed", step, f"B32 and {whole} and (mlp or norm or loss or attention)", 300),
+        bench("step, one slot changed", step, "gpt2-B32-compiled-ablation", 300),
         # Its checks are among the tests; this is their table.
         Stage("verify", [sys.executable, "-m", "fastgpt2.verify"], 240, required=True),
-        bench("step, CUDA graphs", step, "(B1- or B4-) and (plain or all-triton) and not recompute", 300),
-        bench("step, recomputed", step, "B32 and compiled and recompute", 150),
-        bench("step, other batches", step, f"(B16 or B64) and {whole} and {peers}", 300),
+        bench("step, CUDA graphs", step, "gpt2 and compiled-graph", 300),
+        bench("step, recomputed", step, "gpt2-B32-compiled-recompute", 150),
+        bench("step, other batches", step, "(gpt2-B16 or gpt2-B64) and compiled-peers", 300),
         bench("attention T=2048 and up", attention, "T2048 or T4096 or T8192", 120),
-        bench("step, eager", step, "B32 and eager and not recompute and not graph", 180),
+        bench("step, eager", step, "gpt2-B32-eager-peers", 180),
         # The same again: differences between candidates that are smaller than these are noise.
         bench("attention T=1024, repeated", attention, "T1024", 90),
     ]

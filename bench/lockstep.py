@@ -4,39 +4,30 @@ A worker has its own compile caches, allocator and peak memory, and one that cra
 The parent tells it what to do over a pipe, a line of JSON each way: build, take the first calls, run a round, leave.
 In round r every candidate is timed in turn, the order rotated by r, so that what drifts (clocks, temperature, other
 work on the machine) meets all of them alike and cancels in ratios formed round by round.
-
-    python -m bench.lockstep        a worker; started by `contest`, speaks on its standard input and output
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
-import itertools
 import json
 import os
-import queue
 import select
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-
-from bench.timing import ROOT, Timed, environment
-from fastgpt2.device import peak_memory_bytes, synchronize
+from bench.timing import ROOT, Timed
+from bench.worker import FAILED, OUT_OF_MEMORY, UNAVAILABLE
 
 FIRST_CALLS = 3
-"""Calls before the first round, whose values are compared between candidates."""
+"""Calls before the first round; what they come to is compared between candidates."""
 UNTIMED_BELOW_S = 0.25
 """A round begins with an untimed call where a call is shorter than this: what it warms is gone from a longer one's
 caches before it ends."""
@@ -52,26 +43,13 @@ CLOCK = {
 }
 
 
-class Contestant(Protocol):
-    """What a candidate's `make` returns in the worker."""
-
-    device: torch.device
-    keeps_memory: bool
-    """Whether cached memory must stay where it is, as under a CUDA graph."""
-    facts: dict[str, Any]
-    """For the result."""
-
-    def __call__(self, index: int) -> torch.Tensor:
-        """Launch the work on the inputs of an index, which only ever grows; a scalar that the work came to."""
-        ...
-
-
 @dataclass(frozen=True)
 class Candidate:
     """A worker's work.
 
     Args:
-        make: "module:function", called in the worker with `arguments`, which JSON must be able to hold.
+        make: "module:function", called in the worker with `arguments`, which JSON must be able to hold; gives a
+            bench.worker.Contestant.
         environment: beside the parent's variables.
     """
 
@@ -94,13 +72,13 @@ class Finished:
     """A candidate that came through.
 
     Args:
-        values: what the first calls came to.
+        values: what each of the first calls came to, by name.
         seconds_to_build, seconds_to_first: from the start of the process until it was built, and until the first
             call was done. Others may have been built at the same time.
     """
 
     timed: Timed
-    values: list[float]
+    values: Values
     facts: dict[str, Any]
     versions: dict[str, Any]
     seconds_to_build: float
@@ -111,23 +89,30 @@ class Finished:
 
 @dataclass(frozen=True)
 class Lost:
-    """A candidate that did not, and why; `wrong` where it ran and what it came to is not what the reference did."""
+    """A candidate that did not, and why.
+
+    Args:
+        failed: whether something is amiss: it crashed, hung or is wrong. Otherwise it can't run here, memory is too
+            small, or the time was up.
+        output: the end of what its worker printed.
+    """
 
     reason: str
-    wrong: bool = False
+    failed: bool
     output: str = ""
 
 
 class WorkerError(Exception):
     """A worker's answer was an error, or there was none."""
 
-    def __init__(self, reason: str, *, out_of_memory: bool = False) -> None:
+    def __init__(self, reason: str, kind: str = FAILED) -> None:
         super().__init__(reason)
-        self.out_of_memory = out_of_memory
+        self.kind = kind
 
 
-Agree = Callable[[list[float], list[float]], str | None]
-"""(values, the reference's) -> what is wrong with the first, None where nothing is."""
+Values = list[dict[str, float]]
+Agree = Callable[[str, Values, str, Values], str | None]
+"""(name, its values, the reference's name, its values) -> what is wrong with the former, None where nothing is."""
 
 
 def contest(
@@ -152,7 +137,7 @@ def contest(
         agree: one that doesn't is lost, and not timed.
         at_once: how many are built at the same time. One for which memory doesn't suffice meanwhile is built again
             when it has the device to itself.
-        untimed: candidates that only give their values.
+        untimed: candidates that only give their values, and leave before the rounds.
         until: time.monotonic() after which no round starts.
         say: told of each step, for a log.
 
@@ -184,11 +169,11 @@ class _Lose:
     ) -> None:
         self._workers, self._outcomes, self._say = workers, outcomes, say
 
-    def __call__(self, name: str, reason: str, *, wrong: bool = False) -> None:
+    def __call__(self, name: str, error: WorkerError) -> None:
         worker = self._workers.pop(name)
         worker.close()
-        self._outcomes[name] = Lost(reason, wrong, "" if wrong else worker.output())
-        self._say(f"{name}: lost: {reason}")
+        self._outcomes[name] = Lost(str(error), error.kind == FAILED, worker.output())
+        self._say(f"{name}: lost: {error}")
 
     @contextlib.contextmanager
     def instead(self, name: str) -> Any:
@@ -196,7 +181,7 @@ class _Lose:
         try:
             yield
         except WorkerError as error:
-            self(name, str(error))
+            self(name, error)
 
 
 def _build(workers: dict[str, Worker], lose: _Lose, limits: Limits, at_once: int, say: Callable[[str], None]) -> None:
@@ -213,11 +198,11 @@ def _build(workers: dict[str, Worker], lose: _Lose, limits: Limits, at_once: int
     with ThreadPoolExecutor(at_once) as pool:
         errors = dict(zip(list(workers), pool.map(build, list(workers.values())), strict=True))
     for name, error in errors.items():
-        if error is not None and error.out_of_memory and at_once > 1:
+        if error is not None and error.kind == OUT_OF_MEMORY and at_once > 1:
             say(f"{name}: again, with the device to itself")
             error = build(workers[name])
         if error is not None:
-            lose(name, str(error))
+            lose(name, error)
 
 
 def _check(workers: dict[str, Worker], lose: _Lose, reference: str | None, agree: Agree | None) -> None:
@@ -225,8 +210,8 @@ def _check(workers: dict[str, Worker], lose: _Lose, reference: str | None, agree
         return
     right = workers[reference if reference in workers else next(iter(workers))]
     for name, worker in list(workers.items()):
-        if problem := agree(worker.values, right.values):
-            lose(name, f"not timed: {problem}, against {right.name}", wrong=True)
+        if problem := agree(name, worker.values, right.name, right.values):
+            lose(name, WorkerError(f"not timed: {problem}"))
 
 
 def _rounds(
@@ -261,7 +246,7 @@ class Worker:
 
     def __init__(self, name: str, candidate: Candidate) -> None:
         self.name, self._candidate = name, candidate
-        self.values: list[float] = []
+        self.values: Values = []
         self.round_ms: list[float] = []
         self.samples_ms: list[float] = []
         self.seconds_to_build = self.seconds_to_first = 0.0
@@ -284,7 +269,7 @@ class Worker:
         self.close()
         began = time.monotonic()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.lockstep"],
+            [sys.executable, "-m", "bench.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._printed,
@@ -295,11 +280,12 @@ class Worker:
         self._unread = b""
         self._built = self.ask("build", limit, make=self._candidate.make, arguments=self._candidate.arguments)
         self.seconds_to_build = time.monotonic() - began
-        first = self.ask("first", limit, calls=1)
-        self.seconds_to_first = time.monotonic() - began
-        rest = self.ask("first", limit, calls=FIRST_CALLS - 1)
-        self.values = [*first["values"], *rest["values"]]
-        self._call_s = min(rest["seconds"])
+        self.values = []
+        for number in range(FIRST_CALLS):
+            self._call_s = self.ask("first", limit)["seconds"]
+            if number == 0:
+                self.seconds_to_first = time.monotonic() - began
+            self.values.append(self.ask("check", limit)["values"])
         self.ask("rest", limit)
 
     def round(self, seconds: float, limit: float) -> None:
@@ -322,14 +308,14 @@ class Worker:
         last = self.ask("finish", limit)
         self.close()
         if not self.round_ms:
-            raise WorkerError("the time was up before its first round")
+            raise WorkerError("the time was up before its first round", UNAVAILABLE)
         host_ms = statistics.median(self._host_ms) if self._host_ms else None
         kind = self._built["device"]
         return Finished(
             timed=Timed(self.round_ms, self.samples_ms, host_ms, CLOCK[kind]),
             values=self.values,
             facts=self._built["facts"],
-            versions=self._built["versions"],
+            versions=last["versions"],
             seconds_to_build=self.seconds_to_build,
             seconds_to_first=self.seconds_to_first,
             peak_memory_bytes=last["peak_memory_bytes"],
@@ -351,7 +337,7 @@ class Worker:
             raise WorkerError(self._death()) from None
         answer = json.loads(self._line(command, limit))
         if "error" in answer:
-            raise WorkerError(answer["error"], out_of_memory=answer["out_of_memory"])
+            raise WorkerError(answer["error"], answer["kind"])
         return answer
 
     def _line(self, command: str, limit: float) -> bytes:
@@ -377,7 +363,8 @@ class Worker:
             self._process.wait(5.0)
         status = self._process.returncode
         if status is not None and status < 0:
-            return f"the worker was ended by {signal.Signals(-status).name}"
+            maybe = " (out of memory?)" if status == -signal.SIGKILL else ""
+            return f"the worker was ended by {signal.Signals(-status).name}{maybe}"
         return f"the worker ended with status {status}"
 
     def output(self) -> str:
@@ -398,107 +385,3 @@ class Worker:
             with contextlib.suppress(OSError):  # what was not flushed to a dead process
                 pipe.close()
         self._process = None
-
-
-# ------------------------------------------------------------------------------------------ in the worker
-
-
-class _Serving:
-    """The commands, a method each; what they return is the answer."""
-
-    def __init__(self) -> None:
-        self.contestant: Contestant
-        self.indices = itertools.count()
-
-    def build(self, make: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        module, function = make.split(":")
-        self.contestant = getattr(import_module(module), function)(**arguments)
-        return {
-            "device": self.contestant.device.type,
-            "facts": self.contestant.facts,
-            "versions": environment(),
-        }
-
-    def first(self, calls: int) -> dict[str, Any]:
-        values, seconds = [], []
-        for _ in range(calls):
-            began = time.perf_counter()
-            values.append(self.contestant(next(self.indices)).item())
-            seconds.append(time.perf_counter() - began)
-        return {"values": values, "seconds": seconds}
-
-    def round(self, calls: int, untimed: int) -> dict[str, Any]:
-        for _ in range(untimed):
-            self.contestant(next(self.indices))
-        synchronize(self.contestant.device)
-        timed = self._cuda_round if self.contestant.device.type == "cuda" else self._cpu_round
-        answer = timed(calls)
-        self.rest()
-        return answer
-
-    def _cpu_round(self, calls: int) -> dict[str, Any]:
-        samples = []
-        for _ in range(calls):
-            began = time.perf_counter()
-            self.contestant(next(self.indices))
-            samples.append(1e3 * (time.perf_counter() - began))
-        return {"ms": statistics.median(samples), "samples_ms": samples, "host_ms": None}
-
-    def _cuda_round(self, calls: int) -> dict[str, Any]:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
-        began = time.perf_counter()
-        events[0].record()
-        launched = began
-        for number, event in enumerate(events[1:]):
-            self.contestant(next(self.indices))
-            event.record()
-            if number == 0:  # later ones may wait for room in the queue
-                launched = time.perf_counter()
-        torch.cuda.synchronize(self.contestant.device)
-        took = time.perf_counter() - began
-        return {
-            "ms": 1e3 * took / calls,
-            "samples_ms": [start.elapsed_time(end) for start, end in itertools.pairwise(events)],
-            "host_ms": 1e3 * (launched - began),
-        }
-
-    def rest(self) -> dict[str, Any]:
-        """Leave the device's memory to the others."""
-        if self.contestant.device.type == "cuda" and not self.contestant.keeps_memory:
-            torch.cuda.empty_cache()
-        return {}
-
-    def finish(self) -> dict[str, Any]:
-        return {"peak_memory_bytes": peak_memory_bytes(self.contestant.device)}
-
-
-def serve() -> None:
-    """Answer the parent's commands until it goes away."""
-    # The answers' pipe is kept aside; what libraries print goes where errors do.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    commands: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=_listen, args=(commands,), daemon=True).start()
-    serving = _Serving()
-    while True:
-        request = json.loads(commands.get())
-        try:
-            answer = getattr(serving, request.pop("command"))(**request)
-        except Exception as error:
-            gc.collect()
-            text = " ".join(str(error).split())
-            out_of_memory = isinstance(error, torch.cuda.OutOfMemoryError)
-            reason = "out of memory" if out_of_memory else f"{type(error).__name__}: {text[:500]}"
-            answer = {"error": reason, "out_of_memory": out_of_memory}
-            sys.excepthook(type(error), error, error.__traceback__)
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-def _listen(commands: queue.Queue[str]) -> None:
-    for line in sys.stdin:
-        commands.put(line)
-    os._exit(0)  # the parent is gone, whatever this process is doing
-
-
-if __name__ == "__main__":
-    serve()

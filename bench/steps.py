@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.lockstep import Candidate, Finished
+from bench.lockstep import Candidate, Finished, Values
 from bench.plain_gpt2 import PlainGPT2
 from bench.roofline import Work, figures
-from fastgpt2.config import PRESETS, ModelConfig, TrainConfig
+from fastgpt2.config import PRESETS, ConfigError, ModelConfig, TrainConfig
 from fastgpt2.data import open_data, split
 from fastgpt2.model import FLOPS_PER_TOKEN, GPT
 from fastgpt2.ops import FLAGS, SLOTS
@@ -150,6 +151,8 @@ class Step:
     """A training step that draws its own tokens: what a worker times.
 
     Args:
+        model: whose gradients the work leaves behind; its parameters have the names of fastgpt2.model.GPT's, maybe
+            with something before them.
         work: (index, tokens (grad_accum, B, T + 1)) -> the loss, on the device.
         draw: index -> the tokens of a step, on their way to the device.
     """
@@ -157,6 +160,7 @@ class Step:
     def __init__(
         self,
         device: torch.device,
+        model: nn.Module,
         work: Callable[[int, Tensor], Tensor],
         draw: Callable[[int], Tensor],
         facts: dict[str, Any],
@@ -164,13 +168,19 @@ class Step:
         keeps_memory: bool = False,
     ) -> None:
         self.device, self.facts, self.keeps_memory = device, facts, keeps_memory
-        self._work, self._draw = work, draw
+        self._model, self._work, self._draw = model, work, draw
         self._tokens = draw(0)
+        self._loss: Tensor
 
-    def __call__(self, index: int) -> Tensor:
-        loss = self._work(index, self._tokens)
+    def __call__(self, index: int) -> None:
+        self._loss = self._work(index, self._tokens)
         self._tokens = self._draw(index + 1)
-        return loss
+
+    def check(self) -> dict[str, float]:
+        """The loss of the last step, and the norm of the gradient of each parameter."""
+        named = ((name, p.grad) for name, p in self._model.named_parameters() if p.grad is not None)
+        norms = {re.sub(r".*\btransformer\.", "", name): grad.norm().item() for name, grad in named}
+        return {"loss": self._loss.item(), **norms}
 
 
 def make_ours(settings: dict[str, Any]) -> Step:
@@ -186,6 +196,7 @@ def make_ours(settings: dict[str, Any]) -> Step:
     }
     return Step(
         device,
+        run.model,
         lambda index, tokens: run.step(index, tokens)[0],
         run.next_tokens,
         facts,
@@ -215,8 +226,10 @@ class HuggingFace(nn.Module):
     """The mean cross-entropy of transformers' GPT2LMHeadModel with our weights."""
 
     def __init__(self, size: ModelConfig, weights: dict[str, Tensor]) -> None:
-        from transformers import GPT2Config, GPT2LMHeadModel
-
+        try:
+            from transformers import GPT2Config, GPT2LMHeadModel
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{error.name} is not installed") from None
         super().__init__()
         config = GPT2Config(  # type: ignore[call-arg]
             vocab_size=size.vocab_size,
@@ -285,7 +298,7 @@ def _peer(
         return loss.detach()
 
     facts = {"deterministic": torch.are_deterministic_algorithms_enabled()}
-    return Step(device, work, draw, facts, keeps_memory=mode is not None)
+    return Step(device, model, work, draw, facts, keeps_memory=mode is not None)
 
 
 def initial_weights(config: TrainConfig) -> dict[str, Tensor]:
@@ -305,21 +318,39 @@ def _for_good(context: contextlib.AbstractContextManager) -> None:
 
 # ------------------------------------------------------------------------------------------------- the result
 
-RELATIVE_TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "tf32": 2e-3, "bfloat16": 2e-3, "float16": 2e-3}
-"""Of the first losses between candidates."""
+LOSS_TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "tf32": 1e-3, "bfloat16": 1e-3}
+"""Of the first losses between candidates, relative."""
+GRADIENT_TOLERANCE = {"float64": 1e-8, "float32": 1e-3, "tf32": 2e-2, "bfloat16": 5e-2}
+"""Of the norm of each parameter's first gradient, relative."""
 
 
-def agree_in(shape: StepShape) -> Callable[[list[float], list[float]], str | None]:
-    """What bench.lockstep checks before it times: the first losses. A vocabulary that is predicted with its padding, as
-    nanoGPT's is, adds log(padded / V) at the most to the loss: about as much may lie between."""
+def agree_in(shape: StepShape) -> Callable[[str, Values, str, Values], str | None]:
+    """What bench.lockstep checks before it times: the first losses, and the norms of the first step's gradients, since
+    on random tokens a loss hardly feels what is wrong.
+
+    A vocabulary that is predicted with its padding, as nanoGPT's is, adds up to log(padded / V) to the loss.
+    """
     size = shape.size()
-    padding = math.log(size.padded_vocab_size / size.vocab_size)
 
-    def agree(losses: list[float], right: list[float]) -> str | None:
-        for step, (mine, theirs) in enumerate(zip(losses, right, strict=True)):
-            allowed = padding + RELATIVE_TOLERANCE[shape.dtype] * abs(theirs)
-            if not abs(mine - theirs) <= allowed:
-                return f"the loss of step {step} is {mine:.6f} where {theirs:.6f} is right, {allowed:.1e} is allowed"
+    def padding(name: str) -> float:
+        return math.log(size.padded_vocab_size / size.vocab_size) if name.startswith("plain") else 0.0
+
+    def agree(name: str, values: Values, reference: str, right: Values) -> str | None:
+        apart = padding(name) + padding(reference) if padding(name) != padding(reference) else 0.0
+        for step, (mine, theirs) in enumerate(zip(values, right, strict=True)):
+            allowed = apart + LOSS_TOLERANCE[shape.dtype] * theirs["loss"]
+            if not abs(mine["loss"] - theirs["loss"]) <= allowed:
+                return (
+                    f"the loss of step {step} is {mine['loss']:.6f}, with {reference} {theirs['loss']:.6f}; "
+                    f"{allowed:.1e} between them is allowed"
+                )
+        for parameter, theirs_norm in right[0].items():
+            norm, allowed = values[0].get(parameter, math.nan), (GRADIENT_TOLERANCE[shape.dtype] + apart) * theirs_norm
+            if parameter != "loss" and not abs(norm - theirs_norm) <= allowed:
+                return (
+                    f"the gradient of {parameter} has the norm {norm:.6g}, with {reference} {theirs_norm:.6g}; "
+                    f"{allowed:.1e} between them is allowed"
+                )
         return None
 
     return agree
@@ -351,5 +382,5 @@ def result(
         "peak_memory_bytes": finished.peak_memory_bytes,
         "peak_memory_meaning": finished.peak_memory_meaning,
         "held_before_bytes": None,
-        "first_losses": finished.values,
+        "first_losses": [values["loss"] for values in finished.values],
     }

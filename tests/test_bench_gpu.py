@@ -155,14 +155,9 @@ def test_every_stage_finds_what_it_runs(tmp_path: Path) -> None:
 def test_every_stage_of_the_step_selects_something_on_a_gpu(tmp_path: Path) -> None:
     from _pytest.mark.expression import Expression
 
-    from bench.bench_train_step import VARIANTS
+    from bench.bench_train_step import ON_A_GPU
 
-    names = [
-        f"test_train_step[B{B}-{how}-{variant}]"
-        for B in (32, 64, 16, 4, 1)
-        for how in ("compiled", "eager")
-        for variant in VARIANTS
-    ]
+    names = [f"test_train_step[{entered.title}-{name}]" for entered in ON_A_GPU for name in entered.names]
     for stage in all_stages(tmp_path, tmp_path / "lines", "abc"):
         if "bench/bench_train_step.py" in stage.argv:
             chosen = Expression.compile(stage.argv[stage.argv.index("-k") + 1])
