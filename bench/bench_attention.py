@@ -52,7 +52,7 @@ class AttentionContest(Contest):
     def __init__(self, size: AttentionShape, direction: str) -> None:
         self.size, self.direction = size, direction
         self.op, self.dtype = f"attention {direction}", str(size.dtype).removeprefix("torch.")
-        self.work, self.retains = size.work(direction), direction == "backward"
+        self.work, self.retains = size.work(direction), True
         self.candidates = candidates(size)
 
     def shape(self) -> dict[str, Any]:

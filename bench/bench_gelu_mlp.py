@@ -66,7 +66,7 @@ class MlpContest(Contest):
     def __init__(self, size: MlpShape, direction: str) -> None:
         self.size, self.direction = size, direction
         self.op, self.dtype = f"mlp {direction}", str(size.dtype).removeprefix("torch.")
-        self.work, self.retains = size.work(direction), direction == "backward"
+        self.work, self.retains = size.work(direction), direction != "forward+backward"
         self.candidates = {"triton": Candidate(lambda: ours("mlp", "triton", size.dtype), "ours"), **peers("mlp")}
 
     def shape(self) -> dict[str, Any]:

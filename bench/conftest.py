@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import contests
-from bench.contests import Contest, Measured, Missing, call_once, clean_device
+from bench.contests import Contest, Measured, Missing, call_once, forget_compiled, free_memory
 from bench.roofline import ceilings, read_ceilings
 from bench.shapes import DEVICE
 from bench.timing import append_json_line, commit, environment, replay
@@ -64,7 +64,7 @@ def measured_ceilings(pytestconfig: pytest.Config) -> Callable[[], dict[str, Any
         if not found:
             path = pytestconfig.getoption("--bench-ceilings")
             found.append(read_ceilings(path) if path else ceilings(DEVICE))
-            clean_device()
+            free_memory()
         return found[0]
 
     return get
@@ -103,7 +103,6 @@ def compete(
         if not benchmark.enabled:
             benchmark.pedantic(lambda: None)
             missing = call_once(contest, name)
-            clean_device()
             if missing is not None:
                 _stop(missing)
             return
@@ -130,4 +129,5 @@ def clean_after(request: pytest.FixtureRequest) -> Iterator[None]:
     """What holds no contest cleans up after each test."""
     yield
     if "compete" not in request.fixturenames:
-        clean_device()
+        forget_compiled()
+        free_memory()

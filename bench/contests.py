@@ -7,15 +7,15 @@ whose tests were selected; each test then shows its own candidate's figures, its
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 import traceback
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +58,8 @@ class Contest(ABC):
     clock = DEVICE
     """The device whose clock tells the time; a CPU's is the wall clock."""
     retains = False
-    """The backward alone is timed, again and again on what one forward saved: compiled code must not reuse that."""
+    """Whether a backward is to be run again and again on what one forward saved, which compiled code must not reuse.
+    A forward says so, too, where the backward is timed by itself: then they share their compiled code."""
 
     @abstractmethod
     def shape(self) -> dict[str, Any]:
@@ -130,33 +131,38 @@ class Missing:
         return cls("".join(traceback.format_exception(error)), failed=True)
 
 
-def run(contest: Contest, names: Iterable[str]) -> dict[str, Measured | Missing]:
+def run(contest: Contest, names: Sequence[str]) -> dict[str, Measured | Missing]:
     """Check the candidates, then time them against each other; what one can't do is not to lose the others."""
+    _compile_anew_for(contest)
+    try:
+        with compiling(contest):
+            return _run(contest, names)
+    except Exception as error:  # drawing the inputs: out of memory
+        return dict.fromkeys(names, Missing.because(error))
+    finally:
+        free_memory()
+
+
+def _run(contest: Contest, names: Sequence[str]) -> dict[str, Measured | Missing]:
     calls: dict[str, Call] = {}
     memory: dict[str, dict[str, Any]] = {}
     outcomes: dict[str, Measured | Missing] = {}
-    try:
-        with compiling(contest):
-            sets = contest.draw()
-            inputs_bytes = _allocated()
-            for name in names:
-                try:
-                    calls[name], memory[name] = enter(contest, name, sets, inputs_bytes)
-                except Exception as error:
-                    outcomes[name] = Missing.because(error)
-            state = make_state_query() if DEVICE.type == "cuda" else dict
-            before = state()
-            timed = timing.contest(calls, contest.clock, seconds=SECONDS)
-            states = {"before": before, "after": state()} if before else {}
-    finally:
-        sets = calls = None  # type: ignore[assignment]
-        clean_device()
+    sets = contest.draw()
+    inputs_bytes = _allocated()
+    for name in names:
+        try:
+            calls[name], memory[name] = enter(contest, name, sets, inputs_bytes)
+        except Exception as error:
+            outcomes[name] = Missing.because(error)
+    before = _device_state()
+    timed = timing.contest(calls, contest.clock, seconds=SECONDS)
+    state = {"before": before, "after": _device_state()} if before else {}
     identity, deterministic = f"{contest.group} {uuid.uuid4().hex[:12]}", torch.are_deterministic_algorithms_enabled()
-    for name, result in timed.items():
-        if isinstance(result, Timed):
-            outcomes[name] = Measured(result, memory[name], identity, states, deterministic)
+    for name, figure in timed.items():
+        if isinstance(figure, Timed):
+            outcomes[name] = Measured(figure, memory[name], identity, state, deterministic)
         else:
-            outcomes[name] = Missing.because(result)
+            outcomes[name] = Missing.because(figure)
     return outcomes
 
 
@@ -209,13 +215,35 @@ def result(contest: Contest, name: str, measured: Measured, ceilings: Mapping[st
     }
 
 
-def clean_device() -> None:
-    """Leave nothing for what comes next: no memory held, no compiled code that it would only add a variant to."""
+_compiled_for: list[str] = []
+
+
+def _compile_anew_for(contest: Contest) -> None:
+    """Forget compiled code, which would only get another variant, unless it is of the same work in both directions."""
+    key = f"{type(contest).__name__} {contest.shape()} {contest.dtype} {contest.retains}"
+    if _compiled_for != [key]:
+        forget_compiled()
+    _compiled_for[:] = [key]
+
+
+def forget_compiled() -> None:
     if "torch._dynamo" in sys.modules:  # importing it takes seconds
         torch.compiler.reset()
+
+
+def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@functools.cache
+def _state_query() -> Callable[[], dict[str, str]]:
+    return make_state_query()
+
+
+def _device_state() -> dict[str, str]:
+    return _state_query()() if DEVICE.type == "cuda" else {}
 
 
 def _allocated() -> int:
@@ -224,12 +252,15 @@ def _allocated() -> int:
 
 def call_once(contest: Contest, name: str) -> Missing | None:
     """Check a candidate and call it, untimed."""
+    _compile_anew_for(contest)
     try:
         with compiling(contest):
             enter(contest, name, contest.draw(), _allocated())
             synchronize(DEVICE)
     except Exception as error:
         return Missing.because(error)
+    finally:
+        free_memory()
     return None
 
 
@@ -237,7 +268,7 @@ def backward_of(function: Function, inputs: Sequence[Any], gradients: Any) -> Ca
     """The backward of one forward, to be run again and again."""
     outputs = function(*inputs)
     wanted = [x for x in inputs if torch.is_tensor(x) and x.requires_grad]
-    return partial(torch.autograd.grad, outputs, wanted, gradients, retain_graph=True)
+    return functools.partial(torch.autograd.grad, outputs, wanted, gradients, retain_graph=True)
 
 
 def rotate(calls: Sequence[Callable[[], object]]) -> Call:
