@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bench import contests
-from bench.contests import Contest, Measured, Missing, call_once, forget_compiled, free_memory
-from bench.roofline import ceilings, read_ceilings
+from bench.contests import Contest, Measured, Missing, call_once, free_memory
+from bench.roofline import read_or_measure
 from bench.shapes import DEVICE
 from bench.timing import append_json_line, commit, environment, replay
 
@@ -27,9 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastgpt2")
     group.addoption("--bench-commit", help="commit that is measured, where there is no git repository to ask")
     group.addoption("--bench-jsonl", type=Path, help="append each result to this file as soon as it is there")
-    group.addoption(
-        "--bench-ceilings", type=Path, help="the device's ceilings, as python -m bench.roofline --out wrote them"
-    )
+    group.addoption("--bench-ceilings", type=Path, help="file of the device's ceilings; measured if it isn't there")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -57,13 +55,12 @@ def record(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[dict[str
 
 @pytest.fixture(scope="session")
 def measured_ceilings(pytestconfig: pytest.Config) -> Callable[[], dict[str, Any]]:
-    """The device's ceilings: those of --bench-ceilings, else measured when they are first asked for."""
+    """The device's ceilings: of the file --bench-ceilings, else measured when first asked for, and written there."""
     found: list[dict[str, Any]] = []
 
     def get() -> dict[str, Any]:
         if not found:
-            path = pytestconfig.getoption("--bench-ceilings")
-            found.append(read_ceilings(path) if path else ceilings(DEVICE))
+            found.append(read_or_measure(pytestconfig.getoption("--bench-ceilings"), DEVICE))
             free_memory()
         return found[0]
 
@@ -122,12 +119,3 @@ def _stop(missing: Missing) -> NoReturn:
     if missing.failed:
         pytest.fail(missing.reason, pytrace=False)
     pytest.skip(missing.reason)
-
-
-@pytest.fixture(autouse=True)
-def clean_after(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What holds no contest cleans up after each test."""
-    yield
-    if "compete" not in request.fixturenames:
-        forget_compiled()
-        free_memory()

@@ -33,11 +33,13 @@ def all_stages(scratch: Path, results: Path, commit_id: str) -> list[Stage]:
 
     def bench(name: str, file: str, keyword: str, seconds_limit: float) -> Stage:
         options = ["--bench-jsonl", str(results), "--bench-commit", commit_id, "--tb=short"]
+        options += ["--bench-ceilings", str(ceilings)]
         return Stage(name, [*_PYTEST, f"bench/{file}", "-k", keyword, *options], seconds_limit)
 
+    roofline, ceilings = [sys.executable, "-m", "bench.roofline"], scratch / "ceilings.json"
     attention, step = "bench_attention.py", "bench_train_step.py"
     return [
-        Stage("ceilings", [sys.executable, "-m", "bench.timing", "--jsonl", str(results)], 60),
+        Stage("ceilings", [*roofline, "--out", str(ceilings), "--jsonl", str(results)], 60),
         *(_tests(file, scratch) for file in gpu_test_files()),
         bench("attention T=1024", attention, "T1024", 90),
         bench("step, ours and peers", step, "gpt2-B32-compiled-peers", 300),

@@ -5,7 +5,7 @@ a second of a large product in each precision, and exponentials a second of a lo
 A piece of work that counts its bytes, FLOPs and exponentials can take no less time than each of them takes at its
 ceiling; the longest of these times is its limit, as if the others were hidden under it.
 
-    python -m bench.roofline --out FILE     measure the ceilings, for `pytest bench --bench-ceilings FILE` to use
+    python -m bench.roofline     measure the ceilings and print them as JSON
 """
 
 from __future__ import annotations
@@ -157,18 +157,24 @@ def _product(device: torch.device, precision: str) -> Call:
     return product
 
 
-def read_ceilings(path: Path) -> dict[str, Any]:
-    """What `python -m bench.roofline --out` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_or_measure(path: Path | None, device: torch.device) -> dict[str, Any]:
+    """The ceilings that a file holds; where there is none they are measured, and written to it if it has a name."""
+    if path is not None and path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    measured = ceilings(device)
+    if path is not None:
+        path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    return measured
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description="Measure the device's ceilings.")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write them to")
-    parser.add_argument("--jsonl", type=Path, help="file of JSON lines to append them to, too")
+    parser.add_argument("--out", type=Path, help="JSON file to write them to, for pytest's --bench-ceilings")
+    parser.add_argument("--jsonl", type=Path, help="file of JSON lines to append them to")
     given = parser.parse_args(arguments)
     measured = ceilings(pick_device(None))
-    given.out.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    if given.out is not None:
+        given.out.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     if given.jsonl is not None:
         append_json_line(given.jsonl, {"kind": "ceilings", **measured})
     print(json.dumps(measured, indent=1))

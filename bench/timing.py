@@ -12,7 +12,6 @@ what launching took beside it. On a CPU it is the wall clock.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.metadata
 import itertools
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastgpt2.device import device_name, peak_flops, peak_memory_bytes, synchronize
+from fastgpt2.device import device_name, peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -235,89 +234,9 @@ def replay(benchmark: Any, timed: Timed) -> None:
     benchmark.pedantic(lambda: None, rounds=len(timed.samples_ms))
 
 
-def time_call(benchmark: Any, call: Call, device: torch.device, *, seconds: float = 1.0) -> dict[str, Any]:
-    """Time a call with pytest-benchmark, and on a CUDA device with events.
-
-    Args:
-        benchmark: pytest-benchmark's fixture.
-        call: waits for nothing.
-        seconds: about how long each of the two measurements may take.
-
-    Returns:
-        For extra_info: `ms_median` and `ms_clock`, which name the figure to quote, `event_ms_median`, `event_ms_p20`,
-        `event_ms_p80` and `event_samples` (None without a GPU). Nothing under --benchmark-disable.
-    """
-    indices = itertools.count()
-
-    def timed() -> None:
-        call(next(indices))
-        synchronize(device)
-
-    if not benchmark.enabled:
-        benchmark.pedantic(timed)
-        return {}
-    estimate = _warm_up(timed, seconds / 3)
-    rounds = max(5, min(200, int(seconds / estimate)))
-    benchmark.pedantic(timed, rounds=rounds)
-    if device.type != "cuda":
-        wall_ms = 1e3 * benchmark.stats.stats.median
-        events = dict.fromkeys(("event_ms_median", "event_ms_p20", "event_ms_p80", "event_samples"))
-        return {"ms_median": wall_ms, "ms_clock": "wall clock, with the wait", **events}
-    samples = event_samples(lambda: call(next(indices)), rounds)
-    spread = {"event_ms_p20": percentile(samples, 20), "event_ms_p80": percentile(samples, 80)}
-    median = statistics.median(samples)
-    clock = "device events, calls queued back to back"
-    return {"ms_median": median, "ms_clock": clock, "event_ms_median": median, **spread, "event_samples": len(samples)}
-
-
-def _warm_up(timed: Callable[[], None], seconds: float) -> float:
-    """Call for some seconds, three times at least; the seconds that the fastest call took."""
-    timed()  # compiles
-    took: list[float] = []
-    while len(took) < 2 or sum(took) < seconds:
-        began = time.perf_counter()
-        timed()
-        took.append(time.perf_counter() - began)
-    return min(took)
-
-
-def event_samples(launch: Callable[[], object], count: int) -> list[float]:
-    """Milliseconds of each of `count` launches on the current CUDA stream; waits once, at the end."""
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
-    for start, end in pairs:
-        start.record()
-        launch()
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in pairs]
-
-
 def percentile(values: list[float], percent: int) -> float:
     """By nearest rank."""
     return sorted(values)[round((len(values) - 1) * percent / 100)]
-
-
-def rates(
-    timing: dict[str, Any], *, tokens: int, flops: float, formula: str, dtype: str, device: torch.device
-) -> dict[str, Any]:
-    """Tokens and FLOPs a second of a timed call, and MFU: FLOP/s over the device's dense peak, None where unknown.
-
-    Args:
-        timing: what `time_call` returned.
-        tokens, flops: of one call.
-        formula: what `flops` counts.
-    """
-    peak = peak_flops(device_name(device), dtype)
-    named = {"flops_formula": formula, "mfu_formula": f"{formula}, over the dense {dtype} peak", "peak_flops": peak}
-    if not timing:
-        return named
-    per_second = 1e3 / timing["ms_median"]
-    return {
-        "tokens_per_s": tokens * per_second,
-        "tflops": flops * per_second / 1e12,
-        "mfu": peak and flops * per_second / peak,
-        **named,
-    }
 
 
 def peak_memory(launch: Callable[[], object], device: torch.device, *, others: int = 0) -> dict[str, Any]:
@@ -352,35 +271,6 @@ def input_sets(device: torch.device, bytes_each: int) -> int:
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(2, min(16, -(-4 * cache // bytes_each)))
-
-
-def ceilings() -> dict[str, Any]:
-    """What the CUDA device reaches at its simplest: a large copy, and a large bfloat16 product."""
-    copies = [torch.randn(2**29, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    target = torch.empty_like(copies[0])
-    index = itertools.count()
-    copy_ms = _ceiling_ms(lambda: target.copy_(copies[next(index) % 2]))
-    n = 8192
-    matrices = [torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-
-    def product() -> None:
-        i = next(index)
-        torch.mm(matrices[i % 3], matrices[(i + 1) % 3])
-
-    matmul_ms = _ceiling_ms(product)
-    return {
-        "copy_tb_per_s": 2 * target.nbytes / copy_ms / 1e9,
-        "copy_meaning": f"device copy of {target.nbytes} bytes, read + written, median of events",
-        "copy_ms": copy_ms,
-        "matmul_bf16_tflops": 2 * n**3 / matmul_ms / 1e9,
-        "matmul_meaning": f"2 n^3 of an n = {n} bfloat16 product of normal numbers, median of events",
-        "matmul_ms": matmul_ms,
-    }
-
-
-def _ceiling_ms(launch: Callable[[], object]) -> float:
-    event_samples(launch, 50)
-    return statistics.median(event_samples(launch, 100))
 
 
 PEER_PACKAGES = (
@@ -443,16 +333,3 @@ def append_json_line(path: Path, record: dict[str, Any]) -> None:
     """Add an object to a file of JSON lines; a process that dies later doesn't lose it."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.timing", description="Measure the device's ceilings.")
-    parser.add_argument("--jsonl", type=Path, required=True, help="file to append them to")
-    given = parser.parse_args()
-    record = {"kind": "ceilings", **ceilings()}
-    append_json_line(given.jsonl, record)
-    print(json.dumps(record, indent=1))
-
-
-if __name__ == "__main__":
-    main()
