@@ -137,7 +137,7 @@ def _explain(error: Exception) -> dict[str, str]:
     if "No available kernel" in text:
         return {"error": "PyTorch has no such attention kernel for these inputs here", "kind": UNAVAILABLE}
     if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in text:
-        return {"error": f"out of memory on {torch.cuda.get_device_name()}", "kind": OUT_OF_MEMORY}
+        return {"error": "out of memory on the device", "kind": OUT_OF_MEMORY}
     return {"error": f"{type(error).__name__}: {text}", "kind": FAILED}
 
 
