@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastgpt2.device import device_name, peak_memory_bytes
+from fastgpt2.device import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -240,26 +240,21 @@ def percentile(values: list[float], percent: int) -> float:
 
 
 def peak_memory(launch: Callable[[], object], device: torch.device, *, others: int = 0) -> dict[str, Any]:
-    """`peak_memory_bytes` of a call, with what it means: the two devices can't tell the same thing.
+    """The fields peak_memory_bytes of a call, held_before_bytes, and what they mean; CUDA's from launching it once.
 
     Args:
         others: bytes of the device's memory that are held and have nothing to do with the call.
     """
     if device.type != "cuda":
-        launch()
-        meaning = "resident in the process, the most so far, with everything run before"
-        return {
-            "peak_memory_bytes": peak_memory_bytes(device),
-            "peak_memory_meaning": meaning,
-            "held_before_bytes": None,
-        }
+        nothing = "not told apart from the others' in one process on a CPU"
+        return {"peak_memory_bytes": None, "peak_memory_meaning": nothing, "held_before_bytes": None}
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     held = torch.cuda.memory_allocated(device)
     launch()
     torch.cuda.synchronize(device)
     return {
-        "peak_memory_bytes": peak_memory_bytes(device) - others,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) - others,
         "peak_memory_meaning": "allocated by torch during a call, with all inputs",
         "held_before_bytes": held - others,
     }
