@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import resource
 import sys
@@ -74,11 +75,13 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep what a step on a CPU frees for the next one; whether it can be told so.
+    """Have what a step on a CPU frees kept for the next one, in large pages; whether the C library can be told so.
 
     glibc maps a large block anew each time and unmaps it when it is freed: then each 4 KB of every gradient and
-    activation is a page fault in every step. This holds for the process from now on; without glibc nothing happens.
+    activation is a page fault in every step. PyTorch asks the kernel for pages of 2 MB if its variable says so before
+    its first tensor is made; what the user has set stands. Both hold for the process from now on.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     return mallopt is not None and all(
         mallopt(parameter, value) == 1 for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1))
