@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,15 +55,21 @@ def record(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[dict[str
 
 
 @pytest.fixture(scope="session")
-def measured_ceilings(pytestconfig: pytest.Config) -> Callable[[], dict[str, Any]]:
-    """The device's ceilings: of the file --bench-ceilings, else measured when first asked for, and written there."""
-    found: list[dict[str, Any]] = []
+def measured_ceilings(pytestconfig: pytest.Config) -> Callable[[], dict[str, Any] | None]:
+    """The device's ceilings: of the file --bench-ceilings, else measured when first asked for, and written there.
 
-    def get() -> dict[str, Any]:
-        if not found:
-            found.append(read_or_measure(pytestconfig.getoption("--bench-ceilings"), DEVICE))
-            free_memory()
-        return found[0]
+    None on a CPU unless there is such a file: what is timed there is small, and the caches that hold it are faster than
+    any ceiling of the memory's.
+    """
+    path = pytestconfig.getoption("--bench-ceilings")
+
+    @functools.cache
+    def get() -> dict[str, Any] | None:
+        if DEVICE.type == "cpu" and path is None:
+            return None
+        found = read_or_measure(path, DEVICE)
+        free_memory()
+        return found
 
     return get
 
@@ -88,7 +95,7 @@ def compete(
     benchmark: Any,
     record: Callable[[dict[str, Any]], None],
     selected: list[str],
-    measured_ceilings: Callable[[], dict[str, Any]],
+    measured_ceilings: Callable[[], dict[str, Any] | None],
 ) -> Callable[[Contest, str], None]:
     """Show a candidate's figures in a contest, which the first test of it that asks runs with all that are selected.
 
