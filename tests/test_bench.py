@@ -80,7 +80,7 @@ def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "-k",
         small,
         *outputs,
-        f"--bench-ceilings={ceilings_file}",
+        f"--bench-ceilings={folder / 'ceilings.json'}",
         "--bench-commit=abc123",
     )
     assert done.returncode == 0, done.stdout[-4000:]
