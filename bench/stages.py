@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -16,10 +17,12 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from bench.device_state import States
+from bench.results import FORMAT
 from bench.timing import ROOT
 
 LOG_BYTES = 200_000
@@ -41,6 +44,8 @@ class Stage:
     """Whether the run counts as failed unless this stage passes."""
     junit: Path | None = None
     """Where it writes its tests' results."""
+    until: float = 1.0
+    """The fraction of the run's time after which it does not start and is stopped."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,37 @@ class Files:
     log: Path
     results: Path
     """JSON lines that the stages append to: `kind` is "ceilings" or "benchmark"."""
+
+
+def new_record(minutes: float, source: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+    """A record of format 2 in which nothing has been measured yet.
+
+    Args:
+        minutes: that the run is given.
+        source, environment: what bench.timing's commit and environment return.
+    """
+    return {
+        "format": FORMAT,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "minutes": minutes,
+        "commit": source,
+        "environment": environment,
+        "nvidia_smi": {},
+        "device_state_at_start": {},
+        "ceilings": None,
+        "stages": [],
+        "results": [],
+        "not_done": [],
+    }
+
+
+def record_file(out: Path, record: dict[str, Any]) -> Path:
+    """Where a record is kept: OUT/<device>/<date>-<commit>.json; makes the folder."""
+    device, identity = record["environment"]["device"], record["commit"]["id"]
+    folder = out.resolve() / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    started = datetime.fromisoformat(record["started"])
+    return folder / f"{started:%Y-%m-%d-%H%M%S}-{re.sub(r'[^A-Za-z0-9]+', '-', identity)[:12]}.json"
 
 
 def run_stages(
@@ -73,15 +109,16 @@ def run_stages(
     """
     # A stage that is stopped with SIGABRT, so that it prints where it hung, is not to leave gigabytes behind.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    ends = time.monotonic() + seconds
+    began = time.monotonic()
     stages = list(stages)
     waiting = {stage.name: "not reached" for stage in stages}
     record.update(stages=[], results=[], ceilings=None)
     _write_record(files.record, record, waiting)
     for stage in stages:
-        left = ends - time.monotonic()
+        left = began + stage.until * seconds - time.monotonic()
         if left <= 0:
-            waiting[stage.name] = "the minutes were used up"
+            share = "" if stage.until == 1.0 else f"its {stage.until:.0%} of "
+            waiting[stage.name] = f"{share}the minutes were used up"
             continue
         print(f"{stage.name} ...", flush=True)
         outcome = run_stage(stage, min(stage.seconds_limit, left), files.log, state)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu import all_stages, summary, table
+from bench.gpu import all_stages
+from bench.results import summary
 from bench.stages import Files, Stage, exit_status, run_stages
 from bench.timing import ROOT
 
@@ -104,6 +105,14 @@ def test_no_stage_starts_once_the_time_is_up(tmp_path: Path) -> None:
     assert exit_status(record, []) == 0
 
 
+def test_a_stage_may_have_a_share_of_the_time_alone(tmp_path: Path) -> None:
+    tests = [python(name, "import time; time.sleep(600)", until=0.25) for name in ("tests", "more tests")]
+    record = run_stages([*tests, python("measures", "")], {}, files_in(tmp_path), seconds=4.0)
+    assert [(s["name"], s["status"]) for s in record["stages"]] == [("tests", "timed out"), ("measures", "passed")]
+    reasons = {missing["name"]: missing["reason"] for missing in record["not_done"]}
+    assert reasons.keys() == {"tests", "more tests"} and reasons["more tests"] == "its 25% of the minutes were used up"
+
+
 def test_stages_record_tests_and_the_state_of_the_device(tmp_path: Path) -> None:
     junit = tmp_path / "tests.xml"
     junit.write_text(
@@ -127,23 +136,6 @@ def test_tests_that_were_all_skipped_have_not_passed(tmp_path: Path) -> None:
     assert outcome["status"] == "failed"
 
 
-def test_the_table_compares_with_the_best_peer() -> None:
-    speeds = {"sdpa": 10.0, "sdpa-cudnn": 20.0, "triton": 30.0}
-    lines = table([{**LINE, "backend": name, "tokens_per_s": speed} for name, speed in speeds.items()]).splitlines()
-    assert [line.split()[-1] for line in lines[1:]] == ["1.50", "1.00", "0.50"]
-
-
-def test_the_table_takes_every_ops_shape_and_counts_no_part_of_the_work_for_a_peer() -> None:
-    line = {**LINE, "op": "linear_cross_entropy", "shape": {"N": 64, "C": 8, "V": 128}}
-    speeds = {"matmuls-alone": 50.0, "triton": 30.0, "chunked": 25.0, "torch-linear-cross-entropy-chunks": 20.0}
-    lines = table([{**line, "backend": name, "tokens_per_s": speed} for name, speed in speeds.items()]).splitlines()
-    assert [line.split()[-1] for line in lines[1:]] == ["2.50", "1.50", "1.25", "1.00"]
-    assert lines[1].startswith("linear_cross_entropy N=64 C=8 V=128 ")
-    step = {**LINE, "op": "training step", "shape": {"model": "gpt2", "B": 32}, "compiled": True}
-    lines = table([{**step, "backend": n, "tokens_per_s": s} for n, s in (("plain", 10.0), ("all-triton", 15.0))])
-    assert "training step gpt2 B=32" in lines and lines.splitlines()[1].split()[-1] == "1.50"
-
-
 def test_every_stage_finds_what_it_runs(tmp_path: Path) -> None:
     for stage in all_stages(tmp_path, tmp_path / "lines", "abc"):
         for part in stage.argv:
@@ -152,17 +144,35 @@ def test_every_stage_finds_what_it_runs(tmp_path: Path) -> None:
         assert 0 < stage.seconds_limit <= 300
 
 
-def test_every_stage_of_the_step_selects_something_on_a_gpu(tmp_path: Path) -> None:
+COLLECT = """
+import sys, pytest, torch
+torch.cuda.is_available = lambda: True
+sys.exit(pytest.main(["bench", "--collect-only", "-q", "-p", "no:cacheprovider"]))
+"""
+
+
+def test_the_stages_run_every_benchmark_that_there_is_on_a_gpu(tmp_path: Path) -> None:
     from _pytest.mark.expression import Expression
 
-    from bench.bench_train_step import ON_A_GPU
-
-    names = [f"test_train_step[{entered.title}-{name}]" for entered in ON_A_GPU for name in entered.names]
+    listed = run("-c", COLLECT)
+    names = [line for line in listed.stdout.splitlines() if line.startswith("bench/") and "::" in line]
+    assert len(names) > 300, listed.stdout[-1000:]
+    times_run = dict.fromkeys(names, 0)
     for stage in all_stages(tmp_path, tmp_path / "lines", "abc"):
-        if "bench/bench_train_step.py" in stage.argv:
-            chosen = Expression.compile(stage.argv[stage.argv.index("-k") + 1])
-            found = [n for n in names if chosen.evaluate(lambda text, n=n, **_: text.lower() in n.lower())]
-            assert 2 <= len(found) <= 16, (stage.name, found)
+        files = [part for part in stage.argv if part.startswith("bench/")]
+        if not files:
+            continue
+        chosen = Expression.compile(stage.argv[stage.argv.index("-k") + 1])
+        found = [
+            name
+            for name in names
+            if name.startswith(f"{files[0]}::")
+            and chosen.evaluate(lambda text, name=name, **_: text.lower() in name.lower())
+        ]
+        assert found, stage.name
+        for name in found:
+            times_run[name] += "repeated" not in stage.name
+    assert set(times_run.values()) == {1}, [name for name, times in times_run.items() if times != 1]
 
 
 @pytest.mark.parametrize("modules", ["bench.gpu, bench.timing", "fastgpt2.verify, bench.bench_train_step"])
