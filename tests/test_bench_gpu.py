@@ -175,7 +175,12 @@ def test_the_stages_run_every_benchmark_that_there_is_on_a_gpu(tmp_path: Path) -
     assert set(times_run.values()) == {1}, [name for name, times in times_run.items() if times != 1]
 
 
-@pytest.mark.parametrize("modules", ["bench.gpu, bench.timing", "fastgpt2.verify, bench.bench_train_step"])
+BENCHMARKS = [f"bench.{path.stem}" for path in sorted((ROOT / "bench").glob("bench_*.py"))]
+
+
+@pytest.mark.parametrize(
+    "modules", ["bench.gpu, bench.roofline", ", ".join(["fastgpt2.verify, bench.worker", *BENCHMARKS])]
+)
 def test_a_gpu_machine_needs_only_torch_triton_numpy_and_pytest(modules: str) -> None:
     program = f"""
 import importlib.abc, sys
