@@ -82,8 +82,7 @@ class HeadContest(Contest):
 
     def prepare(self, name: str, function: Function, sets: Sequence[Drawn]) -> Call:
         if name == MATMULS:
-            logits = torch.empty(self.size.N, self.size.V, dtype=self.size.dtype, device=DEVICE)
-            return rotate([functools.partial(matmuls, self.direction, logits, *inputs) for inputs in sets])
+            return rotate([functools.partial(matmuls, self.direction, hidden, weight) for hidden, weight, _ in sets])
         call = {"training": training, "evaluation": evaluation}[self.direction]
         return rotate([functools.partial(call, function, *inputs) for inputs in sets])
 
@@ -145,7 +144,7 @@ def evaluation(head: Function, hidden: Tensor, weight: Tensor, targets: Tensor) 
 
 
 @torch.no_grad()
-def matmuls(direction: str, logits: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor) -> object:
+def matmuls(direction: str, hidden: Tensor, weight: Tensor) -> object:
     """hidden W^T, and in training G W and G^T hidden, each in one piece."""
-    torch.mm(hidden, weight.T, out=logits)
-    return (logits @ weight, logits.T @ hidden) if direction == "training" else None
+    logits = hidden @ weight.T
+    return (logits @ weight, logits.T @ hidden) if direction == "training" else logits

@@ -20,6 +20,7 @@ import platform
 import statistics
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,8 @@ class Timed:
     Args:
         round_ms: the median of each round, milliseconds.
         samples_ms: of every timed call.
-        host_ms: what launching a call takes the host, the median over rounds; None on a CPU.
+        host_ms: what launching a call takes the host, the median over rounds, waits of its own for the device and all;
+            None on a CPU.
         clock: what told the time.
     """
 
@@ -138,6 +140,8 @@ class _Entrant:
         try:
             self._batches.append(self._time_calls(self._launch, count, host_ms))
         except Exception as error:  # one candidate's failure is not to lose the others
+            # Nor is what its frames hold, which is the device's memory.
+            traceback.clear_frames(error.__traceback__)
             self._error = error
 
     def result(self) -> Timed | Exception:
