@@ -98,18 +98,10 @@ class OptimizerContest(Contest):
         return {"model": self.model, "n_layer": self.size.n_layer, "parameters": self.parameters}
 
     def draw(self) -> list[Drawn]:
-        model = make_model(self.size)
-        return [
-            (model, [{name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")} for p in model.parameters()])
-        ]
+        return [draw(self.size)]
 
     def prepare(self, name: str, function: Function, sets: Sequence[Drawn]) -> Call:
-        ((model, moments),) = sets
-        optimizer, step = function(model)
-        # As AdamW's first step would make it; its count is on the device in the fused form alone.
-        device = DEVICE if optimizer.param_groups[0].get("fused") else torch.device("cpu")
-        for parameter, shared in zip(model.parameters(), moments, strict=True):
-            optimizer.state[parameter] = {"step": torch.zeros((), device=device), **shared}
+        step = start(function, *sets[0])
         return lambda _: step()
 
     @functools.cached_property
@@ -129,8 +121,8 @@ def test_optimizer(compete: Callable[[Contest, str], None], model: str, name: st
     compete(OptimizerContest(model, SIZES[model]), name)
 
 
-def make_model(size: ModelConfig) -> GPT:
-    """A model whose parameters and gradients are normal numbers."""
+def draw(size: ModelConfig, dtype: torch.dtype = torch.float32) -> Drawn:
+    """Parameters and gradients are normal numbers, the moments 0."""
     with torch.device("meta"):
         model = GPT(size)
     model.to_empty(device=DEVICE)
@@ -138,14 +130,24 @@ def make_model(size: ModelConfig) -> GPT:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02, generator=generator)
         parameter.grad = torch.randn(parameter.shape, device=DEVICE, generator=generator)
-    return model
+    model.to(dtype)  # the gradients, too
+    return model, [{name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")} for p in model.parameters()]
+
+
+def start(make: Callable[[GPT], Made], model: GPT, moments: list[dict[str, Tensor]]) -> Callable[[], object]:
+    """The step of an optimizer of the model that has taken none yet, with the moments as its own."""
+    optimizer, step = make(model)
+    # As AdamW's first step would make it; the count is on the device in the fused form alone.
+    device = DEVICE if optimizer.param_groups[0].get("fused") else torch.device("cpu")
+    for parameter, own in zip(model.parameters(), moments, strict=True):
+        optimizer.state[parameter] = {"step": torch.zeros((), device=device), **own}
+    return step
 
 
 def stepped(make: Callable[[GPT], Made], dtype: torch.dtype) -> list[Tensor]:
     """A small model's parameters after some steps."""
-    # With the parameters their gradients are converted, too.
-    model = make_model(ONE_BLOCK).to(dtype)
-    _, step = make(model)
+    model, moments = draw(ONE_BLOCK, dtype)
+    step = start(make, model, moments)
     for _ in range(CHECKED_STEPS):
         step()
     return [p.detach() for p in model.parameters()]
