@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import pytest
-import torch
 
 from bench.device_state import make_state_query
 from bench.lockstep import Candidate, Finished, Limits, Lost, contest
@@ -34,7 +33,7 @@ ROUND_S = 0.4 if CUDA else 0.05
 CONTEST_S = 240.0
 """No round starts when a contest has taken so long: what was timed until then is kept."""
 LIMITS = Limits(build=240.0, round=30.0)
-MOST_AT_ONCE = 6 if CUDA else 1
+AT_ONCE = 6 if CUDA else 1
 """Candidates that are built at the same time; each compiles in several processes of its own."""
 
 
@@ -170,26 +169,10 @@ def hold(entered: StepContest, names: Sequence[str], rounds: int) -> Held:
         limits=LIMITS,
         reference=reference,
         agree=agree_in(entered.shape),
-        at_once=at_once(entered.shape, len(names)),
+        at_once=AT_ONCE,
         untimed=[reference],
         until=time.monotonic() + CONTEST_S,
         say=lambda text: print(f"{entered.title}: {text}", file=sys.stderr, flush=True),
     )
     device_state = {"before": before, "after": state()} if before else {}
     return Held(outcomes, f"{entered.title} {uuid.uuid4().hex[:12]}", device_state)
-
-
-def at_once(shape: StepShape, candidates: int) -> int:
-    """How many candidates may take their first steps at the same time, each holding all activations.
-
-    An estimate, of 34 bytes a channel of a block and 8 a logit for each token, and 16 a parameter. Where it is wrong,
-    bench.lockstep builds those again that ran out of memory.
-    """
-    if not CUDA:
-        return 1
-    size = shape.size()
-    parameters = size.padded_vocab_size * size.n_embd + 12 * size.n_layer * size.n_embd**2
-    a_token = 34 * size.n_layer * size.n_embd + 8 * size.padded_vocab_size
-    total = torch.cuda.get_device_properties(DEVICE).total_memory
-    free = total - candidates * (16 * parameters + 2**29)
-    return max(1, min(MOST_AT_ONCE, int(free / (shape.B * size.block_size * a_token))))

@@ -18,14 +18,14 @@ import os
 import sys
 import time
 import uuid
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.lockstep import Limits, Lost, contest
-from bench.results import FORMAT, best_peer, gib, mode, number, ratio
+from bench.results import best_peer, gib, mode, number, ratio
+from bench.stages import new_record, record_file
 from bench.steps import REFERENCE, STEPS, StepShape, agree_in, result
 from bench.timing import ROOT, commit, environment
 from fastgpt2.config import PRESETS
@@ -51,23 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each candidate (default: every core's)")
     given = parser.parse_args(arguments)
     ends = time.monotonic() + 60 * given.minutes
-    started, source = datetime.now(UTC), commit(given.commit)
-    record: dict[str, Any] = {
-        "format": FORMAT,
-        "started": started.isoformat(timespec="seconds"),
-        "minutes": given.minutes,
-        "commit": source,
-        "environment": {**environment(), "cpu_threads": given.threads},
-        "nvidia_smi": {},
-        "device_state_at_start": {},
-        "ceilings": None,
-        "stages": [],
-        "results": [],
-        "not_done": [],
-    }
-    folder = given.out.resolve() / "cpu"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{started:%Y-%m-%d-%H%M%S}-{source['id'][:12]}.json"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # this is about the CPU, whatever else is here
+    record = new_record(given.minutes, commit(given.commit), {**environment(), "cpu_threads": given.threads})
+    file = record_file(given.out, record)
     for done, cell in enumerate(given.cells):
         share = (ends - time.monotonic()) / (len(given.cells) - done)
         dtype, how = cell.split("-")

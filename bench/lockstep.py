@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,7 +124,7 @@ def contest(
     reference: str | None = None,
     agree: Agree | None = None,
     at_once: int = 1,
-    untimed: Iterable[str] = (),
+    untimed: Collection[str] = (),
     until: float = float("inf"),
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Finished | Lost]:
@@ -135,9 +135,9 @@ def contest(
         seconds: about how long a candidate is timed in all rounds together; a round has one call at least.
         reference: the candidate whose values the others' must agree with; without it, the first that came so far.
         agree: one that doesn't is lost, and not timed.
-        at_once: how many are built at the same time. One for which memory doesn't suffice meanwhile is built again
-            when it has the device to itself.
-        untimed: candidates that only give their values, and leave before the rounds.
+        at_once: how many are built at the same time. One for which memory doesn't suffice meanwhile goes on when it has
+            the device to itself.
+        untimed: candidates that only give their values, and leave as soon as they have.
         until: time.monotonic() after which no round starts.
         say: told of each step, for a log.
 
@@ -149,16 +149,15 @@ def contest(
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(name, candidate)) for name, candidate in candidates.items()}
         lose = _Lose(workers, outcomes, say)
-        _build(workers, lose, limits, at_once, say)
+        _build(workers, lose, limits, at_once, untimed, say)
         _check(workers, lose, reference, agree)
         for name in untimed:
-            if name in workers:
-                workers.pop(name).close()
+            workers.pop(name, None)
         _rounds(workers, lose, limits, rounds, seconds, until, say)
         for name, worker in list(workers.items()):
             with lose.instead(name):
                 outcomes[name] = worker.finish(limits.round)
-    return {name: outcomes[name] for name in candidates if name in outcomes}
+    return {name: outcomes[name] for name in candidates if name not in untimed}
 
 
 class _Lose:
@@ -184,7 +183,14 @@ class _Lose:
             self(name, error)
 
 
-def _build(workers: dict[str, Worker], lose: _Lose, limits: Limits, at_once: int, say: Callable[[str], None]) -> None:
+def _build(
+    workers: dict[str, Worker],
+    lose: _Lose,
+    limits: Limits,
+    at_once: int,
+    untimed: Collection[str],
+    say: Callable[[str], None],
+) -> None:
     """Build all and take their first calls; only then is anything timed."""
 
     def build(worker: Worker) -> WorkerError | None:
@@ -193,13 +199,15 @@ def _build(workers: dict[str, Worker], lose: _Lose, limits: Limits, at_once: int
         except WorkerError as error:
             return error
         say(f"{worker.name}: built, {worker.seconds_to_first:.1f} s to the first call done")
+        if worker.name in untimed:
+            worker.close()
         return None
 
     with ThreadPoolExecutor(at_once) as pool:
         errors = dict(zip(list(workers), pool.map(build, list(workers.values())), strict=True))
     for name, error in errors.items():
         if error is not None and error.kind == OUT_OF_MEMORY and at_once > 1:
-            say(f"{name}: again, with the device to itself")
+            say(f"{name}: lacked memory beside the others: again, with the device to itself")
             error = build(workers[name])
         if error is not None:
             lose(name, error)
@@ -249,7 +257,7 @@ class Worker:
         self.values: Values = []
         self.round_ms: list[float] = []
         self.samples_ms: list[float] = []
-        self.seconds_to_build = self.seconds_to_first = 0.0
+        self.seconds_to_build = self.seconds_to_first = self._began = 0.0
         self._host_ms: list[float] = []
         self._built: dict[str, Any] = {}
         self._call_s = 0.0
@@ -265,9 +273,24 @@ class Worker:
         self._printed.close()
 
     def build(self, limit: float) -> None:
-        """Start the process, make the contestant and take the first calls. A second time: start over."""
+        """Start the process, make the contestant and take the first calls; where memory was lacking on the way, called
+        again it goes on from there.
+
+        Raises:
+            WorkerError: as `ask`.
+        """
+        if not self._built:
+            self._start(limit)
+        while len(self.values) < FIRST_CALLS:
+            self._call_s = self.ask("first", limit)["seconds"]
+            if not self.values:
+                self.seconds_to_first = time.monotonic() - self._began
+            self.values.append(self.ask("check", limit)["values"])
+        self.ask("rest", limit)
+
+    def _start(self, limit: float) -> None:
         self.close()
-        began = time.monotonic()
+        self._began = time.monotonic()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.worker"],
             stdin=subprocess.PIPE,
@@ -279,14 +302,7 @@ class Worker:
         )
         self._unread = b""
         self._built = self.ask("build", limit, make=self._candidate.make, arguments=self._candidate.arguments)
-        self.seconds_to_build = time.monotonic() - began
-        self.values = []
-        for number in range(FIRST_CALLS):
-            self._call_s = self.ask("first", limit)["seconds"]
-            if number == 0:
-                self.seconds_to_first = time.monotonic() - began
-            self.values.append(self.ask("check", limit)["values"])
-        self.ask("rest", limit)
+        self.seconds_to_build = time.monotonic() - self._began
 
     def round(self, seconds: float, limit: float) -> None:
         """Time about as many calls as fit into the seconds, one at least."""

@@ -5,6 +5,7 @@ Commands and answers are lines of JSON, on the standard input and output; bench.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -25,6 +26,9 @@ from fastgpt2.device import peak_memory_bytes, synchronize
 
 OUT_OF_MEMORY, UNAVAILABLE, FAILED = "out of memory", "unavailable", "failed"
 """Kinds of error; with the first two nothing is amiss with the candidate."""
+
+LACKED_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+"""In the text of errors of PyTorch, of its compiler, and of a library that found the device full."""
 
 
 class Contestant(Protocol):
@@ -50,7 +54,12 @@ class _Serving:
 
     def __init__(self) -> None:
         self.contestant: Contestant
-        self.indices = itertools.count()
+        self.index = 0
+
+    def _call(self) -> None:
+        """A call that fails uses up no index: it can be made again."""
+        self.contestant(self.index)
+        self.index += 1
 
     def build(self, make: str, arguments: dict[str, Any]) -> dict[str, Any]:
         module, function = make.split(":")
@@ -59,7 +68,7 @@ class _Serving:
 
     def first(self) -> dict[str, Any]:
         began = time.perf_counter()
-        self.contestant(next(self.indices))
+        self._call()
         synchronize(self.contestant.device)
         return {"seconds": time.perf_counter() - began}
 
@@ -68,7 +77,7 @@ class _Serving:
 
     def round(self, calls: int, untimed: int) -> dict[str, Any]:
         for _ in range(untimed):
-            self.contestant(next(self.indices))
+            self._call()
         synchronize(self.contestant.device)
         timed = self._cuda_round if self.contestant.device.type == "cuda" else self._cpu_round
         answer = timed(calls)
@@ -79,7 +88,7 @@ class _Serving:
         samples = []
         for _ in range(calls):
             began = time.perf_counter()
-            self.contestant(next(self.indices))
+            self._call()
             samples.append(1e3 * (time.perf_counter() - began))
         return {"ms": statistics.median(samples), "samples_ms": samples, "host_ms": None}
 
@@ -89,7 +98,7 @@ class _Serving:
         events[0].record()
         launched = began
         for number, event in enumerate(events[1:]):
-            self.contestant(next(self.indices))
+            self._call()
             event.record()
             if number == 0:  # later ones may wait for room in the queue
                 launched = time.perf_counter()
@@ -126,6 +135,9 @@ def serve() -> None:
         except Exception as error:
             sys.excepthook(type(error), error, error.__traceback__)
             answer = _explain(error)
+        if answer.get("kind") == OUT_OF_MEMORY:
+            gc.collect()  # what the error's frames held
+            torch.cuda.empty_cache()
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -136,7 +148,7 @@ def _explain(error: Exception) -> dict[str, str]:
         return {"error": text, "kind": UNAVAILABLE}
     if "No available kernel" in text:
         return {"error": "PyTorch has no such attention kernel for these inputs here", "kind": UNAVAILABLE}
-    if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in text:
+    if isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in text for sign in LACKED_MEMORY):
         return {"error": "out of memory on the device", "kind": OUT_OF_MEMORY}
     return {"error": f"{type(error).__name__}: {text}", "kind": FAILED}
 

@@ -15,7 +15,10 @@ class Sleeper:
 
     def __init__(self, name: str, log: str, sleep_ms: float = 5.0, value: float = 1.0, hold_bytes: int = 0) -> None:
         self.device, self.keeps_memory = torch.device("cpu"), False
-        self.facts: dict[str, Any] = {"deterministic": True}
+        built = Path(f"{log}.{name}")
+        with built.open("a", encoding="utf-8") as file:
+            file.write("x")
+        self.facts: dict[str, Any] = {"built": built.stat().st_size}
         self._name, self._log, self._sleep_s, self._value = name, log, sleep_ms / 1e3, value
         self._held = torch.ones(hold_bytes, dtype=torch.uint8)
 

@@ -128,6 +128,7 @@ def test_a_workers_time_and_memory_are_its_own(troubled: dict[str, Any]) -> None
 def test_what_lacked_memory_beside_others_is_built_again_alone(troubled: dict[str, Any]) -> None:
     assert Path(f"{troubled['log']}.lacked").exists()
     again = [began for name, index, began, _ in troubled["calls"] if (name, index) == ("lacks-memory", 0)]
+    assert troubled["outcomes"]["lacks-memory"].facts["built"] == 1, "it went on in the process that it had"
     others = [ended for name, index, _, ended in troubled["calls"] if index < 3 and name != "lacks-memory"]
     assert len(again) == 1 and max(others) <= again[0]
 
@@ -296,7 +297,10 @@ def test_a_result_follows_from_the_time() -> None:
     assert (found["ms_median"], found["round_ms"], found["peak_memory_bytes"]) == (20.0, [20.0, 10.0, 30.0], 123)
 
 
-def test_the_command_for_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_for_a_cpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as the command does, and put back
     size = ["--model", "tiny", "--n-layer", "1", "--batch-size", "2", "--block-size", "32", "--threads", "1"]
     few = ["--rounds", "2", "--cells", "bfloat16-eager", "--commit", "abc"]
     assert cpu.main([*size, *few, "--out", str(tmp_path)]) == 0
@@ -317,13 +321,9 @@ def test_the_command_for_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.gpu
 def test_a_contest_on_a_gpu() -> None:
     shape, device = StepShape("tiny", 4, "bfloat16"), torch.device("cuda:0")
-    candidates = {
-        name: STEPS[name].on(shape, device, compiled=False) for name in ("plain", "ours-auto", "ours-auto-graph")
-    }
-    candidates["too large"] = STEPS["plain"].on(StepShape("tiny", 2**21, "bfloat16"), device, compiled=False)
-    outcomes = contest(candidates, rounds=3, seconds=0.3, reference="plain", agree=agree_in(shape), at_once=4)
-    large = outcomes.pop("too large")
-    assert isinstance(large, Lost) and large.reason == "out of memory on the device" and not large.failed, large
+    names = ("plain", "ours-auto", "ours-auto-graph")
+    candidates = {name: STEPS[name].on(shape, device, compiled=False) for name in names}
+    outcomes = contest(candidates, rounds=3, seconds=0.3, reference="plain", agree=agree_in(shape), at_once=3)
     for name, outcome in outcomes.items():
         assert isinstance(outcome, Finished), (name, outcome)
         assert outcome.timed.host_ms > 0 and len(outcome.timed.round_ms) == 3
