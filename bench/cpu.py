@@ -6,7 +6,7 @@ is the median over the rounds of our speed over the fastest peer's, and our peak
 record is written after each contest. Tokens a second are this machine's, with whatever else it did; the ratios hold
 further.
 
-Exit status: 0; 1 where a candidate was lost.
+Exit status: 0; 1 where a candidate crashed, hung or is wrong. One that can't run here is listed and costs nothing.
 """
 
 from __future__ import annotations
@@ -54,20 +54,21 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # this is about the CPU, whatever else is here
     record = new_record(given.minutes, commit(given.commit), {**environment(), "cpu_threads": given.threads})
     file = record_file(given.out, record)
+    failed = False
     for done, cell in enumerate(given.cells):
         share = (ends - time.monotonic()) / (len(given.cells) - done)
         dtype, how = cell.split("-")
         shape = StepShape(given.model, given.batch_size, dtype, given.block_size, given.n_layer)
-        _run_cell(record, shape, how == "compiled", given, time.monotonic() + share)
+        failed |= _run_cell(record, shape, how == "compiled", given, time.monotonic() + share)
         file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"\n{file}\n{table(record['results'])}")
     for missing in record["not_done"]:
         print(f"not done: {missing['name']}: {missing['reason']}")
-    return 1 if record["not_done"] else 0
+    return int(failed)
 
 
-def _run_cell(record: dict[str, Any], shape: StepShape, compiled: bool, given: Any, until: float) -> None:
-    """Hold a contest and add what came of it to the record."""
+def _run_cell(record: dict[str, Any], shape: StepShape, compiled: bool, given: Any, until: float) -> bool:
+    """Hold a contest and add what came of it to the record; whether a candidate failed."""
     device = torch.device("cpu")
     group = f"training step, {shape.model}, {shape.dtype}, {'compiled' if compiled else 'eager'}"
     print(f"{group} ...", flush=True)
@@ -86,7 +87,7 @@ def _run_cell(record: dict[str, Any], shape: StepShape, compiled: bool, given: A
         title = f"{group}, {name}"
         if isinstance(outcome, Lost):
             record["not_done"].append({"name": title, "reason": outcome.reason})
-            print(f"{title}: {outcome.reason}\n{outcome.output}", file=sys.stderr)
+            print(f"{title}: {outcome.reason}\n{outcome.output if outcome.failed else ''}".rstrip(), file=sys.stderr)
             continue
         record["environment"] = {**outcome.versions, "cpu_threads": given.threads}
         record["results"].append(
@@ -99,7 +100,8 @@ def _run_cell(record: dict[str, Any], shape: StepShape, compiled: bool, given: A
                 "device_state": {},
             }
         )
-    print(table(record["results"][-len(outcomes) :]), flush=True)
+    print(table([r for r in record["results"] if r["contest"] == identity]), flush=True)
+    return any(isinstance(outcome, Lost) and outcome.failed for outcome in outcomes.values())
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -216,7 +216,7 @@ def make_ours(settings: dict[str, Any]) -> Step:
 def make_plain(settings: dict[str, Any], kernel: str | None = None, mode: str | None = None) -> Step:
     """bench.plain_gpt2, with SDPA held to a kernel and torch.compile in a mode where they are given."""
     if kernel is not None:
-        _for_good(sdpa_kernel(SDPBackend[f"{kernel.upper()}_ATTENTION"]))
+        _for_good(sdpa_kernel(getattr(SDPBackend, f"{kernel.upper()}_ATTENTION")))
 
     def model(size: ModelConfig, weights: dict[str, Tensor]) -> nn.Module:
         with torch.device("meta"):

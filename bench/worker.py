@@ -146,7 +146,7 @@ def _explain(error: Exception) -> dict[str, str]:
     text = " ".join(str(error).split())[:500]
     if isinstance(error, ConfigError):
         return {"error": text, "kind": UNAVAILABLE}
-    if "No available kernel" in text:
+    if any(sign in text for sign in ("No available kernel", "No viable backend")):
         return {"error": "PyTorch has no such attention kernel for these inputs here", "kind": UNAVAILABLE}
     if isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in text for sign in LACKED_MEMORY):
         return {"error": "out of memory on the device", "kind": OUT_OF_MEMORY}

@@ -302,13 +302,16 @@ def test_the_command_for_a_cpu(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as the command does, and put back
     size = ["--model", "tiny", "--n-layer", "1", "--batch-size", "2", "--block-size", "32", "--threads", "1"]
-    few = ["--rounds", "2", "--cells", "bfloat16-eager", "--commit", "abc"]
+    few = ["--rounds", "2", "--cells", "bfloat16-eager", "--commit", "abc", "--candidates", *cpu.CANDIDATES]
+    few += ["plain-flash", "plain-cudnn"]
     assert cpu.main([*size, *few, "--out", str(tmp_path)]) == 0
     (file,) = (tmp_path / "cpu").iterdir()
     assert file.name.endswith("-abc.json")
     record = load(file)
-    ours, plain, transformers = record["results"]
-    assert [r["backend"] for r in record["results"]] == ["ours-auto", "plain", "transformers"]
+    ours, plain, transformers, _ = record["results"]
+    assert [r["backend"] for r in record["results"]] == [*cpu.CANDIDATES, "plain-flash"]
+    (missing,) = record["not_done"]
+    assert missing["name"].endswith("plain-cudnn") and missing["reason"].startswith("PyTorch has no such attention")
     assert ours["deterministic"] and not plain["deterministic"]
     assert ours["slots"]["loss"] == "chunked" and ours["dtype"] == "bfloat16" and not ours["compiled"]
     assert ratio(ours, plain).paired and ratio(ours, transformers).paired
