@@ -152,8 +152,11 @@ threading.Event().wait()
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     worker = int(parent.stdout.readline())
-    time.sleep(0.5)
-    os.kill(worker, 0)  # it is there
+    ends = time.monotonic() + 60
+    while time.monotonic() < ends and not (tmp_path / "calls.x").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)  # it is built, and now hangs in its first call
+    os.kill(worker, 0)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
