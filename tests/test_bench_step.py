@@ -25,8 +25,10 @@ from bench.plain_gpt2 import PlainGPT2
 from bench.results import load, ratio
 from bench.steps import STEPS, HuggingFace, StepShape, agree_in, initial_weights, make_plain, result, to_transformers
 from bench.timing import ROOT, Timed
+from bench.worker import _Serving
 from fastgpt2.config import PRESETS, ModelConfig, TrainConfig
 from fastgpt2.model import GPT
+from tests.contestants import Sleeper
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -172,6 +174,38 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_round_on_a_gpu_is_one_wall_clock_over_consecutive_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a device of which only the clock is played: it works for 10 ms a call, after the host has launched it."""
+    device_s = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            device_s[0] = max(device_s[0], time.perf_counter())
+            self.at_s = device_s[0]
+
+        def elapsed_time(self, later: Event) -> float:
+            return 1e3 * (later.at_s - self.at_s)
+
+    class Queued(Sleeper):
+        def __call__(self, index: int) -> None:
+            time.sleep(0.002)
+            device_s[0] = max(device_s[0], time.perf_counter()) + 0.010
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: time.sleep(max(0.0, device_s[0] - time.perf_counter())))
+    serving = _Serving()
+    serving.contestant = Queued("x", str(tmp_path / "calls"))
+    answer = serving._cuda_round(5)
+    assert serving.index == 5 and len(answer["samples_ms"]) == 5
+    assert 10.0 < answer["ms"] < 20.0 and 2.0 <= answer["host_ms"] < 10.0
+    assert answer["ms"] == pytest.approx(sum(answer["samples_ms"]) / 5, rel=0.05)
 
 
 # --------------------------------------------------------------------------------------------------- models
