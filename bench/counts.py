@@ -439,6 +439,7 @@ def main() -> int:
     what.add_argument("--write", action="store_true", help="rewrite the file's counts of this version of PyTorch")
     given = parser.parse_args()
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which the cases do
+    torch.set_num_threads(1)  # the chunked loss takes some rows a thread at once
     counts = {name: count() for name, count in CASES.items()}
     if given.write:
         known = json.loads(CHECKED_IN.read_text()) if CHECKED_IN.exists() else {}

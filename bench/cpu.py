@@ -38,16 +38,16 @@ CELLS = [f"{dtype}-{how}" for dtype in ("float32", "bfloat16") for how in ("eage
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cpu", description="Time the training step on a CPU.")
-    parser.add_argument("--minutes", type=float, default=20.0, help="no round starts later (default: 20)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="no round starts later (default: 30)")
     parser.add_argument("--rounds", type=int, default=10, help="of each contest (default: 10)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="default: bench/results")
     parser.add_argument("--commit", help="what is measured, where there is no git repository to ask")
     parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS, metavar="CELL", help=f"of {CELLS}")
     parser.add_argument("--candidates", nargs="+", default=CANDIDATES, choices=list(STEPS), metavar="NAME")
-    parser.add_argument("--model", default="gpt2", choices=list(PRESETS))
-    parser.add_argument("--n-layer", type=int, default=4, help="blocks (default: 4)")
-    parser.add_argument("--batch-size", type=int, default=4, help="sequences in a step (default: 4)")
-    parser.add_argument("--block-size", type=int, default=512, help="tokens in a sequence (default: 512)")
+    parser.add_argument("--model", default="small", choices=list(PRESETS), help="default: small")
+    parser.add_argument("--n-layer", type=int, help="blocks (default: the model's)")
+    parser.add_argument("--batch-size", type=int, default=64, help="sequences in a step (default: 64)")
+    parser.add_argument("--block-size", type=int, help="tokens in a sequence (default: the model's)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each candidate (default: every core's)")
     given = parser.parse_args(arguments)
     ends = time.monotonic() + 60 * given.minutes

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -117,7 +116,7 @@ class _Serving:
         return {}
 
     def finish(self) -> dict[str, Any]:
-        return {"versions": environment(), "peak_memory_bytes": _peak_memory_bytes(self.contestant.device)}
+        return {"versions": environment(), "peak_memory_bytes": peak_memory_bytes(self.contestant.device)}
 
 
 def serve() -> None:
@@ -151,16 +150,6 @@ def _explain(error: Exception) -> dict[str, str]:
     if isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in text for sign in LACKED_MEMORY):
         return {"error": "out of memory on the device", "kind": OUT_OF_MEMORY}
     return {"error": f"{type(error).__name__}: {text}", "kind": FAILED}
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    """As fastgpt2.device's; but what getrusage tells of a process begins with what its parent held, and a contest's
-    parent may be large."""
-    status = Path("/proc/self/status")
-    if device.type == "cuda" or not status.exists():
-        return peak_memory_bytes(device)
-    peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return 1024 * int(peak.split()[1])
 
 
 def _listen(commands: queue.Queue[str]) -> None:

@@ -151,6 +151,9 @@ class TrainConfig:
     """Which computes head and cross-entropy: torch (all logits at once), or chunked or triton (never all of them)."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    lean: bool = False
+    """With --compile: make GELU, norms and casts again in the backward rather than keep them, a third less activation
+    memory for a few more passes over memory. Always so on a CPU, where they cost nothing that can be measured."""
     recompute: bool = False
     """Keep a block's inputs alone and compute the rest again in the backward: less memory, a quarter more work."""
     cuda_graph: bool = False
@@ -205,6 +208,8 @@ class TrainConfig:
             raise ConfigError(
                 "--cuda-graph can't rewind the generator, as --recompute with --dropout has to: leave one of them out"
             )
+        if self.lean and not self.compile:
+            raise ConfigError("--lean tells the compiler what to keep: give --compile, too, or use --recompute")
         if self.resume and self.out is None:
             raise ConfigError("--resume needs --out: the folder of the run to continue")
 
