@@ -6,7 +6,7 @@ once their losses and gradients are seen to agree with those of plain PyTorch, e
     peers       ours as it comes, and with every kernel of ours, beside plain PyTorch and transformers
     ablation    PyTorch's forms, one slot's implementation changed at a time, and all
     graph       small batches, where launching takes longer than computing: with CUDA graphs, ours and PyTorch's
-    recompute   a block's activations computed again in the backward
+    recompute   what a block keeps for the backward: less by the compiler's choice, or its inputs alone
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ ABLATION = (
     "ours-triton",
 )
 GRAPH = ("ours-auto", "ours-auto-graph", "ours-triton-graph", "plain", "plain-reduce-overhead")
-RECOMPUTE = ("ours-auto", "ours-auto-recompute", "ours-triton-recompute")
+RECOMPUTE = ("ours-auto", "ours-auto-lean", "ours-auto-recompute", "ours-triton-recompute")
 
 
 def _gpt2(B: int) -> StepShape:

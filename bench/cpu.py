@@ -38,7 +38,7 @@ CELLS = [f"{dtype}-{how}" for dtype in ("float32", "bfloat16") for how in ("eage
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cpu", description="Time the training step on a CPU.")
-    parser.add_argument("--minutes", type=float, default=30.0, help="no round starts later (default: 30)")
+    parser.add_argument("--minutes", type=float, default=45.0, help="no round starts later (default: 45)")
     parser.add_argument("--rounds", type=int, default=10, help="of each contest (default: 10)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="default: bench/results")
     parser.add_argument("--commit", help="what is measured, where there is no git repository to ask")

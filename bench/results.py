@@ -52,8 +52,22 @@ def load(path: Path) -> Record:
 
 
 def stored(folder: Path = RESULTS) -> list[Record]:
-    """All stored records, oldest first."""
-    return sorted((load(path) for path in folder.glob("*/*.json")), key=lambda record: record["started"])
+    """All stored records, oldest first; runs of the same commit on the same device with the same versions are one, as
+    when `bench.gpu --only` was called for one part after the other."""
+    parts: dict[Key, list[Record]] = {}
+    for record in sorted((load(path) for path in folder.glob("*/*.json")), key=lambda record: record["started"]):
+        same = (device_of(record), record["commit"]["id"], *versions(record).values())
+        parts.setdefault(same, []).append(record)
+    return sorted((_join(runs) for runs in parts.values()), key=lambda record: record["started"])
+
+
+def _join(runs: Sequence[Record]) -> Record:
+    """Runs, oldest first, as one record: what the newest says, and the results of all, the newest's first."""
+    last_first = runs[::-1]
+    return runs[-1] | {
+        "results": [result for run in last_first for result in run["results"]],
+        "ceilings": next((run["ceilings"] for run in last_first if run.get("ceilings")), None),
+    }
 
 
 def device_of(record: Record) -> str:

@@ -131,6 +131,7 @@ STEPS: dict[str, StepCandidate] = {
         for name in table
         if name not in (TORCH[slot], "naive")
     },
+    "ours-auto-lean": _ours(None, lean=True),
     "ours-auto-recompute": _ours(None, recompute=True),
     "ours-triton-recompute": _ours(_ALL, recompute=True),
     "ours-auto-graph": _ours(None, cuda_graph=True),

@@ -103,6 +103,18 @@ def test_records_are_read_oldest_first_and_a_repeated_contest_counts_once(tmp_pa
     assert pick(again, "training step") == pick(records[0], "training step")
 
 
+def test_runs_of_one_commit_are_one_record(tmp_path: Path) -> None:
+    whole = make_record()
+    steps, rest = ([r for r in whole["results"] if (r["op"] == "training step") is step] for step in (True, False))
+    for minute, results in ((1, rest), (2, steps[:1]), (3, steps)):
+        run = whole | {"results": results, "started": f"2030-01-01T00:0{minute}:00+00:00"}
+        (tmp_path / "gpu").mkdir(exist_ok=True)
+        (tmp_path / "gpu" / f"{minute}.json").write_text(json.dumps(run | ({"ceilings": None} if minute == 3 else {})))
+    (record,) = stored(tmp_path)
+    assert record["results"] == [*steps, *steps[:1], *rest] and record["ceilings"] == whole["ceilings"]
+    assert record["started"].startswith("2030-01-01T00:03")
+
+
 # ------------------------------------------------------------------------------------------------------- report
 
 
