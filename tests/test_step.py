@@ -305,8 +305,8 @@ def test_a_step_on_a_cpu_reuses_the_memory_of_the_step_before() -> None:
         how: int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
         for how in ("kept", "given back")
     }
-    # Two gradients and a chunk of logits, of 13 MB and more each, in pages of 4 KB, in each of five steps. The kernel may
-    # take a page back, or hand out a large one, at any time: 61 times as many were seen.
+    # Two gradients and a chunk of logits, of 13 MB and more each, in pages of 4 KB, in each of five steps. The kernel
+    # may take a page back, or hand out a large one, at any time: 61 times as many were seen.
     assert 10 * faults["kept"] < faults["given back"], faults
 
 
