@@ -17,11 +17,12 @@ import importlib.util
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from bench.device_state import FIXED_FIELDS, make_state_query, query_gpu
+from bench.device_state import FIXED_FIELDS, find_tool, make_state_query, query_gpu
 from bench.results import summary
 from bench.stages import Files, Stage, exit_status, new_record, read_environment, record_file, run_stages
 from bench.timing import ROOT, commit
@@ -43,6 +44,7 @@ def all_stages(scratch: Path, results: Path, commit_id: str) -> list[Stage]:
     return [
         Stage("ceilings", [*roofline, "--out", str(ceilings), "--jsonl", str(results)], 60),
         *(_tests(file, scratch) for file in gpu_test_files()),
+        replace(_tool("gpu tests: memory and races", "sanitize", "compute-sanitizer", 300), until=TESTS_SHARE),
         bench("attention T=1024", attention, "C768-T1024-B64", 120),
         bench("step, ours and peers", step, "gpt2-B32-compiled-peers", 300),
         *(bench(name, f"bench_{op}.py", "C768 and (N65536 or B64)", 120) for name, op in ops.items()),
@@ -50,6 +52,7 @@ def all_stages(scratch: Path, results: Path, commit_id: str) -> list[Stage]:
         # Its checks are among the tests; this is their table.
         Stage("verify", [sys.executable, "-m", "fastgpt2.verify"], 240, required=True),
         bench("step, CUDA graphs", step, "compiled-graph", 300),
+        _tool("attention's counters", "profile", "ncu", 150, "--jsonl", str(results)),
         bench("step, B=64", step, "gpt2-B64-compiled-peers", 300),
         bench("attention T=2048 and up", attention, "T2048 or T4096 or T8192", 150),
         bench("step, eager", step, "gpt2-B32-eager-peers", 180),
@@ -69,6 +72,12 @@ def all_stages(scratch: Path, results: Path, commit_id: str) -> list[Stage]:
         # The same again: differences between candidates that are smaller than these are noise.
         bench("attention T=1024, repeated", attention, "C768-T1024-B64", 90),
     ]
+
+
+def _tool(name: str, module: str, tool: str, seconds_limit: float, *options: str) -> Stage:
+    """A command of ours around a program of CUDA's toolkit, which need not be there."""
+    missing = None if find_tool(tool) else f"{tool} is not installed: it comes with CUDA's toolkit"
+    return Stage(name, [sys.executable, "-m", f"bench.{module}", *options], seconds_limit, missing=missing)
 
 
 def _tests(file: Path, scratch: Path) -> Stage:
@@ -92,6 +101,13 @@ def gpu_test_files() -> list[Path]:
     return sorted(p for p in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in p.read_text(encoding="utf-8"))
 
 
+def chosen(stages: list[Stage], only: list[str] | None) -> list[Stage]:
+    """Those whose name contains one of the texts; all without any. Tests that nothing follows may use all the time."""
+    found = [stage for stage in stages if any(text in stage.name for text in only or [""])]
+    tests_alone = all(stage.until < 1.0 for stage in found)
+    return [replace(stage, until=1.0) for stage in found] if tests_alone else found
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="Test, verify and measure on a GPU.")
@@ -111,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         files = Files(file, file.with_suffix(".log"), Path(scratch) / "results.jsonl")
         stages = all_stages(Path(scratch), files.results, source["id"])
-        stages = [stage for stage in stages if any(text in stage.name for text in given.only or [""])]
+        stages = chosen(stages, given.only)
         run_stages(stages, record, files, seconds=60 * given.minutes - (time.monotonic() - began), state=state)
     print(f"\n{file}\n{summary(record)}")
     return exit_status(record, [stage.name for stage in stages if stage.required])

@@ -67,6 +67,7 @@ def _join(runs: Sequence[Record]) -> Record:
     return runs[-1] | {
         "results": [result for run in last_first for result in run["results"]],
         "ceilings": next((run["ceilings"] for run in last_first if run.get("ceilings")), None),
+        "profiles": [profile for run in last_first for profile in run.get("profiles", ())],
     }
 
 

@@ -46,6 +46,8 @@ class Stage:
     """Where it writes its tests' results."""
     until: float = 1.0
     """The fraction of the run's time after which it does not start and is stopped."""
+    missing: str | None = None
+    """What it needs and isn't there: it is not run, and the record says so."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Files:
     record: Path
     log: Path
     results: Path
-    """JSON lines that the stages append to: `kind` is "ceilings" or "benchmark"."""
+    """JSON lines that the stages append to: `kind` is "ceilings", "benchmark" or "profile"."""
 
 
 def new_record(minutes: float, source: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +78,7 @@ def new_record(minutes: float, source: dict[str, Any], environment: dict[str, An
         "ceilings": None,
         "stages": [],
         "results": [],
+        "profiles": [],
         "not_done": [],
     }
 
@@ -100,7 +103,8 @@ def run_stages(
     """Run stages in order until the time is used up; the record is on disk before the first and after each.
 
     Args:
-        record: what is known so far; gains `stages`, `results`, `ceilings` and `not_done`, a list of {name, reason}.
+        record: what is known so far; gains `stages`, `results`, `ceilings`, `profiles` (what counters say of a kernel)
+            and `not_done`, a list of {name, reason}.
         seconds: for all stages together; one that is running when they end is stopped.
         state: reads the device's state, every few seconds while a stage runs.
 
@@ -112,9 +116,12 @@ def run_stages(
     began = time.monotonic()
     stages = list(stages)
     waiting = {stage.name: "not reached" for stage in stages}
-    record.update(stages=[], results=[], ceilings=None)
+    record.update(stages=[], results=[], ceilings=None, profiles=[])
     _write_record(files.record, record, waiting)
     for stage in stages:
+        if stage.missing is not None:
+            waiting[stage.name] = stage.missing
+            continue
         left = began + stage.until * seconds - time.monotonic()
         if left <= 0:
             share = "" if stage.until == 1.0 else f"its {stage.until:.0%} of "
@@ -206,10 +213,11 @@ def _collect(results: Path, stage: str, record: dict[str, Any]) -> None:
             result = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if result.pop("kind") == "ceilings":
+        kind = result.pop("kind")
+        if kind == "ceilings":
             record["ceilings"] = result
         else:
-            record["results"].append({"stage": stage, **result})
+            record["profiles" if kind == "profile" else "results"].append({"stage": stage, **result})
     results.unlink()
 
 

@@ -20,3 +20,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """After an illegal memory access nothing works in the process any more: leave it, or every later test fails.
+
+    Under pytest-xdist a new process takes over the tests that are left. Waiting after each test also puts a fault to
+    the test that launched it.
+    """
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"{nodeid} lost the GPU: {error}", returncode=1)

@@ -1,0 +1,216 @@
+"""`python -m bench.profile`: what the GPU's counters say limits a kernel, by Nsight Compute.
+
+Each kernel is launched at GPT-2 124M's shape with its table's configuration, as `kernels.tune` times it, and its third
+launch is read: how busy the matrix units, the issue slots and the memory were, and what its warps waited for. The
+clocks are left alone, so that the time is the one that users see.
+
+    python -m bench.profile                                        attention's kernels in bfloat16; needs a CUDA GPU
+    python -m bench.profile --op gelu_mlp --precision bfloat16     kernels whose name begins so
+
+Reading counters takes a permission on some machines (NVreg_RestrictProfilingToAdminUsers); the tool then says so.
+Exit status: 0; 1 where a kernel could not be read; 2 where the tool can't run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.device_state import find_tool
+from bench.results import align, number
+from bench.timing import ROOT, append_json_line
+from kernels.inspect import all_kernels
+from kernels.tune import tunings
+from kernels.tuning import LaunchConfig, lookup
+
+NAME = "ncu"
+SECTIONS = (
+    *("SpeedOfLight", "LaunchStats", "Occupancy", "SchedulerStats", "WarpStateStats"),
+    *("ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis"),
+)
+SIZES = {"attention": 64, "cross_entropy": 50304, "layer_norm": 768, "gelu_mlp": 768}
+"""The table's size of a kernel at GPT-2 124M, by how the kernel's name begins."""
+UNTIMED = 2
+"""Launches before the one that is read."""
+SECONDS = 120.0
+"""That reading a kernel may take."""
+
+SHOWN = {
+    ">ms": "gpu__time_duration.sum",
+    ">registers": "launch__registers_per_thread",
+    ">warps active, %": "sm__warps_active.avg.pct_of_peak_sustained_active",
+    ">issued a clock": "smsp__issue_active.avg.per_cycle_active",
+    ">memory, %": "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed",
+    ">DRAM, %": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
+}
+"""Columns of the table that are one counter; a scheduler issues one instruction a clock at most."""
+_FORMS = {">ms": ".3f", ">issued a clock": ".2f"}
+_PIPE = re.compile(r"sm__(?:inst_executed_)?pipe_(\w+?)(?:_cycles_active)?\.avg\.pct_of_peak_sustained_active")
+_STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+?)_per_issue_active\.ratio")
+_MILLISECONDS = {
+    unit: factor
+    for prefix, factor in {"n": 1e-6, "u": 1e-3, "m": 1.0, "": 1e3}.items()
+    for unit in (f"{prefix}s", f"{prefix}second")
+}
+
+
+def size_of(op: str) -> int:
+    """The table's size of a kernel at GPT-2 124M."""
+    return next(size for prefix, size in SIZES.items() if op.startswith(prefix))
+
+
+def launch(op: str, precision: str) -> None:
+    """What runs under the tool."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    call = tunings()[op].example(precision, size_of(op), device, 0)
+    config = lookup(op, precision, size_of(op), device)
+    for _ in range(UNTIMED + 1):
+        call(config)
+    torch.cuda.synchronize()
+
+
+def command(program: str, op: str, precision: str, log: Path) -> list[str]:
+    """The tool's call for one kernel; its report goes to a file, as CSV with a column a counter."""
+    sections = [option for section in SECTIONS for option in ("--section", section)]
+    kernel = all_kernels()[op].function.__name__
+    which = ["--kernel-name", kernel, "--launch-skip", str(UNTIMED), "--launch-count", "1"]
+    form = ["--clock-control", "none", "--csv", "--page", "raw", "--log-file", str(log)]
+    inner = [sys.executable, "-m", "bench.profile", "--launch", op, "--precision", precision]
+    return [program, *sections, *which, *form, *inner]
+
+
+def parse(report: str) -> dict[str, float]:
+    """The numbers of the tool's CSV, by counter; a duration in milliseconds, all else as printed.
+
+    Raises:
+        ValueError: it holds no kernel; the message is what it says instead.
+    """
+    start = report.find('"ID"')
+    rows = list(csv.reader(io.StringIO(report[start:]))) if start >= 0 else []
+    if len(rows) < 3:
+        said = [line for line in report.splitlines() if line.startswith("==ERROR==")] or report.splitlines()[-3:]
+        raise ValueError(" ".join(said) or "the tool wrote no report")
+    names, units, values = rows[:3]
+    counters: dict[str, float] = {}
+    for name, unit, value in zip(names, units, values, strict=True):
+        try:
+            counters[name] = float(value.replace(",", ""))
+        except ValueError:
+            continue
+        if name == SHOWN[">ms"]:
+            counters[name] *= _MILLISECONDS[unit]
+    return counters
+
+
+def read(program: str, op: str, precision: str) -> dict[str, float]:
+    """The counters of a kernel.
+
+    Raises:
+        ValueError: the tool could not read it; the message says what it said.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "report.csv"
+        try:
+            done = subprocess.run(
+                command(program, op, precision, log), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                text=True, errors="replace", timeout=SECONDS,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"stopped after {SECONDS:.0f} s") from None
+        report = log.read_text(errors="replace") if log.exists() else ""
+    try:
+        return parse(report)
+    except ValueError as error:
+        said = "".join(done.stdout.strip().splitlines()[-1:])
+        raise ValueError(f"{error} (exit status {done.returncode}: {said})") from None
+
+
+def largest(counters: dict[str, float], which: re.Pattern[str], form: str, count: int = 3) -> str:
+    """The highest counters of a kind, by the part of the name that tells them apart: "long_scoreboard 3.1, ...".
+
+    Where two counters have that part in common, the higher one.
+    """
+    found: dict[str, float] = {}
+    for name, value in counters.items():
+        if match := which.fullmatch(name):
+            found[match[1]] = max(value, found.get(match[1], value))
+    ranked = sorted(found.items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{name} {value:{form}}" for name, value in ranked[:count])
+
+
+def row(profile: dict[str, Any]) -> dict[str, str]:
+    """A profile as a line of the table."""
+    counters = profile["counters"]
+    cells = {"<kernel": profile["op"], "<precision": profile["precision"], "<tile": profile["tile"]}
+    for title, name in SHOWN.items():
+        cells[title] = number(counters.get(name), _FORMS.get(title, ".0f"))
+    # Warps that wait for each instruction that is issued: what a scheduler would have to hide.
+    cells["<busiest pipes, %"] = largest(counters, _PIPE, ".0f")
+    cells["<warps stalled for"] = largest(counters, _STALL, ".1f")
+    return cells
+
+
+def profile(op: str, precision: str, config: LaunchConfig, counters: dict[str, float]) -> dict[str, Any]:
+    """What is kept of a kernel."""
+    return {
+        "op": op,
+        "precision": precision,
+        "size": size_of(op),
+        "tile": str(config),
+        "config": asdict(config),
+        "counters": counters,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__.split("\n")[0])
+    parser.add_argument("--op", nargs="+", metavar="PREFIX", default=["attention"], help="default: attention")
+    parser.add_argument("--precision", choices=["bfloat16", "float16", "tf32", "float32"], default="bfloat16")
+    parser.add_argument("--jsonl", type=Path, help="file of JSON lines to append the counters to")
+    parser.add_argument("--launch", metavar="OP", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.launch:
+        launch(given.launch, given.precision)
+        return 0
+    ops = [op for op in tunings() if op.startswith(tuple(given.op))]
+    if not ops:
+        parser.error(f"no kernel's name begins with {' or '.join(given.op)}; there are {', '.join(tunings())}")
+    program = find_tool(NAME)
+    if program is None or not torch.cuda.is_available():
+        why = f"{NAME} (Nsight Compute) is not installed" if program is None else "no CUDA GPU here"
+        print(f"error: python -m bench.profile: {why}", file=sys.stderr)
+        return 2
+    return report(program, ops, given.precision, given.jsonl, torch.device("cuda", 0))
+
+
+def report(program: str, ops: list[str], precision: str, jsonl: Path | None, device: torch.device) -> int:
+    """Read kernel after kernel, keep each as it is read, and print the table; the exit status."""
+    rows, failed = [], False
+    for op in ops:
+        try:
+            found = profile(op, precision, lookup(op, precision, size_of(op), device), read(program, op, precision))
+        except ValueError as error:
+            print(f"{op}: {error}")
+            failed = True
+            continue
+        if jsonl is not None:
+            append_json_line(jsonl, {"kind": "profile", **found})
+        rows.append(row(found))
+    if rows:
+        print(align(rows))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""`python -m bench.sanitize`: every kernel, forward and backward, at a small odd shape under compute-sanitizer.
+
+memcheck finds accesses outside an allocation, racecheck shared memory that is read or written without a barrier
+between. Neither is trusted until it has found what was planted for it. PyTorch's allocator hands out pieces of larger
+blocks, within which memcheck would see nothing: it is told to ask the driver for each tensor.
+
+    python -m bench.sanitize                                    both tools, every case; needs a CUDA GPU
+    python -m bench.sanitize --tool memcheck --only attention   cases whose name contains the text
+
+compute-sanitizer comes with CUDA's toolkit. Only this package's kernels are watched, so that libraries cost no time.
+Exit status: 0; 1 where a tool found a fault, missed the planted one or did not end; 2 where it can't run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernels
+from bench.device_state import find_tool
+from bench.results import align
+from bench.shapes import DEVICE
+from bench.timing import ROOT
+from fastgpt2.attention import document_bounds
+
+NAME = "compute-sanitizer"
+SUMMARY = {
+    "memcheck": re.compile(r"ERROR SUMMARY: (\d+) error"),
+    "racecheck": re.compile(r"RACECHECK SUMMARY: (\d+) hazard"),
+}
+"""How each tool ends its report, with the number of what it found."""
+SECONDS = 150.0
+"""That a case may take under a tool."""
+AT_A_TIME = 4
+
+# A position past an allocation of four; and neighbours' shared memory that is read without a barrier.
+PLANTED = {
+    "memcheck": """extern "C" __global__ void planted_fault(float* x) { x[threadIdx.x] = threadIdx.x; }""",
+    "racecheck": """extern "C" __global__ void planted_fault(float* x) {
+        __shared__ volatile float y[256];
+        y[threadIdx.x] = threadIdx.x;
+        if (threadIdx.x < 4) x[threadIdx.x] = y[255 - threadIdx.x];
+    }""",
+}
+
+
+def _random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=dtype).requires_grad_()
+
+
+def _attention(head_dim: int, T: int = 130, **options: Any) -> Callable[[torch.dtype], Tensor]:
+    """Two sequences of two tiles and a bit, three heads; odd D leaves columns that a tile has and the tensor hasn't."""
+    return lambda dtype: kernels.flash_attention_qkv(_random(2, T, 3, 3, head_dim, dtype=dtype), **options)
+
+
+def _documents(dtype: torch.dtype) -> Tensor:
+    documents = document_bounds(torch.randint(20, (2, 130), device=DEVICE), 0)
+    return _attention(64, documents=documents, dropout_p=0.1)(dtype)
+
+
+def _gelu_mlp(C: int) -> Callable[[torch.dtype], Tensor]:
+    def run(dtype: torch.dtype) -> Tensor:
+        x, w_fc, w_proj = (_random(*shape, dtype=dtype) for shape in ((130, C), (4 * C, C), (C, 4 * C)))
+        return kernels.gelu_mlp(x, w_fc, _random(4 * C, dtype=dtype), w_proj, _random(C, dtype=dtype))
+
+    return run
+
+
+def _layer_norm(C: int) -> Callable[[torch.dtype], Tensor]:
+    def run(dtype: torch.dtype) -> Tensor:
+        x, residual = _random(7, C, dtype=dtype), _random(7, C, dtype=dtype)
+        weight, bias = _random(C, dtype=torch.float32), _random(C, dtype=torch.float32)
+        y, total = kernels.add_layer_norm(x, residual, weight, bias)
+        return y + total + kernels.layer_norm(x, weight, bias)
+
+    return run
+
+
+def _linear_cross_entropy(dtype: torch.dtype) -> Tensor:
+    targets = torch.randint(1003, (130,), device=DEVICE)
+    targets[5] = -100
+    return kernels.linear_cross_entropy(_random(130, 72, dtype=dtype), _random(1003, 72, dtype=dtype), targets)
+
+
+CASES: dict[str, Callable[[torch.dtype], Tensor]] = {
+    "attention": _attention(64),
+    "attention, odd heads": _attention(80),
+    "attention, one token": _attention(64, T=1),
+    "attention, documents and dropout": _documents,
+    "gelu_mlp": _gelu_mlp(128),
+    "gelu_mlp, odd channels": _gelu_mlp(72),
+    "layer norm": _layer_norm(768),
+    "layer norm, odd channels": _layer_norm(1001),
+    "linear cross-entropy": _linear_cross_entropy,
+}
+PLANT = "planted fault"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a tool said of a case.
+
+    found: faults; None where the tool gave no summary. report: the end of what it printed.
+    """
+
+    tool: str
+    case: str
+    found: int | None
+    report: str
+
+    @property
+    def right(self) -> bool:
+        """As many as were expected: some where one was planted, none elsewhere."""
+        return self.found is not None and (self.found > 0) == (self.case == PLANT)
+
+
+def run_case(name: str, tool: str) -> None:
+    """What runs under the tool: the operation and its gradients in bfloat16 and float32, or the planted fault."""
+    if name == PLANT:
+        fault = torch.cuda._compile_kernel(PLANTED[tool], "planted_fault")
+        fault(grid=(1, 1, 1), block=(256, 1, 1), args=[torch.zeros(4, device=DEVICE)])
+    else:
+        torch.manual_seed(0)
+        for dtype in (torch.bfloat16, torch.float32):
+            CASES[name](dtype).float().square().mean().backward()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def watched() -> list[str]:
+    """The kernels' names, and the planted one's."""
+    from kernels.inspect import all_kernels
+
+    return ["planted_fault", *dict.fromkeys(kernel.function.__name__ for kernel in all_kernels().values())]
+
+
+def check(program: str, tool: str, case: str) -> Outcome:
+    """Run a case in a process of its own under a tool."""
+    names = [option for name in watched() for option in ("--kernel-name", f"kns={name}")]
+    inner = [sys.executable, "-m", "bench.sanitize", "--run", case, "--tool", tool]
+    # An API's failure is no fault of a kernel: PyTorch asks the driver for things that it need not have.
+    command = [program, "--tool", tool, "--print-limit", "10", "--report-api-errors", "no", *names, *inner]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        said = (error.stdout or b"").decode(errors="replace")[-3000:]
+        return Outcome(tool, case, None, f"stopped after {SECONDS:.0f} s\n{said}")
+    text = done.stdout.decode(errors="replace")
+    summaries = SUMMARY[tool].findall(text)
+    # A case that fails by itself has shown nothing, whatever the tool counted; the planted fault may well fail.
+    ended = done.returncode == 0 or case == PLANT
+    return Outcome(tool, case, int(summaries[-1]) if summaries and ended else None, text[-3000:])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__.split("\n")[0])
+    parser.add_argument("--tool", nargs="+", choices=list(SUMMARY), default=list(SUMMARY), help="default: both")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="only the cases whose name contains one of these")
+    parser.add_argument("--run", choices=[PLANT, *CASES], help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.run:
+        run_case(given.run, given.tool[0])
+        return 0
+    program = find_tool(NAME)
+    if program is None or DEVICE.type != "cuda":
+        why = f"{NAME} is not installed: it comes with CUDA's toolkit" if DEVICE.type == "cuda" else "no CUDA GPU here"
+        print(f"error: python -m bench.sanitize: {why}", file=sys.stderr)
+        return 2
+    return report(program, given.tool, given.only)
+
+
+def report(program: str, tools: list[str], only: list[str] | None) -> int:
+    """Check the cases by the tools, several at a time, and print a line for each; the exit status."""
+    chosen = [case for case in CASES if any(text in case for text in only or [""])]
+    pairs = [(tool, case) for tool in tools for case in [PLANT, *chosen]]
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        outcomes = list(pool.map(lambda pair: check(program, *pair), pairs))
+    for outcome in outcomes:
+        if not outcome.right:
+            print(f"==== {outcome.tool}: {outcome.case}\n{outcome.report}\n")
+    print(align([_row(outcome) for outcome in outcomes]))
+    wrong = sum(not outcome.right for outcome in outcomes)
+    print(f"{len(outcomes)} checks, {wrong} not as expected")
+    return int(wrong > 0)
+
+
+def _row(outcome: Outcome) -> dict[str, str]:
+    found = "no summary" if outcome.found is None else str(outcome.found)
+    verdict = "as expected" if outcome.right else "WRONG"
+    return {"<tool": outcome.tool, "<case": outcome.case, ">faults": found, "<": verdict}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
