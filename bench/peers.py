@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.worker import NO_KERNEL
 from fastgpt2.attention import flex_attention, naive_attention, sdpa_attention, unsupported
 from fastgpt2.ops import torch_mlp
 from kernels import launch
@@ -94,7 +95,7 @@ def _held(kernel: SDPBackend, function: Callable[..., Tensor] = sdpa_attention) 
             with sdpa_kernel(kernel):
                 return function(*inputs)
         except RuntimeError as error:
-            if "No available kernel" not in str(error):
+            if not any(sign in str(error) for sign in NO_KERNEL):
                 raise
             raise Unavailable(f"PyTorch has no {kernel.name} kernel for these inputs here") from None
 

@@ -218,6 +218,8 @@ def make_plain(settings: dict[str, Any], kernel: str | None = None, mode: str | 
     """bench.plain_gpt2, with SDPA held to a kernel and torch.compile in a mode where they are given."""
     if kernel is not None:
         _for_good(sdpa_kernel(getattr(SDPBackend, f"{kernel.upper()}_ATTENTION")))
+        # The compiler's caches on disk don't know what SDPA is held to: one candidate would run another's code.
+        torch.compiler.config.cache_key_tag = kernel
 
     def model(size: ModelConfig, weights: dict[str, Tensor]) -> nn.Module:
         with torch.device("meta"):

@@ -26,6 +26,8 @@ from fastgpt2.device import peak_memory_bytes, synchronize
 OUT_OF_MEMORY, UNAVAILABLE, FAILED = "out of memory", "unavailable", "failed"
 """Kinds of error; with the first two nothing is amiss with the candidate."""
 
+NO_KERNEL = ("No available kernel", "No viable backend")
+"""In the text of SDPA's errors where the kernel that it is held to can't take the inputs."""
 LACKED_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
 """In the text of errors of PyTorch, of its compiler, and of a library that found the device full."""
 
@@ -145,7 +147,7 @@ def _explain(error: Exception) -> dict[str, str]:
     text = " ".join(str(error).split())[:500]
     if isinstance(error, ConfigError):
         return {"error": text, "kind": UNAVAILABLE}
-    if any(sign in text for sign in ("No available kernel", "No viable backend")):
+    if any(sign in text for sign in NO_KERNEL):
         return {"error": "PyTorch has no such attention kernel for these inputs here", "kind": UNAVAILABLE}
     if isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in text for sign in LACKED_MEMORY):
         return {"error": "out of memory on the device", "kind": OUT_OF_MEMORY}

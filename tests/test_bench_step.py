@@ -304,6 +304,36 @@ def test_the_padding_that_a_peer_predicts_is_allowed_for() -> None:
     assert agree("plain", plain, "plain", ours)
 
 
+HELD_APART = """
+import torch, torch.nn.functional as F
+from torch._dynamo.utils import counters
+from bench.steps import make_plain
+from tests.test_bench_step import SETTINGS
+
+def found(**held):
+    make_plain(SETTINGS, **held)
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True).sum())
+    compiled(torch.randn(1, 2, 8, 16, requires_grad=True)).backward()
+    return dict(counters["aot_autograd"])
+
+print(found(), found(), found(kernel="flash"), sep="\\n")
+"""
+
+
+def test_code_compiled_for_one_attention_kernel_is_not_found_by_a_candidate_held_to_another(tmp_path: Path) -> None:
+    """The compiler's caches outlive a process, and what SDPA is held to is no part of their keys."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", HELD_APART], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, again, held = done.stdout.splitlines()
+    assert "autograd_cache_miss" in first and "autograd_cache_hit" in again
+    assert "autograd_cache_miss" in held and "autograd_cache_hit" not in held
+
+
 # ----------------------------------------------------------------------------------------------- benchmarks
 
 
