@@ -126,7 +126,8 @@ def cross_entropy_rows(
             scale = factor[here, None]
         if gradient:
             x.mul_(scale)
-            x.scatter_(1, safe[here], x.gather(1, safe[here]) - factor[here, None])
+            # scatter_ would do, but that its deterministic form on CUDA copies the strides there and waits for it.
+            x.index_put_((torch.arange(len(x), device=x.device), safe[here, 0]), -factor[here], accumulate=True)
             if scratch is not None:
                 stored.copy_(x)
     if upstream is None:
