@@ -1,5 +1,6 @@
 """fastgpt2: an exact GPT-2 trainer. `train(TrainConfig(...))` is the whole programme."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,10 @@ if TYPE_CHECKING:
     from fastgpt2.model import GPT
     from fastgpt2.ops import Ops
     from fastgpt2.train import TrainResult, train
+
+# cuBLAS is deterministic only with this workspace, and PyTorch looks once in a process: at the first product on a GPU,
+# which may come long before a run.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 __version__ = "0.1.0"
 __all__ = ["GPT", "ConfigError", "ModelConfig", "Ops", "TrainConfig", "TrainResult", "train"]
