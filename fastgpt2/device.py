@@ -34,6 +34,7 @@ def pick_device(name: str | None) -> torch.device:
 _PEAK_TFLOPS: dict[str, dict[str, float]] = {
     # Dense peaks from NVIDIA's data sheets, without sparsity; float32 is that of the CUDA cores.
     "B200": {"bfloat16": 2250.0, "float16": 2250.0, "tf32": 1125.0, "float32": 75.0},
+    "H200 NVL": {"bfloat16": 835.5, "float16": 835.5, "tf32": 417.5, "float32": 60.0},
     "H200": {"bfloat16": 989.4, "float16": 989.4, "tf32": 494.7, "float32": 66.9},
     "H100 PCIe": {"bfloat16": 756.0, "float16": 756.0, "tf32": 378.0, "float32": 51.2},
     "H100 80GB HBM3": {"bfloat16": 989.4, "float16": 989.4, "tf32": 494.7, "float32": 66.9},
@@ -47,14 +48,21 @@ _PEAK_TFLOPS: dict[str, dict[str, float]] = {
 def peak_flops(device_name: str, dtype: str) -> float | None:
     """The device's dense peak in FLOP/s at a precision, None where it is not known."""
     for name, peaks in _PEAK_TFLOPS.items():
-        if dtype in peaks and re.search(rf"\b{name}\b", device_name):  # whole words: an L40 is no L4
-            return peaks[dtype] * 1e12
+        # Whole words: an L40 is no L4. A slice of a GPU (MIG) has a part of the peak.
+        if re.search(rf"\b{name}\b(?!.* MIG\b)", device_name):
+            return peaks[dtype] * 1e12 if dtype in peaks else None
     return None
 
 
 def device_name(device: torch.device) -> str:
     """What the device calls itself: "NVIDIA H100 80GB HBM3", or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def on_its_way(tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A batch in the CPU's memory, copied to the device while the host goes on. The pinned memory that the copy reads
+    is PyTorch's to keep until the copy is over, and to use again after it."""
+    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
 
 
 def synchronize(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastgpt2.config import ConfigError
 from fastgpt2.console import run_command
 from fastgpt2.data import DUMMY, ShardTokens, TokenSource, count_tokens, open_data, split, unigram_entropy
-from fastgpt2.device import pick_device
+from fastgpt2.device import on_its_way, pick_device
 from fastgpt2.pretrained import load_run
 
 
@@ -63,7 +63,7 @@ def evaluate_split(
 
 
 def _loss(model: nn.Module, tokens: Tensor, device: torch.device | str) -> Tensor:
-    inputs, targets = split(tokens.to(device, non_blocking=True))
+    inputs, targets = split(on_its_way(tokens, torch.device(device)))
     return model(inputs, targets)
 
 

@@ -11,6 +11,7 @@ optimizer's step count, and the generator's offset, which a replay advances as t
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -19,50 +20,55 @@ from torch import Tensor
 WARM_UP_STEPS = 3
 
 Work = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""(grad_accum, B, T + 1) tokens -> the loss and the gradients' norm, both on the device; the weights are updated."""
+"""(grad_accum, B, T + 1) tokens -> the loss and the gradients' norm, both on the device; the weights are updated. It
+reads nothing that changes but the tokens, the weights and what the optimizer keeps on the device, and waits for
+nothing. It must leave the gradients' memory to the graph: no gradients at its start."""
 
 
 class CapturedStep:
-    """Calls `work` for the first steps and replays its graph from then on.
+    """Calls the work for the first steps and replays its graph from then on.
+
+    It is handed the work rather than keep it: were the run in a cycle with its graph, their memory would be held until
+    the garbage collector comes by.
 
     Args:
-        work: reads nothing that changes but the tokens, the weights and what the optimizer keeps on the device,
-            and waits for nothing. It must leave the gradients' memory to the graph: no gradients at its start.
-        device: the CUDA device that it works on.
+        device: the CUDA device that is worked on.
     """
 
-    def __init__(self, work: Work, device: torch.device) -> None:
-        self.work = work
+    def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm_up = WARM_UP_STEPS
         self.tokens: Tensor
         self.results: tuple[Tensor, Tensor | None]
 
-    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One step; returns the loss and the norm in memory of their own."""
+    def __call__(self, work: Work, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One step of the work, the same in every call; returns the loss and the norm in memory of their own."""
         if self.warm_up:
             self.warm_up -= 1
-            return self._on_stream(tokens)
+            return self._on_stream(work, tokens)
         if self.graph is None:
-            self._capture(tokens)
+            self._capture(work, tokens)
         assert self.graph is not None
         self.tokens.copy_(tokens)
         self.graph.replay()
         loss, norm = self.results
         return loss.clone(), None if norm is None else norm.clone()
 
-    def _on_stream(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _on_stream(self, work: Work, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         here = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
-            results = self.work(tokens)
+            results = work(tokens)
         here.wait_stream(self.stream)
         return results
 
-    def _capture(self, tokens: Tensor) -> None:
+    def _capture(self, work: Work, tokens: Tensor) -> None:
         self.tokens = torch.empty_like(tokens)
+        # Were the collector to find the graph of an earlier run during the capture, destroying it would end the capture
+        # with an error (pytorch #161037); torch.cuda.graph collects nothing by itself since 2.9.
+        gc.collect()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
-            self.results = self.work(self.tokens)
+            self.results = work(self.tokens)
         self.graph = graph

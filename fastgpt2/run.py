@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastgpt2 import checkpoint
+from fastgpt2.attention import sdpa_attention
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.data import TokenSource, data_end_of_text, data_vocab_size, open_data, split
-from fastgpt2.device import keep_freed_memory, pick_device
+from fastgpt2.device import keep_freed_memory, on_its_way, pick_device
 from fastgpt2.graph import CapturedStep
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import make_ops
@@ -62,10 +64,7 @@ class Run:
 
     def next_tokens(self, step: int) -> Tensor:
         """The tokens of a step counted from 0, (grad_accum, B, T + 1), on their way to the device."""
-        tokens = self.source.tokens(step)
-        if self.device.type == "cuda":
-            return tokens.pin_memory().to(self.device, non_blocking=True)
-        return tokens
+        return on_its_way(self.source.tokens(step), self.device)
 
     def step(self, step: int, tokens: Tensor, *, want_norm: bool = False) -> tuple[Tensor, Tensor | None]:
         """One optimizer step; launches work and waits for nothing.
@@ -78,19 +77,20 @@ class Run:
         Returns:
             The loss (a scalar on the device, mean over micro-steps) and the gradients' norm before clipping.
         """
-        rate = learning_rate(step, self.config)
+        # In float32, which is what the optimizer reads from a graph's memory: the same bits with a graph and without.
+        rate = float(np.float32(learning_rate(step, self.config)))
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
         if self.captured is None:
-            return self._work(tokens, want_norm)
-        loss, norm = self.captured(tokens)
+            return self._same_every_step(tokens, want_norm)
+        loss, norm = self.captured(self._same_every_step, tokens)
         # The replayed gradients stay where they are until the next replay.
         return loss, self._norm() if norm is None and want_norm else norm
 
-    def _work(self, tokens: Tensor, want_norm: bool) -> tuple[Tensor, Tensor | None]:
+    def _same_every_step(self, tokens: Tensor, want_norm: bool = False) -> tuple[Tensor, Tensor | None]:
         """Everything of a step that is the same in every step: what a CUDA graph captures."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
@@ -165,7 +165,7 @@ def build(config: TrainConfig) -> Run:
         parameters=list(model.parameters()),
     )
     if config.cuda_graph:
-        run.captured = CapturedStep(lambda tokens: run._work(tokens, want_norm=False), device)
+        run.captured = CapturedStep(device)
     if latest is not None:
         run.start = checkpoint.restore(latest, model, optimizer, scaler, device)
     return run
@@ -187,8 +187,11 @@ def activation_bytes(run: Run, *, recompute: bool) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     config, weights = run.config, run.model.state_dict()
+    ops = run.model.ops
+    if run.chosen["attention"] == "flex":  # can't be traced on fake tensors; it keeps what sdpa does without a mask
+        ops = dataclasses.replace(ops, attention=lambda qkv, dropout_p, documents: sdpa_attention(qkv, dropout_p))
     with FakeTensorMode() as mode, run.device, run.autocast():
-        model = GPT(run.model.config, run.model.ops, recompute=recompute)
+        model = GPT(run.model.config, ops, recompute=recompute)
         # .to() can't convert fake parameters.
         model.load_state_dict({name: mode.from_tensor(weight) for name, weight in weights.items()}, assign=True)
         tokens = torch.zeros(int(config.batch_size or 0), int(config.block_size or 0), dtype=torch.int64)
@@ -231,8 +234,6 @@ def numerics(config: TrainConfig) -> Iterator[None]:
     """Set torch's global numerics for a run and put them back: exact float32 products unless tf32 is asked for,
     and, unless the configuration does without, algorithms that give the same bits every time. SDPA's flash and
     memory-efficient backwards on CUDA add in any order otherwise, and do so still where torch is only told to warn."""
-    # cuBLAS is deterministic only with this workspace setting, which it reads when its handle is made.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     precision = torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -27,6 +27,7 @@ from fastgpt2.device import device_name, peak_flops, peak_memory_bytes
 from fastgpt2.evaluate import evaluate
 from fastgpt2.metrics import JsonLines, Meter, NonFiniteLossError
 from fastgpt2.model import FLOPS_PER_TOKEN, GPT, recompute_flops
+from fastgpt2.optim import learning_rate
 from fastgpt2.run import Run, activation_bytes, build, numerics
 
 MFU_FORMULA = "llm.c"
@@ -177,7 +178,7 @@ def _record(run: Run, meter: Meter, step: int, norm: Tensor | None) -> dict[str,
     return {
         "step": step,
         "loss": meter.losses[-1],
-        "lr": float(run.optimizer.param_groups[0]["lr"]),
+        "lr": learning_rate(step - 1, run.config),
         "grad_norm": None if norm is None else norm.item(),
         "step_ms": step_ms,
         "tokens_per_s": speed,

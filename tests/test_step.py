@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from fastgpt2.config import ConfigError, TrainConfig
+from fastgpt2.graph import WARM_UP_STEPS, CapturedStep
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import FLAGS, SLOTS, Ops, make_ops
 from fastgpt2.optim import make_optimizer
@@ -236,6 +239,7 @@ def graphed(**changes: Any) -> TrainConfig:
         {"optimizer": "adamw", "weight_decay": 0.1},
         {"compile": True},
         {"recompute": True},
+        {"loss": "chunked"},
         {"attn": "triton"},
         {"attn": "triton", "mlp": "triton", "norm": "triton", "loss": "triton"},
         {"attn": "triton", "mlp": "triton", "norm": "triton", "loss": "triton", "compile": True},
@@ -267,6 +271,39 @@ def test_a_replayed_step_is_resumed_to_the_bit(tmp_path) -> None:
     train(dataclasses.replace(config, out=tmp_path / "cut", steps=11))
     rest = train(dataclasses.replace(config, out=tmp_path / "cut", resume=True))
     assert rest.losses == whole.losses[11:]
+
+
+@pytest.mark.gpu
+def test_a_graph_goes_with_its_run() -> None:
+    run = build(graphed())
+    for step in range(WARM_UP_STEPS + 2):
+        run.step(step, run.next_tokens(step))
+    captured = weakref.ref(run.captured)
+    gc.disable()
+    try:
+        del run
+        assert captured() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+def test_a_dead_graph_is_collected_before_a_capture() -> None:
+    """Destroyed in the middle of another's capture it would end that with an error."""
+
+    def work(tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gc.collect()
+        return tokens.sum(), None
+
+    step, tokens = CapturedStep(torch.device("cuda")), torch.arange(10, device="cuda")
+    for _ in range(WARM_UP_STEPS):
+        step(work, tokens)
+    dead: list[Any] = [torch.cuda.CUDAGraph()]
+    with torch.cuda.graph(dead[0]):
+        torch.zeros(1, device="cuda")
+    dead.append(dead)
+    del dead
+    assert [step(work, tokens + i)[0].item() for i in range(3)] == [45, 55, 65]
 
 
 @pytest.mark.gpu

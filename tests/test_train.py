@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ def test_the_step_written_out() -> None:
     run = build(plain)
     torch.manual_seed(TINY.seed)
     model = GPT(run.model.config)
-    adam = torch.optim.Adam(model.parameters(), lr=TINY.lr, fused=True)
+    # The trainer rounds the rate to float32, which a CUDA graph reads it as.
+    adam = torch.optim.Adam(model.parameters(), lr=float(np.float32(TINY.lr)), fused=True)
     losses = []
     for step in range(6):
         tokens = run.source.tokens(step)[0]
@@ -187,6 +189,16 @@ def test_learning_rates() -> None:
     assert {learning_rate(s, tiny()) for s in range(6)} == {1e-2}
 
 
+def test_a_rate_read_from_memory_gives_the_same_bits() -> None:
+    """As a CUDA graph reads it: from a float32 tensor, where a run without has a number of 64 bits."""
+    number, memory = (build(tiny(schedule="cosine", steps=50, lr=1e-3)) for _ in range(2))
+    for group in memory.optimizer.param_groups:
+        group["lr"] = torch.tensor(0.0)
+    for step in range(50):
+        losses = [run.step(step, run.next_tokens(step))[0] for run in (number, memory)]
+        assert losses[0].item() == losses[1].item(), step
+
+
 def test_clipping_scales_to_the_norm_that_is_reported() -> None:
     run, clipped = build(tiny(lr=0.0)), build(tiny(lr=0.0, grad_clip=0.05))
     tokens = run.next_tokens(0)
@@ -237,10 +249,23 @@ def test_numerics_are_put_back() -> None:
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.parametrize("users", [None, ":16:8"])
+def test_cublas_is_told_to_be_deterministic_before_anything_is_computed(users: str | None) -> None:
+    """PyTorch looks at the first product, and refuses every deterministic one after that if it was not set."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
+    environment |= {} if users is None else {"CUBLAS_WORKSPACE_CONFIG": users}
+    code = "import fastgpt2, os; print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (users or ":4096:8")
+
+
 def test_peaks_are_known_by_whole_names() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
     assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", "tf32") == 156e12
+    assert peak_flops("NVIDIA H200", "bfloat16") == 989.4e12
+    assert peak_flops("NVIDIA H200 NVL", "bfloat16") == 835.5e12
+    assert peak_flops("NVIDIA H100 80GB HBM3 MIG 3g.40gb", "bfloat16") is None
     assert peak_flops("NVIDIA L40", "bfloat16") is None
     assert peak_flops("cpu", "float32") is None
     assert peak_flops("NVIDIA H100 80GB HBM3", "float64") is None
