@@ -23,8 +23,8 @@ import pytest
 from bench.device_state import make_state_query
 from bench.lockstep import Candidate, Finished, Limits, Lost, contest
 from bench.shapes import CUDA, DEVICE
-from bench.steps import REFERENCE, STEPS, StepShape, agree_in, result
-from bench.timing import REPLAY, replay
+from bench.steps import REFERENCES, STEPS, StepShape, agree_in, result
+from bench.timing import REPLAY, replay, stage_ends
 from fastgpt2.ops import SLOTS
 
 ROUNDS = 10 if CUDA else 3
@@ -32,7 +32,11 @@ ROUND_S = 0.4 if CUDA else 0.05
 """About how long a candidate is timed in a round."""
 CONTEST_S = 240.0
 """No round starts when a contest has taken so long: what was timed until then is kept."""
+BUILT_WITHIN = 0.75
+"""Of a contest's time: who is built later takes no part, and costs the others no round."""
 LIMITS = Limits(build=240.0, round=30.0)
+ENDING_S = 15.0
+"""Before the stage that it is in is stopped, for a contest's last round, the workers' ends and the results."""
 AT_ONCE = 6 if CUDA else 1
 """Candidates that are built at the same time; each compiles in several processes of its own."""
 
@@ -158,20 +162,23 @@ def hold(entered: StepContest, names: Sequence[str], rounds: int) -> Held:
     def candidate(name: str, compiled: bool) -> Candidate:
         return STEPS[name].on(entered.shape, DEVICE, compiled=compiled, threads=threads)
 
-    reference = f"{REFERENCE}, eager"
+    # Nothing of ours and no compiler is in it.
+    reference = f"{REFERENCES[0]}, eager"
     state = make_state_query() if CUDA else dict
-    before = state()
+    before, now = state(), time.monotonic()
+    until = min(now + CONTEST_S, stage_ends() - ENDING_S)
     outcomes = contest(
         # The reference first: it is done with the device while the others still compile.
-        {reference: candidate(REFERENCE, False), **{name: candidate(name, entered.compiled) for name in names}},
+        {reference: candidate(REFERENCES[0], False), **{name: candidate(name, entered.compiled) for name in names}},
         rounds=rounds,
         seconds=rounds * ROUND_S,
         limits=LIMITS,
-        reference=reference,
+        references=(reference, *REFERENCES),
         agree=agree_in(entered.shape),
         at_once=AT_ONCE,
         untimed=[reference],
-        until=time.monotonic() + CONTEST_S,
+        built_by=now + BUILT_WITHIN * (until - now),
+        until=until,
         say=lambda text: print(f"{entered.title}: {text}", file=sys.stderr, flush=True),
     )
     device_state = {"before": before, "after": state()} if before else {}

@@ -26,7 +26,7 @@ import torch
 from bench.lockstep import Limits, Lost, contest
 from bench.results import best_peer, gib, mode, number, ratio
 from bench.stages import new_record, record_file
-from bench.steps import REFERENCE, STEPS, StepShape, agree_in, result
+from bench.steps import REFERENCES, STEPS, StepShape, agree_in, result
 from bench.timing import ROOT, commit, environment
 from fastgpt2.config import PRESETS
 
@@ -77,7 +77,7 @@ def _run_cell(record: dict[str, Any], shape: StepShape, compiled: bool, given: A
         rounds=given.rounds,
         seconds=ROUND_S * given.rounds,
         limits=Limits(build=900.0, round=300.0),
-        reference=REFERENCE,
+        references=REFERENCES,
         agree=agree_in(shape),
         until=until,
         say=lambda text: print(f"  {text}", file=sys.stderr, flush=True),

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,9 +28,9 @@ from bench.worker import FAILED, OUT_OF_MEMORY, UNAVAILABLE
 
 FIRST_CALLS = 3
 """Calls before the first round; what they come to is compared between candidates."""
-UNTIMED_BELOW_S = 0.25
-"""A round begins with an untimed call where a call is shorter than this: what it warms is gone from a longer one's
-caches before it ends."""
+UNTIMED_BELOW_S = {"cuda": float("inf"), "cpu": 0.25}
+"""A round begins with an untimed call where a call is shorter than this. On a GPU it also takes back the memory that
+was left to the others; on a CPU what it warms is gone from a longer one's caches before it ends."""
 TAIL_CHARACTERS = 2_000
 """The end of a lost worker's output that is kept."""
 MEMORY_MEANING = {
@@ -121,10 +121,11 @@ def contest(
     rounds: int,
     seconds: float,
     limits: Limits | None = None,
-    reference: str | None = None,
+    references: Sequence[str] = (),
     agree: Agree | None = None,
     at_once: int = 1,
     untimed: Collection[str] = (),
+    built_by: float = float("inf"),
     until: float = float("inf"),
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Finished | Lost]:
@@ -133,11 +134,14 @@ def contest(
     Args:
         rounds: at most.
         seconds: about how long a candidate is timed in all rounds together; a round has one call at least.
-        reference: the candidate whose values the others' must agree with; without it, the first that came so far.
+        references: the first of these that came so far has the values that the others' must agree with; where none
+            did, the first of all.
         agree: one that doesn't is lost, and not timed.
         at_once: how many are built at the same time. One for which memory doesn't suffice meanwhile goes on when it has
             the device to itself.
         untimed: candidates that only give their values, and leave as soon as they have.
+        built_by: time.monotonic() after which nothing is waited for that is not built: a candidate that hangs costs the
+            others no round.
         until: time.monotonic() after which no round starts.
         say: told of each step, for a log.
 
@@ -149,8 +153,8 @@ def contest(
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(name, candidate)) for name, candidate in candidates.items()}
         lose = _Lose(workers, outcomes, say)
-        _build(workers, lose, limits, at_once, untimed, say)
-        _check(workers, lose, reference, agree)
+        _build(workers, lose, limits.build, built_by, at_once, untimed, say)
+        _check(workers, lose, references, agree)
         for name in untimed:
             workers.pop(name, None)
         _rounds(workers, lose, limits, rounds, seconds, until, say)
@@ -186,7 +190,8 @@ class _Lose:
 def _build(
     workers: dict[str, Worker],
     lose: _Lose,
-    limits: Limits,
+    limit: float,
+    by: float,
     at_once: int,
     untimed: Collection[str],
     say: Callable[[str], None],
@@ -195,7 +200,7 @@ def _build(
 
     def build(worker: Worker) -> WorkerError | None:
         try:
-            worker.build(limits.build)
+            worker.build(limit, by)
         except WorkerError as error:
             return error
         say(f"{worker.name}: built, {worker.seconds_to_first:.1f} s to the first call done")
@@ -213,10 +218,10 @@ def _build(
             lose(name, error)
 
 
-def _check(workers: dict[str, Worker], lose: _Lose, reference: str | None, agree: Agree | None) -> None:
+def _check(workers: dict[str, Worker], lose: _Lose, references: Sequence[str], agree: Agree | None) -> None:
     if agree is None or not workers:
         return
-    right = workers[reference if reference in workers else next(iter(workers))]
+    right = next(workers[name] for name in (*references, *workers) if name in workers)
     for name, worker in list(workers.items()):
         if problem := agree(name, worker.values, right.name, right.values):
             lose(name, WorkerError(f"not timed: {problem}"))
@@ -272,21 +277,31 @@ class Worker:
         self.close()
         self._printed.close()
 
-    def build(self, limit: float) -> None:
+    def build(self, limit: float, by: float = float("inf")) -> None:
         """Start the process, make the contestant and take the first calls; where memory was lacking on the way, called
         again it goes on from there.
 
+        Args:
+            limit: seconds that each answer may take.
+            by: time.monotonic() after which none is waited for.
+
         Raises:
-            WorkerError: as `ask`.
+            WorkerError: as `ask`; also where the time was up before something was begun.
         """
+
+        def left() -> float:
+            if time.monotonic() >= by:
+                raise WorkerError("the time was up before it was built", UNAVAILABLE)
+            return min(limit, by - time.monotonic())
+
         if not self._built:
-            self._start(limit)
+            self._start(left())
         while len(self.values) < FIRST_CALLS:
-            self._call_s = self.ask("first", limit)["seconds"]
+            self._call_s = self.ask("first", left())["seconds"]
             if not self.values:
                 self.seconds_to_first = time.monotonic() - self._began
-            self.values.append(self.ask("check", limit)["values"])
-        self.ask("rest", limit)
+            self.values.append(self.ask("check", left())["values"])
+        self.ask("rest", left())
 
     def _start(self, limit: float) -> None:
         self.close()
@@ -308,7 +323,8 @@ class Worker:
         """Time about as many calls as fit into the seconds, one at least."""
         calls = max(1, int(seconds / self._call_s))
         limit += 2 * seconds
-        answer = self.ask("round", limit, calls=calls, untimed=int(self._call_s < UNTIMED_BELOW_S))
+        untimed = int(self._call_s < UNTIMED_BELOW_S[self._built["device"]])
+        answer = self.ask("round", limit, calls=calls, untimed=untimed)
         self.round_ms.append(answer["ms"])
         self.samples_ms += answer["samples_ms"]
         if answer["host_ms"] is not None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from bench.device_state import States
 from bench.results import FORMAT
-from bench.timing import ROOT
+from bench.timing import ROOT, STAGE_ENDS
 
 LOG_BYTES = 200_000
 """The end of a stage's output that is kept in the log; it bounds the log's size."""
@@ -157,8 +157,14 @@ def run_stage(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             cwd=ROOT,
-            # nvidia-smi counts the devices by their place on the bus: let torch do the same.
-            env={**inherited, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
+            env={
+                **inherited,
+                "PYTHONFAULTHANDLER": "1",
+                "PYTHONUNBUFFERED": "1",
+                # nvidia-smi counts the devices by their place on the bus: let torch do the same.
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+                STAGE_ENDS: str(began + seconds_limit),
+            },
             start_new_session=True,
         )
         try:

@@ -142,8 +142,8 @@ STEPS: dict[str, StepCandidate] = {
     "transformers": StepCandidate("peer", "bench.steps:make_transformers"),
 }
 """By name. `ours-auto` is what the trainer does by default; `ours-<slot>-<implementation>` changes one slot."""
-REFERENCE = "plain"
-"""Whose losses the others' must agree with: eagerly, there is nothing of ours and no compiler in it."""
+REFERENCES = ("plain", "plain-efficient", "plain-flash", "plain-cudnn", "transformers")
+"""Whose losses the others' must agree with, by preference: there is nothing of ours in them."""
 
 # ---------------------------------------------------------------------------------------------- in the worker
 

@@ -16,6 +16,7 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -31,6 +32,8 @@ import torch
 from fastgpt2.device import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
+STAGE_ENDS = "BENCH_STAGE_ENDS"
+"""The environment's variable by which a stage is told its end."""
 
 Call = Callable[[int], object]
 """Launches the work on the inputs of an index, which grows by one a call."""
@@ -326,6 +329,11 @@ def commit(given: str | None = None) -> dict[str, Any]:
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()
+
+
+def stage_ends() -> float:
+    """time.monotonic() at which bench.stages stops the stage that this process is a part of; else infinite."""
+    return float(os.environ.get(STAGE_ENDS, "inf"))
 
 
 def append_json_line(path: Path, record: dict[str, Any]) -> None:

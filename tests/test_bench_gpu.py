@@ -105,6 +105,13 @@ def test_no_stage_starts_once_the_time_is_up(tmp_path: Path) -> None:
     assert exit_status(record, []) == 0
 
 
+def test_a_stage_knows_when_it_is_stopped(tmp_path: Path) -> None:
+    program = "import time; from bench.timing import stage_ends; print('left', stage_ends() - time.monotonic())"
+    stage = python("asks", program, seconds_limit=25.0)
+    (outcome,) = run_stages([stage], {}, files_in(tmp_path), seconds=60.0)["stages"]
+    assert 0.0 < float(outcome["output_tail"].split("left")[1]) < 25.0
+
+
 def test_a_stage_may_have_a_share_of_the_time_alone(tmp_path: Path) -> None:
     tests = [python(name, "import time; time.sleep(600)", until=0.25) for name in ("tests", "more tests")]
     record = run_stages([*tests, python("measures", "")], {}, files_in(tmp_path), seconds=4.0)

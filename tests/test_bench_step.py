@@ -20,7 +20,7 @@ from torch import nn
 
 from bench import cpu
 from bench.bench_train_step import ON_A_CPU, ON_A_GPU
-from bench.lockstep import Candidate, Finished, Limits, Lost, contest
+from bench.lockstep import Candidate, Finished, Limits, Lost, Worker, contest
 from bench.plain_gpt2 import PlainGPT2
 from bench.results import load, ratio
 from bench.steps import STEPS, HuggingFace, StepShape, agree_in, initial_weights, make_plain, result, to_transformers
@@ -67,7 +67,7 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         rounds=4,
         seconds=0.0,  # one call a round, after an untimed one
         limits=Limits(build=60.0, round=1.5),
-        reference="reference",
+        references=["not here", "reference"],
         agree=equal,
         at_once=2,
         untimed=["reference"],
@@ -140,6 +140,20 @@ def test_out_of_time_is_no_failure_and_keeps_whole_rounds(tmp_path: Path) -> Non
     assert lost == {"slow": Lost("the time was up before its first round", False, "")}
 
 
+def test_a_candidate_that_hangs_while_it_is_built_costs_the_others_no_round(tmp_path: Path) -> None:
+    log, began = tmp_path / "calls", time.monotonic()
+    candidates = {"hangs": trouble("hangs", log, "hang", at=0), "fine": sleeper("fine", log)}
+    by = began + 12.0  # starting takes some seconds
+    outcomes = contest(candidates, rounds=2, seconds=0.0, at_once=2, built_by=by, until=by + 60)
+    hangs, fine = outcomes["hangs"], outcomes["fine"]
+    assert isinstance(fine, Finished) and len(fine.timed.round_ms) == 2
+    assert isinstance(hangs, Lost) and hangs.failed and "no answer to 'first'" in hangs.reason
+    assert 'contestants.py", line' in hangs.output, "a hang says where it hung"
+    assert time.monotonic() - began < 30
+    nothing = contest({"late": sleeper("late", log)}, rounds=1, seconds=0.0, built_by=time.monotonic())
+    assert nothing == {"late": Lost("the time was up before it was built", False, "")}
+
+
 def test_a_worker_whose_parent_is_killed_goes_too(tmp_path: Path) -> None:
     program = f"""
 from bench.lockstep import Worker, Candidate
@@ -206,6 +220,22 @@ def test_a_round_on_a_gpu_is_one_wall_clock_over_consecutive_calls(
     assert serving.index == 5 and len(answer["samples_ms"]) == 5
     assert 10.0 < answer["ms"] < 20.0 and 2.0 <= answer["host_ms"] < 10.0
     assert answer["ms"] == pytest.approx(sum(answer["samples_ms"]) / 5, rel=0.05)
+
+
+@pytest.mark.parametrize(("kind", "call_s", "untimed"), [("cuda", 1.0, 1), ("cpu", 1.0, 0), ("cpu", 0.1, 1)])
+def test_a_round_on_a_gpu_begins_with_a_call_that_takes_back_its_memory(
+    monkeypatch: pytest.MonkeyPatch, kind: str, call_s: float, untimed: int
+) -> None:
+    worker, asked = Worker("x", sleeper("x", Path("unused"))), {}
+
+    def ask(command: str, limit: float, **arguments: Any) -> dict[str, Any]:
+        asked.update(arguments)
+        return {"ms": 1e3 * call_s, "samples_ms": [1e3 * call_s], "host_ms": None}
+
+    monkeypatch.setattr(worker, "ask", ask)
+    worker._built, worker._call_s = {"device": kind}, call_s
+    worker.round(2.5, 10.0)
+    assert asked == {"calls": int(2.5 / call_s), "untimed": untimed}
 
 
 # --------------------------------------------------------------------------------------------------- models
@@ -393,7 +423,7 @@ def test_a_contest_on_a_gpu() -> None:
     shape, device = StepShape("tiny", 4, "bfloat16"), torch.device("cuda:0")
     names = ("plain", "ours-auto", "ours-auto-graph")
     candidates = {name: STEPS[name].on(shape, device, compiled=False) for name in names}
-    outcomes = contest(candidates, rounds=3, seconds=0.3, reference="plain", agree=agree_in(shape), at_once=3)
+    outcomes = contest(candidates, rounds=3, seconds=0.3, references=["plain"], agree=agree_in(shape), at_once=3)
     for name, outcome in outcomes.items():
         assert isinstance(outcome, Finished), (name, outcome)
         assert outcome.timed.host_ms > 0 and len(outcome.timed.round_ms) == 3
