@@ -94,14 +94,19 @@ class Bound:
     fraction: float
 
 
+def read_instructions(sass: str) -> list[tuple[int, str]]:
+    """Address and text of each instruction, predicate first, as cuobjdump --dump-sass prints a kernel."""
+    return [(int(m[1], 16), m[2]) for line in sass.splitlines() if (m := _INSTRUCTION.match(line))]
+
+
 def read_code(sass: str) -> Code:
     """The loops of a kernel as cuobjdump --dump-sass prints it, in the order of their first instruction.
 
     Loops that only wait (on a barrier) are left out.
     """
-    instructions = [(int(m[1], 16), m[2]) for line in sass.splitlines() if (m := _INSTRUCTION.match(line))]
-    names = [_mnemonic(text) for _, text in instructions]
-    edges = _edges(instructions)
+    instructions = read_instructions(sass)
+    names = [mnemonic(text) for _, text in instructions]
+    edges = control_flow(instructions)
     loops = _natural_loops(edges)
     own = _innermost(loops)
     always = {head: _always(head, body, edges) for head, body in loops.items()}
@@ -145,18 +150,19 @@ def _ends(head: int, inside: dict[int, list[int]], avoid: int) -> set[int]:
     return {j for i in _reached(head, inside, avoid) for j in inside[i]}
 
 
-def _mnemonic(text: str) -> str:
+def mnemonic(text: str) -> str:
+    """The first part of an instruction's name: MUFU of "@P0 MUFU.EX2 R3, R3"."""
     words = text.split()
     return (words[1] if words[0].startswith("@") else words[0]).split(".")[0]
 
 
-def _edges(instructions: list[tuple[int, str]]) -> dict[int, list[int]]:
+def control_flow(instructions: list[tuple[int, str]]) -> dict[int, list[int]]:
     """Each instruction that can be reached, with those that can follow it, by index."""
     index = {address: i for i, (address, _) in enumerate(instructions)}
 
     def following(i: int) -> list[int]:
         text = instructions[i][1]
-        name, conditional = _mnemonic(text), text.startswith("@") or "BRA.U" in text or "BRA.DIV" in text
+        name, conditional = mnemonic(text), text.startswith("@") or "BRA.U" in text or "BRA.DIV" in text
         after = [i + 1] if i + 1 < len(instructions) else []
         if name in ("EXIT", "RET", "KILL"):
             return after if conditional else []

@@ -5,8 +5,8 @@ have it compiled, with the assembler that comes with Triton. The report: registe
 spilled, shared memory, blocks that fit on a multiprocessor, the matrix instructions, how many products
 missed them, asynchronous copies, the instructions in each loop, and for kernels of GPT-2's own sizes a bound
 on the time at the 124M model's shape (kernels/bounds.py says what it is worth). In bfloat16, float16 and TF32 a
-spill, a product outside the matrix units or a tile over the table's shared memory is a failure. Exact float32 has
-no matrix unit and is reported only.
+spill, a product outside the matrix units, a register touched while a product owns it (kernels/hazards.py) or a tile
+over the table's shared memory is a failure. Exact float32 has no matrix unit and is reported only.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from kernels.bounds import CARDS, SLACK, Bound, allowed, bound, check_in, read_code
+from kernels.hazards import touched_in_flight
 from kernels.launch import Kernel, Work
 from kernels.tuning import LaunchConfig, architectures, configurations, read_table
 
@@ -71,6 +72,7 @@ class Report:
     expected: int
     copies: list[str]
     loops: list[int]
+    races: list[str]
     at_least: Bound | None
     unbound: bool
 
@@ -85,6 +87,7 @@ class Report:
             fault
             for wrong, fault in (
                 (self.spilled, f"spills {self.spilled} bytes"),
+                (self.races, f"races in {len(self.races)} places: {''.join(self.races[:1])}"),
                 (
                     self.expected and not self.products,
                     "no product found: the compiler's output has changed, and this tool must",
@@ -176,6 +179,7 @@ def inspect_one(case: Case) -> Report:
         expected=all_kernels()[case.op].products,
         copies=[name for name, instruction in ASYNCHRONOUS_COPIES.items() if instruction in sass],
         loops=[body.total() for body in code.loops],
+        races=touched_in_flight(sass),
         at_least=limit,
         unbound=work is not None and limit is None,
     )

@@ -146,6 +146,8 @@ def why_dropped(report: Report | str) -> str | None:
     most = read_table(report.case.arch)["shared_memory"]
     if report.spilled:
         return f"spills {report.spilled} bytes"
+    if report.races:
+        return f"races: {report.races[0]}"
     if report.shared > most:
         return f"needs {report.shared} bytes of shared memory, the table allows {most}"
     if report.blocks == 0:

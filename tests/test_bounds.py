@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from machine_code import sass
 
 from kernels import bounds
 from kernels.bounds import CARDS, Body, Code, bound, read_code
 from kernels.launch import Loop, Work
 
 H100 = CARDS["sm_90"]
-
-
-def sass(*lines: str) -> str:
-    """As cuobjdump prints it: an instruction at every 16 bytes, its encoding behind."""
-    return "\n".join(f"        /*{16 * i:04x}*/  {line} ;   /* 0x0123 */" for i, line in enumerate(lines))
 
 
 def names(body: Counter[str]) -> dict[str, int]:
