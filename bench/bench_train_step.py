@@ -37,8 +37,8 @@ BUILT_WITHIN = 0.75
 LIMITS = Limits(build=240.0, round=30.0)
 ENDING_S = 15.0
 """Before the stage that it is in is stopped, for a contest's last round, the workers' ends and the results."""
-AT_ONCE = 6 if CUDA else 1
-"""Candidates that are built at the same time; each compiles in several processes of its own."""
+AT_ONCE = 8 if CUDA else 1
+"""Candidates that are built at the same time: each is traced by one thread, and compiled by processes of its own."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Held:
     device_state: dict[str, dict[str, str]]
 
 
-PEERS = ("ours-auto", "ours-triton", "plain", "plain-cudnn", "plain-flash", "transformers")
+PEERS = ("ours-auto", "ours-auto-attn", "ours-triton", "plain", "plain-cudnn", "transformers")
 FEWER = ("ours-auto", "ours-triton", "plain", "plain-cudnn", "transformers")
 ABLATION = (
     "ours-torch",
@@ -79,13 +79,13 @@ def _gpt2(B: int) -> StepShape:
     return StepShape("gpt2", B, "bfloat16")
 
 
-# By importance: a run that is cut short has the middle size of every candidate first.
+# By importance.
 ON_A_GPU = [
-    StepContest("peers", _gpt2(32), True, (*PEERS, "plain-efficient")),
-    StepContest("ablation", _gpt2(32), True, ABLATION),
     StepContest("peers", _gpt2(64), True, PEERS),
-    StepContest("graph", _gpt2(4), True, GRAPH),
+    StepContest("peers", _gpt2(32), True, (*PEERS, "plain-flash", "plain-efficient")),
+    StepContest("ablation", _gpt2(32), True, ABLATION),
     StepContest("graph", _gpt2(1), True, GRAPH),
+    StepContest("graph", _gpt2(4), True, GRAPH),
     StepContest("peers", _gpt2(32), False, FEWER),
     # A candidate holds 16 bytes a parameter between its rounds: the larger the model, the fewer fit.
     StepContest("peers", StepShape("gpt2-medium", 16, "bfloat16"), True, FEWER),
@@ -93,7 +93,7 @@ ON_A_GPU = [
     StepContest("peers", StepShape("gpt2-xl", 4, "bfloat16"), True, ("ours-auto", "plain-cudnn")),
     StepContest("recompute", _gpt2(32), True, RECOMPUTE),
     *(StepContest("peers", _gpt2(B), True, FEWER) for B in (16, 8, 4, 1)),
-    *(StepContest("graph", _gpt2(B), False, GRAPH[:-1]) for B in (4, 1)),
+    *(StepContest("graph", _gpt2(B), False, GRAPH[:-1]) for B in (1, 4)),
 ]
 _TINY = StepShape("tiny", 8, "float32", n_layer=1)
 """One block: most of a CPU's time goes into compiling."""

@@ -31,12 +31,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-ceilings", type=Path, help="file of the device's ceilings; measured if it isn't there")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.has_plugin("benchmark"):
+        raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install pytest-benchmark")
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     # The machine's own name says nothing about the figures, and results are published.
     machine_info.pop("node", None)
     machine_info["fastgpt2"] = environment()
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
     commit_info.update(commit(config.getoption("--bench-commit")))
 

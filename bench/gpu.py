@@ -22,8 +22,9 @@ from pathlib import Path
 
 import torch
 
+from bench import targets
 from bench.device_state import FIXED_FIELDS, find_tool, make_state_query, query_gpu
-from bench.results import summary
+from bench.results import align, summary
 from bench.stages import Files, Stage, exit_status, new_record, read_environment, record_file, run_stages
 from bench.timing import ROOT, commit
 
@@ -40,34 +41,39 @@ def all_stages(scratch: Path, results: Path, commit_id: str) -> list[Stage]:
 
     roofline, ceilings = [sys.executable, "-m", "bench.roofline"], scratch / "ceilings.json"
     attention, step = "bench_attention.py", "bench_train_step.py"
-    ops = {"linear cross-entropy": "linear_cross_entropy", "gelu_mlp": "gelu_mlp", "layer norm": "layer_norm"}
+    head, mlp, norm = "bench_linear_cross_entropy.py", "bench_gelu_mlp.py", "bench_layer_norm.py"
+    large = "C768 and (N65536 or B64)"
     return [
         Stage("ceilings", [*roofline, "--out", str(ceilings), "--jsonl", str(results)], 60),
         *(_tests(file, scratch) for file in gpu_test_files()),
         replace(_tool("gpu tests: memory and races", "sanitize", "compute-sanitizer", 300), until=TESTS_SHARE),
-        bench("attention T=1024", attention, "C768-T1024-B64", 120),
-        bench("step, ours and peers", step, "gpt2-B32-compiled-peers", 300),
-        *(bench(name, f"bench_{op}.py", "C768 and (N65536 or B64)", 120) for name, op in ops.items()),
+        # What bench.targets judges.
+        bench("attention T=1024", attention, "C768-T1024-B64", 150),
+        bench("step, B=64", step, "gpt2-B64-compiled-peers", 300),
+        bench("linear cross-entropy, 64k tokens", head, large, 150),
+        bench("gelu_mlp, 64k tokens", mlp, large, 150),
+        bench("step, CUDA graphs, eager", step, "eager-graph", 150),
+        bench("step, CUDA graphs, B=1", step, "gpt2-B1-compiled-graph", 240),
+        bench("attention T=2048 and up", attention, "T2048 or T4096 or T8192", 240),
+        bench("step, CUDA graphs, B=4", step, "gpt2-B4-compiled-graph", 240),
+        bench("step, B=32", step, "gpt2-B32-compiled-peers", 300),
+        # What `auto` chooses by.
         bench("step, one slot changed", step, "gpt2-B32-compiled-ablation", 300),
+        bench("layer norm, 64k tokens", norm, large, 120),
         # Its checks are among the tests; this is their table.
         Stage("verify", [sys.executable, "-m", "fastgpt2.verify"], 240, required=True),
-        bench("step, CUDA graphs", step, "compiled-graph", 300),
         _tool("attention's counters", "profile", "ncu", 150, "--jsonl", str(results)),
-        bench("step, B=64", step, "gpt2-B64-compiled-peers", 300),
-        bench("attention T=2048 and up", attention, "T2048 or T4096 or T8192", 150),
         bench("step, eager", step, "gpt2-B32-eager-peers", 180),
-        bench("step, larger models", step, "gpt2-medium or gpt2-large or gpt2-xl", 300),
-        bench("first step", "bench_first_step.py", "compiled", 300),
+        bench("step, recomputed", step, "gpt2-B32-compiled-recompute", 240),
         bench("optimizer step", "bench_optimizer.py", "test", 120),
         bench("data loading", "bench_data.py", "test", 60),
-        bench("step, recomputed", step, "gpt2-B32-compiled-recompute", 150),
-        bench("attention, other sizes", attention, "T1024 and not C768-T1024-B64", 120),
-        *(
-            bench(f"{name}, other sizes", f"bench_{op}.py", "not (C768 and (N65536 or B64))", 120)
-            for name, op in ops.items()
-        ),
+        *(bench(f"step, {model}", step, f"gpt2-{model}", 240) for model in ("medium", "large", "xl")),
+        bench("attention, other sizes", attention, "T1024 and not C768-T1024-B64", 240),
+        bench("linear cross-entropy, other sizes", head, f"not ({large})", 120),
+        bench("gelu_mlp, other sizes", mlp, f"not ({large})", 120),
+        bench("layer norm, other sizes", norm, f"not ({large})", 120),
         bench("step, few tokens", step, "(gpt2-B16 or gpt2-B8 or gpt2-B4 or gpt2-B1) and compiled-peers", 300),
-        bench("step, CUDA graphs, eager", step, "eager-graph", 200),
+        bench("first step", "bench_first_step.py", "compiled", 300),
         bench("first step, eager", "bench_first_step.py", "eager", 120),
         # The same again: differences between candidates that are smaller than these are noise.
         bench("attention T=1024, repeated", attention, "C768-T1024-B64", 90),
@@ -130,6 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
         stages = chosen(stages, given.only)
         run_stages(stages, record, files, seconds=60 * given.minutes - (time.monotonic() - began), state=state)
     print(f"\n{file}\n{summary(record)}")
+    if rows := targets.rows(record):
+        print(align(rows))
     return exit_status(record, [stage.name for stage in stages if stage.required])
 
 

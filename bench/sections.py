@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from bench import auto, plots
+from bench import auto, plots, targets
 from bench.plots import fastest_of_ours, headline, slug
 from bench.results import (
     Record,
@@ -150,6 +150,17 @@ def headline_section(records: Sequence[Record]) -> str:
             line += f", {ratio(mine, peer)} times the fastest peer ({peer['backend']})"
         lines.append(prose(f"{line}; {size(mine)}, by {mine['backend']}; {plots.stamp(record)}."))
     return "\n\n".join(lines) or "Not measured on a GPU yet."
+
+
+def targets_section(records: Sequence[Record]) -> str:
+    def show(_: Record, rows: list[Row]) -> Iterable[str]:
+        yield markdown(rows)
+
+    words = (
+        "GPT-2 124M, bfloat16, T = 1024 where nothing else is said; asked of one H100 SXM. An attention's ratio is "
+        "over the fastest of SDPA's flash and cuDNN kernels and FlexAttention."
+    )
+    return each_device(records, targets.rows, show, f"{words} {RATIO_IN_WORDS}")
 
 
 def step_section(records: Sequence[Record]) -> str:
@@ -323,6 +334,7 @@ def history_section(records: Sequence[Record]) -> str:
 
 SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "headline": headline_section,
+    "targets": targets_section,
     "step": step_section,
     "attention": attention_section,
     "ops": ops_section,

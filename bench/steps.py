@@ -102,18 +102,18 @@ _KERNELS = "PyTorch's attention kernels are told apart on a CUDA GPU only"
 
 
 def _ours(choices: dict[str, str] | None, **settings: Any) -> StepCandidate:
-    """The trainer's step, with PyTorch's forms but for `choices`; None: as it comes, every slot at auto."""
+    """The trainer's step, with PyTorch's forms but for `choices`; None: slots are at auto but where settings say so."""
     chosen = {} if choices is None else TORCH | choices
+    settings |= {FLAGS[slot].removeprefix("--"): name for slot, name in chosen.items()}
     needs = {
-        _INTERPRETED: "triton" in chosen.values(),
-        "it trains on a CUDA GPU only": chosen.get("attention") in ("cudnn", "flex"),
+        _INTERPRETED: "triton" in settings.values(),
+        "it trains on a CUDA GPU only": settings.get("attn") in ("cudnn", "flex"),
         _GRAPH: settings.get("cuda_graph", False),
     }
-    flags: dict[str, Any] = {FLAGS[slot].removeprefix("--"): name for slot, name in chosen.items()}
-    if chosen.get("attention") == "cudnn":
-        flags["deterministic"] = False  # there is no deterministic form of it
+    if settings.get("attn") == "cudnn":
+        settings["deterministic"] = False  # there is no deterministic form of it
     cuda = next((why for why, yes in needs.items() if yes), "")
-    return StepCandidate("ours", "bench.steps:make_ours", {**flags, **settings}, cuda=cuda)
+    return StepCandidate("ours", "bench.steps:make_ours", settings, cuda=cuda)
 
 
 def _plain(cuda: str = "", **options: Any) -> StepCandidate:
@@ -123,6 +123,7 @@ def _plain(cuda: str = "", **options: Any) -> StepCandidate:
 _ALL = dict.fromkeys(SLOTS, "triton")
 STEPS: dict[str, StepCandidate] = {
     "ours-auto": _ours(None),
+    "ours-auto-attn": _ours(None, attn="triton"),
     "ours-triton": _ours(_ALL),
     "ours-torch": _ours({}),
     **{
@@ -141,7 +142,8 @@ STEPS: dict[str, StepCandidate] = {
     "plain-reduce-overhead": _plain(_GRAPH, mode="reduce-overhead"),
     "transformers": StepCandidate("peer", "bench.steps:make_transformers"),
 }
-"""By name. `ours-auto` is what the trainer does by default; `ours-<slot>-<implementation>` changes one slot."""
+"""By name. `ours-auto` is what the trainer does by default, `ours-auto-attn` what it does with `--attn triton`;
+`ours-<slot>-<implementation>` has PyTorch's forms but for one slot."""
 REFERENCES = ("plain", "plain-efficient", "plain-flash", "plain-cudnn", "transformers")
 """Whose losses the others' must agree with, by preference: there is nothing of ours in them."""
 

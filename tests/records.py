@@ -34,6 +34,11 @@ STEPS: dict[str, tuple[str, dict[str, str] | None, float, float]] = {
 }
 OPS: dict[str, tuple[dict[str, Any], dict[str, tuple[str, float]], float, str, float]] = {
     # op: shape, {backend: (role, ms)}, FLOPs, the ceiling that binds, its milliseconds
+    "mlp forward+backward": (
+        {"B": 64, "T": 1024, "C": 768},
+        {"triton": ("ours", 4.5), "torch": ("peer", 5.1), "torch-compiled": ("peer", 4.86)},
+        1.8e12, "matrix", 2.7,
+    ),
     "mlp forward": (
         {"B": 64, "T": 1024, "C": 768},
         {"triton": ("ours", 1.5), "torch": ("peer", 1.7)},

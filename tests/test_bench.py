@@ -299,6 +299,12 @@ def test_without_ceilings_there_is_no_limit(sleepers: dict[str, Any]) -> None:
     assert 1.0 <= quick["ms_median"] < slow["ms_median"], "3 ms of sleep are longer than 1"
 
 
+def test_without_pytest_benchmark_a_line_says_what_is_missing() -> None:
+    done = run("-p", "no:benchmark", "bench/bench_data.py")
+    assert done.returncode == 4
+    assert "ERROR: the benchmarks need pytest-benchmark: pip install pytest-benchmark" in done.stdout + done.stderr
+
+
 def test_disabled_each_is_checked_and_called_once(tmp_path: Path) -> None:
     (tmp_path / "test_sleep.py").write_text(SLEEPERS)
     options = ["-p", "bench.conftest", "--rootdir", str(tmp_path), "-rA", f"--bench-jsonl={tmp_path / 'lines'}"]
