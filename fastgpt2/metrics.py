@@ -6,6 +6,7 @@ step. Between two reads the host only launches work.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.device import synchronize
+from fastgpt2.durable import OutputError, write_text
 
 
 class NonFiniteLossError(RuntimeError):
@@ -87,26 +89,40 @@ class JsonLines:
     def __init__(self, path: Path, *, keep_up_to_step: int | None = None) -> None:
         """Start the file anew, or keep the records up to a step, where a resumed run goes on."""
         kept = [] if keep_up_to_step is None else [r for r in read_json_lines(path) if r["step"] <= keep_up_to_step]
-        self._file = path.open("w", encoding="utf-8")
-        for record in kept:
-            self.write(record)
+        write_text(path, "".join(map(_line, kept)))
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Add a record.
+
+        Raises:
+            OutputError: the disk is full, or gone.
+        """
+        try:
+            self._file.write(_line(record))
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(f"can't write {self._file.name}: {error.strerror}") from None
 
     def close(self) -> None:
-        self._file.close()
+        # What could not be written, which `write` has said, is tried once more.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines, none if there is no file; a last line cut off by a crash is dropped."""
+    """The records of a metrics file, none if there is no file. What is no record of a step, as a last line cut off by a
+    crash, is left out."""
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records

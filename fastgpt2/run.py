@@ -54,6 +54,8 @@ class Run:
     start: int = 0
     """Steps already done by the run that this one resumes."""
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
+    found: list[str] = field(default_factory=list)
+    """What the user should know of the checkpoints that were found."""
     captured: CapturedStep | None = None
     """The step as a CUDA graph, where one is asked for."""
 
@@ -141,7 +143,7 @@ def build(config: TrainConfig) -> Run:
         tf32=config.dtype == "tf32",
     )
     # Last of the checks, since it makes a folder.
-    latest = _claim_folder(config.out, config.resume) if config.out is not None else None
+    latest, found = _claim_folder(config.out, config.resume) if config.out is not None else (None, [])
     if latest is not None:
         checkpoint.check_shape(latest, model_config)
     torch.manual_seed(config.seed)
@@ -163,6 +165,7 @@ def build(config: TrainConfig) -> Run:
         val_source,
         chosen,
         parameters=list(model.parameters()),
+        found=found,
     )
     if config.cuda_graph:
         run.captured = CapturedStep(device)
@@ -264,9 +267,10 @@ def _open_sources(config: TrainConfig) -> tuple[TokenSource, TokenSource | None]
     return open_split("train"), open_split("val") if config.eval_every else None
 
 
-def _claim_folder(out: Path, resume: bool) -> Path | None:
-    """Make --out, see that it can be written and holds no other run; the checkpoint to resume from, if any."""
-    latest = checkpoint.newest(out) if resume else None
+def _claim_folder(out: Path, resume: bool) -> tuple[Path | None, list[str]]:
+    """Make --out, see that it can be written and holds no other run; the checkpoint to resume from, if any, and what
+    the user should know of those found."""
+    latest, found = checkpoint.to_resume(out) if resume else (None, [])
     if not resume and ((out / "metrics.jsonl").exists() or checkpoint.checkpoints(out)):
         raise ConfigError(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
     try:
@@ -276,4 +280,4 @@ def _claim_folder(out: Path, resume: bool) -> Path | None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"can't write to --out {out}: {error.strerror}") from None
-    return latest
+    return latest, found

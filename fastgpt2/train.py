@@ -24,6 +24,7 @@ from torch import Tensor
 from fastgpt2 import checkpoint
 from fastgpt2.config import TrainConfig, read_toml, to_arguments
 from fastgpt2.device import device_name, peak_flops, peak_memory_bytes
+from fastgpt2.durable import OutputError, write_text
 from fastgpt2.evaluate import evaluate
 from fastgpt2.metrics import JsonLines, Meter, NonFiniteLossError
 from fastgpt2.model import FLOPS_PER_TOKEN, GPT, recompute_flops
@@ -87,6 +88,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> TrainResult:
     Raises:
         ConfigError: before any work, where the request can't be carried out.
         NonFiniteLossError: the loss became infinite or NaN; the message names the step and what to try.
+        OutputError: a checkpoint or a record can't be written, as on a full disk; the last good checkpoint is kept.
     """
     with numerics(config):
         return _train(config, reporter or Reporter())
@@ -101,7 +103,7 @@ def _train(config: TrainConfig, reporter: Reporter) -> TrainResult:
         torch.cuda.reset_peak_memory_stats(run.device)
     log = None
     if out is not None:
-        (out / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+        write_text(out / "config.toml", config.to_toml())
         log = JsonLines(out / "metrics.jsonl", keep_up_to_step=run.start if config.resume else None)
     reporter.started(run)
     for text in _notes(run):
@@ -235,6 +237,7 @@ def _notes(run: Run) -> Iterator[str]:
             f"--recompute keeps {kept:,.1f} MiB of activations rather than {instead:,.1f} "
             f"and computes the blocks' forward twice: {more:.0%} more FLOPs, which mfu does not count"
         )
+    yield from run.found
     if run.start:
         yield f"continuing after step {run.start}"
     if run.start >= int(config.steps or 0):
@@ -302,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     with TrainDisplay() as display:
         try:
             train(config, display)
-        except NonFiniteLossError as error:
+        except (NonFiniteLossError, OutputError) as error:
             display.error(str(error))
             return 1
         except torch.OutOfMemoryError:
