@@ -45,7 +45,7 @@ CHECKED_IN = Path(__file__).parent / "counts.json"
 B, T, H, D, V = 4, 1024, 12, 64, 50257
 OPERATIONS = ("attention", "gelu_mlp", "layer_norm", "linear_cross_entropy")
 """Our operators are fastgpt2::<operation>_forward and _backward, each launched by kernels.<operation>'s function of the
-same name."""
+same name; the embedding's is fastgpt2.embedding's."""
 SYNCHRONISING = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
 """Operators whose result the host has to wait for."""
 
@@ -198,7 +198,8 @@ def _is_view(func: Any) -> bool:
 
 def _launcher(operator: str) -> Callable[..., Any]:
     name = operator.removeprefix("fastgpt2::")
-    return getattr(import_module(f"kernels.{name.rpartition('_')[0]}"), name)
+    operation = name.rpartition("_")[0]
+    return getattr(import_module(f"{'kernels' if operation in OPERATIONS else 'fastgpt2'}.{operation}"), name)
 
 
 class _Tally:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt2.attention import document_bounds
 from fastgpt2.config import ModelConfig
+from fastgpt2.embedding import Embedding
 from fastgpt2.ops import Ops
 
 
@@ -32,7 +33,7 @@ class GPT(nn.Module):
         self.config = config
         self.ops = ops or Ops()
         self.recompute = recompute
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wte = Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, self.ops) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config, self.ops)
@@ -51,7 +52,7 @@ class GPT(nn.Module):
         T = tokens.size(1)
         if self.config.block_size < T:
             raise ValueError(f"tokens has {T} positions, the model {self.config.block_size}")
-        x = self.wte(tokens) + self.wpe(torch.arange(T, device=tokens.device))
+        x = self.wte(tokens) + self.wpe.weight[:T]
         x = self.drop(x)
         opens = self.config.end_of_text
         documents = None if opens is None else document_bounds(tokens, opens)

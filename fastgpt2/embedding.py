@@ -1,0 +1,65 @@
+"""Rows of a table by token, and the table's gradient as one operator that torch.compile takes whole.
+
+Left to itself torch.compile makes an indexed sum of the gradient. Where that has to be deterministic it copies all rows
+first, and on CUDA one warp then adds the rows of a token, one after the other; in text some tokens fill a twentieth of
+the rows. Eager PyTorch adds them in pieces, in a fixed order as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def embedding_backward(gradient: Tensor, tokens: Tensor, rows: int) -> Tensor:
+    """The sum of the gradient's rows (..., C) by their tokens (...): (rows, C)."""
+    return torch.ops.aten.embedding_dense_backward(gradient, tokens, rows, -1, False)
+
+
+torch.library.define("fastgpt2::embedding_backward", "(Tensor gradient, Tensor tokens, int rows) -> Tensor")
+torch.library.impl("fastgpt2::embedding_backward", "default", embedding_backward)
+
+
+@torch.library.register_fake("fastgpt2::embedding_backward")
+def _(gradient: Tensor, tokens: Tensor, rows: int) -> Tensor:
+    return gradient.new_empty(rows, gradient.size(-1))
+
+
+def _keep_tokens(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _second_derivative(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+    (tokens,) = ctx.saved_tensors
+    return embedding(tokens, upstream), None, None
+
+
+torch.library.register_autograd("fastgpt2::embedding_backward", _second_derivative, setup_context=_keep_tokens)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows = weight.size(0)
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        (tokens,) = ctx.saved_tensors
+        return None, torch.ops.fastgpt2.embedding_backward(gradient, tokens, ctx.rows)
+
+
+def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
+    """weight[tokens]: tokens (...) integer, weight (rows, C), the result (..., C)."""
+    return _Embedding.apply(tokens, weight)
+
+
+class Embedding(nn.Embedding):
+    """PyTorch's, by the function above: (...) integer -> (..., C)."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return embedding(tokens, self.weight)
