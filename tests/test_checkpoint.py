@@ -347,8 +347,9 @@ def test_a_run_that_has_no_room_left_ends_in_one_line(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == (
-        f"error: can't save the checkpoint of step 2 in {tmp_path / 'checkpoints'}: Error while serializing: I/O error: File too "
-        "large (os error 27); none had been saved: start again when that is mended\n"
+        f"error: can't save the checkpoint of step 2 in {tmp_path / 'checkpoints'}: "
+        "Error while serializing: I/O error: File too large (os error 27); "
+        "none had been saved: start again when that is mended\n"
     )
 
 
