@@ -142,17 +142,17 @@ def _draw(
     problem: Problem, seed: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[Op, torch.dtype], dict[str, Tensor]]:
     """A seed's inputs, as a function of (implementation, compute dtype) that gives outputs and gradients by name."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def draw(name: str, size: tuple[int, ...]) -> Tensor:
-        x = torch.randn(size, generator=generator) * problem.scales.get(name, 1.0)
-        return x.to(device, torch.promote_types(dtype, torch.float32) if name in problem.master else dtype)
+        x = torch.randn(size, generator=generator, device=device) * problem.scales.get(name, 1.0)
+        return x.to(torch.promote_types(dtype, torch.float32) if name in problem.master else dtype)
 
     inputs = {name: draw(name, size) for name, size in problem.sizes.items()}
     rest: list[Tensor] = []
     if problem.targets is not None:
         size, below = problem.targets
-        rest = [torch.randint(below, size, generator=generator).to(device)]
+        rest = [torch.randint(below, size, generator=generator, device=device)]
     upstream = {name: draw("", size) for name, size in problem.outputs.items()}
     return partial(_results, problem, inputs, rest, upstream)
 

@@ -96,7 +96,7 @@ def layer_norm_reference(
     return (weight * normalised + bias).to(dtype or total.dtype), total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def layer_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr,  # (rows, C) by its stride, the same or None, (C,), (C,)
     y_ptr, total_ptr, mean_ptr, rstd_ptr,  # (rows, C), the same or None, (rows,), (rows,); contiguous
@@ -122,7 +122,7 @@ def layer_norm_forward_kernel(
     store_row(rstd_ptr, rstd, start, rows, BLOCK_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def layer_norm_backward_kernel(
     dy_ptr, dtotal_ptr, total_ptr, mean_ptr, rstd_ptr, weight_ptr,  # (rows, C) by its stride, the same or None, ...
     dx_ptr, dresidual_ptr, sums_ptr,  # (rows, C), the same or None, (programs, 2, C); contiguous

@@ -49,9 +49,9 @@ def inputs(
     shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32, *, seed: int = 0, gain: float = 1.0
 ) -> Results:
     """q, k, v and do; gain multiplies the logits."""
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v, do = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4))
-    return tuple(x.to(dtype).to(DEVICE) for x in (q * gain, k, v, do))
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    q, k, v, do = (torch.randn(shape, generator=generator, dtype=torch.float64, device=DEVICE) for _ in range(4))
+    return tuple(x.to(dtype) for x in (q * gain, k, v, do))
 
 
 def differentiate(function: Callable[[Tensor, Tensor, Tensor], Tensor], q, k, v, do) -> Results:

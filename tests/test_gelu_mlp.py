@@ -72,10 +72,10 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def inputs(shape: Shape, dtype: torch.dtype = torch.float32, *, seed: int = 0, gain: float = 1.0) -> Results:
     """x, w_fc, b_fc, w_proj, b_proj and dy; gain is the pre-activation's standard deviation, about."""
     M, C, HIDDEN, N = shape
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
 
     def draw(*size: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(size, generator=generator, dtype=torch.float64)).to(dtype).to(DEVICE)
+        return (scale * torch.randn(size, generator=generator, dtype=torch.float64, device=DEVICE)).to(dtype)
 
     return (
         draw(M, C),
