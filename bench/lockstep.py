@@ -25,9 +25,11 @@ from typing import Any
 
 from bench.timing import ROOT, Timed
 from bench.worker import FAILED, OUT_OF_MEMORY, UNAVAILABLE
+from fastgpt2.graph import WARM_UP_STEPS
 
-FIRST_CALLS = 3
-"""Calls before the first round; what they come to is compared between candidates."""
+FIRST_CALLS = WARM_UP_STEPS + 2
+"""Calls before the first round; what they come to is compared between candidates. A CUDA graph's last two are replays:
+nothing that is timed has not been compared."""
 UNTIMED_BELOW_S = {"cuda": float("inf"), "cpu": 0.25}
 """A round begins with an untimed call where a call is shorter than this. On a GPU it also takes back the memory that
 was left to the others; on a CPU what it warms is gone from a longer one's caches before it ends."""

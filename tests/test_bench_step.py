@@ -20,7 +20,7 @@ from torch import nn
 
 from bench import cpu
 from bench.bench_train_step import ON_A_CPU, ON_A_GPU
-from bench.lockstep import Candidate, Finished, Limits, Lost, Worker, contest
+from bench.lockstep import FIRST_CALLS, Candidate, Finished, Limits, Lost, Worker, contest
 from bench.plain_gpt2 import PlainGPT2
 from bench.results import load, ratio
 from bench.steps import STEPS, HuggingFace, StepShape, agree_in, initial_weights, make_plain, result, to_transformers
@@ -57,8 +57,8 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "lean": sleeper("lean", log),
         "fat": sleeper("fat", log, sleep_ms=15.0, hold_bytes=200 * MIB),
         "wrong": sleeper("wrong", log, value=1.5),
-        "crashes": trouble("crashes", log, "crash", at=6),
-        "hangs": trouble("hangs", log, "hang", at=6),
+        "crashes": trouble("crashes", log, "crash", at=FIRST_CALLS + 3),
+        "hangs": trouble("hangs", log, "hang", at=FIRST_CALLS + 3),
         "fails": trouble("fails", log, "fail", at=0),
         "lacks-memory": trouble("lacks-memory", log, "lack_memory", at=0),
     }
@@ -100,17 +100,17 @@ def test_rounds_are_interleaved_rotated_and_one_at_a_time(troubled: dict[str, An
     calls = troubled["calls"]
     rounds: dict[str, list[list[float]]] = {}
     for name, index, began, ended in calls:
-        if index >= 3:  # the first three are compared, not timed
+        if index >= FIRST_CALLS:  # the first are compared, not timed
             rounds.setdefault(name, []).append([began, ended])
     right = ("lean", "fat", "lacks-memory")
     assert all(len(rounds[name]) == 8 for name in right), "an untimed call and a timed one in each of 4 rounds"
     assert "reference" not in rounds and "wrong" not in rounds, "what only gives its values, or wrong ones, isn't timed"
     intervals = sorted(interval for several in rounds.values() for interval in several)
     assert all(before[1] <= after[0] for before, after in pairwise(intervals))
-    assert max(ended for _, index, _, ended in calls if index < 3) <= intervals[0][0], (
+    assert max(ended for _, index, _, ended in calls if index < FIRST_CALLS) <= intervals[0][0], (
         "all are built before any is timed"
     )
-    turns = [name for name, index, _, _ in calls if index >= 3 and index % 2 == 0 and name in right]
+    turns = [name for name, index, _, _ in calls if index in range(FIRST_CALLS + 1, 99, 2) and name in right]
     # Five take part in the first round, and in the second until two of them are lost.
     assert turns[:6] == ["lean", "fat", "lacks-memory", "fat", "lacks-memory", "lean"]
     assert turns[6:] == ["lacks-memory", "lean", "fat", "lean", "fat", "lacks-memory"]
@@ -131,7 +131,7 @@ def test_what_lacked_memory_beside_others_is_built_again_alone(troubled: dict[st
     assert Path(f"{troubled['log']}.lacked").exists()
     again = [began for name, index, began, _ in troubled["calls"] if (name, index) == ("lacks-memory", 0)]
     assert troubled["outcomes"]["lacks-memory"].facts["built"] == 1, "it went on in the process that it had"
-    others = [ended for name, index, _, ended in troubled["calls"] if index < 3 and name != "lacks-memory"]
+    others = [ended for name, index, _, ended in troubled["calls"] if index < FIRST_CALLS and name != "lacks-memory"]
     assert len(again) == 1 and max(others) <= again[0]
 
 
@@ -344,8 +344,8 @@ def found(**held):
     make_plain(SETTINGS, **held)
     torch.compiler.reset()
     counters.clear()
-    compiled = torch.compile(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True).sum())
-    compiled(torch.randn(1, 2, 8, 16, requires_grad=True)).backward()
+    compiled = torch.compile(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True))
+    compiled(torch.randn(1, 2, 8, 16, requires_grad=True))
     return dict(counters["aot_autograd"])
 
 print(found(), found(), found(kernel="flash"), sep="\\n")
