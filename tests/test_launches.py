@@ -1,0 +1,74 @@
+"""What is inspected, bounded and compiled for the tuner is what a launch compiles: the same entry in Triton's cache.
+
+The launchers run here up to the compiler, on a driver of which only the GPU's architecture is played.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is published for Linux")
+
+PROGRAM = """
+import json
+from unittest.mock import MagicMock
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+
+from kernels import attention, cross_entropy, gelu_mlp, inspect, layer_norm
+from kernels.tune import tunings
+from kernels.tuning import configurations, lookup
+
+asked = []
+
+
+def compile(src, target, options=None, **_):
+    found = make_backend(target).parse_options({**(options or {}), **src.parse_options()})
+    asked.append((src.name, src.hash(), found.hash()))
+    return MagicMock()
+
+
+triton.compile = triton.compiler.compile = compile
+triton.runtime.driver.set_active(
+    MagicMock(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device=None: 0,
+    )
+)
+# Few rows, but as many as 16 divides: Triton compiles for that.
+attention.EXAMPLE, layer_norm.EXAMPLE_ROWS, cross_entropy.EXAMPLE_ROWS, gelu_mlp._TOKENS = (2, 32, 768), 32, 32, 64
+SIZES = {"attention": 64, "layer_norm": 768, "cross_entropy": 50304, "gelu_mlp": 768}
+found = []
+for op, tuning in tunings().items():
+    size = next(size for prefix, size in SIZES.items() if op.startswith(prefix))
+    for precision in ("bfloat16", "tf32"):
+        config = configurations("sm_90").get((op, precision, size))
+        if config is None:
+            continue
+        asked.clear()
+        inspect._compile(inspect.Case(op, precision, size, "sm_90", config))
+        (ours,) = asked
+        launch = tuning.example(precision, size, torch.device("cpu"), 0)
+        asked.clear()
+        launch(config)
+        found.append([op, precision, ours, [entry for entry in asked if entry[0] == ours[0]]])
+print(json.dumps(found))
+"""
+
+
+def test_a_launch_finds_in_tritons_cache_what_was_compiled_for_it() -> None:
+    """Or the tuner, which compiles in parallel, would compile again one by one, on the GPU's time."""
+    compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=compiling, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len({op for op, *_ in found}) >= 10 and {"bfloat16", "tf32"} == {precision for _, precision, *_ in found}
+    other = [(op, precision, ours, launched) for op, precision, ours, launched in found if launched != [ours]]
+    assert not other, other
