@@ -27,6 +27,7 @@ from bench.peers import PEERS, Unavailable
 from bench.roofline import Work, figures
 from bench.shapes import DEVICE, SECONDS
 from bench.timing import Call, Timed, peak_memory
+from bench.worker import lacked_memory
 from fastgpt2.config import ConfigError
 from fastgpt2.device import synchronize
 from fastgpt2.ops import make_ops
@@ -124,7 +125,7 @@ class Missing:
     def because(cls, error: Exception) -> Missing:
         if isinstance(error, Unavailable):
             return cls(str(error), failed=False)
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        if lacked_memory(error):
             return cls(f"out of memory on {torch.cuda.get_device_name()}", failed=False)
         if isinstance(error, AssertionError) and str(error).startswith("not timed"):
             return cls(str(error), failed=True)

@@ -32,6 +32,11 @@ LACKED_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_N
 """In the text of errors of PyTorch, of its compiler, and of a library that found the device full."""
 
 
+def lacked_memory(error: Exception) -> bool:
+    """Whether the device's memory was too small; the compiler wraps errors in its own, text and all."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in str(error) for sign in LACKED_MEMORY)
+
+
 class Contestant(Protocol):
     """What a candidate's `make` returns in the worker."""
 
@@ -143,13 +148,13 @@ def serve() -> None:
 
 
 def _explain(error: Exception) -> dict[str, str]:
-    """An error as an answer; the compiler wraps errors in its own, text and all."""
+    """An error as an answer."""
     text = " ".join(str(error).split())[:500]
     if isinstance(error, ConfigError):
         return {"error": text, "kind": UNAVAILABLE}
-    if any(sign in text for sign in NO_KERNEL):
+    if any(sign in str(error) for sign in NO_KERNEL):
         return {"error": "PyTorch has no such attention kernel for these inputs here", "kind": UNAVAILABLE}
-    if isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in text for sign in LACKED_MEMORY):
+    if lacked_memory(error):
         return {"error": "out of memory on the device", "kind": OUT_OF_MEMORY}
     return {"error": f"{type(error).__name__}: {text}", "kind": FAILED}
 

@@ -22,11 +22,12 @@ from bench.bench_gelu_mlp import MlpContest, MlpShape
 from bench.bench_layer_norm import NormContest, NormShape
 from bench.bench_linear_cross_entropy import HeadContest, HeadShape
 from bench.bench_optimizer import ONE_BLOCK, OptimizerContest, fused
-from bench.contests import Contest, Function
+from bench.contests import Contest, Function, Missing
 from bench.peers import torch_add_layer_norm
 from bench.results import table
 from bench.shapes import AttentionShape
 from bench.timing import ROOT
+from bench.worker import FAILED, OUT_OF_MEMORY, _explain
 from fastgpt2.attention import sdpa_attention
 from fastgpt2.data import GPT2_VOCAB_SIZE
 from fastgpt2.model import parameter_count
@@ -303,6 +304,21 @@ def test_without_pytest_benchmark_a_line_says_what_is_missing() -> None:
     done = run("-p", "no:benchmark", "bench/bench_data.py")
     assert done.returncode == 4
     assert "ERROR: the benchmarks need pytest-benchmark: pip install pytest-benchmark" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB"),
+        RuntimeError(f"backend='inductor' raised: {'x' * 600} OutOfMemoryError: CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_lacking_memory_is_no_failure(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert Missing.because(error) == Missing("out of memory on a GPU", failed=False)
+    assert _explain(error) == {"error": "out of memory on the device", "kind": OUT_OF_MEMORY}
+    assert Missing.because(ValueError("memory")).failed and _explain(ValueError("memory"))["kind"] == FAILED
 
 
 def test_disabled_each_is_checked_and_called_once(tmp_path: Path) -> None:
