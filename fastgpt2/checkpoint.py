@@ -103,7 +103,7 @@ def _write(
     state = {
         "format": FORMAT,
         "step": step,
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "config": _as_json(config),
         "model": dataclasses.asdict(config.model_config()),
         "scaler": scaler.state_dict(),
         "versions": {"torch": torch.__version__},
@@ -219,6 +219,18 @@ def check_shape(checkpoint: Path, model: ModelConfig) -> dict[str, Any]:
     if different:
         raise ConfigError(f"{checkpoint} is a checkpoint of another shape: it has {', '.join(different)}")
     return state
+
+
+def changed_settings(state: dict[str, Any], config: TrainConfig) -> list[str]:
+    """What is resumed otherwise than it was saved, a line or none: it was asked for, or config.toml is damaged."""
+    was, now = state["config"], _as_json(config)
+    names = [name for name in now if name in was and name not in ("out", "resume") and now[name] != was[name]]
+    different = ", ".join(f"--{name.replace('_', '-')} {now[name]} (was {was[name]})" for name in names)
+    return [f"not as it was saved: {different}"] if different else []
+
+
+def _as_json(config: TrainConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def load_model(

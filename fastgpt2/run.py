@@ -145,7 +145,7 @@ def build(config: TrainConfig) -> Run:
     # Last of the checks, since it makes a folder.
     latest, found = _claim_folder(config.out, config.resume) if config.out is not None else (None, [])
     if latest is not None:
-        checkpoint.check_shape(latest, model_config)
+        found += checkpoint.changed_settings(checkpoint.check_shape(latest, model_config), config)
     torch.manual_seed(config.seed)
     model = GPT(model_config, ops, recompute=config.recompute)
     model.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
