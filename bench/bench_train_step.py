@@ -30,7 +30,7 @@ from fastgpt2.ops import SLOTS
 ROUNDS = 10 if CUDA else 3
 ROUND_S = 0.4 if CUDA else 0.05
 """About how long a candidate is timed in a round."""
-CONTEST_S = 240.0
+CONTEST_S = 300.0
 """No round starts when a contest has taken so long: what was timed until then is kept."""
 BUILT_WITHIN = 0.75
 """Of a contest's time: who is built later takes no part, and costs the others no round."""
