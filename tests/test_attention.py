@@ -26,6 +26,8 @@ from kernels.tuning import LaunchConfig, architectures, configurations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEEDS = 5
+TOLERANCE = {"aot_eager": {"rtol": 1e-5, "atol": 1e-6}, "inductor": {"rtol": 1e-4, "atol": 1e-5}}
+"""What compiling may change: for "inductor" the elementwise functions are others, of which each may round otherwise."""
 # Scores above a masked one's place overflow before the mask removes them, on the CPU with a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
 
@@ -483,7 +485,7 @@ def test_compiles_whole(backend, dynamic, tiles) -> None:
         y = function(x)
         results.append((y, *torch.autograd.grad(y.square().sum(), x)))
     for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(compiled, eager, **TOLERANCE[backend])
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)])
@@ -501,7 +503,7 @@ def test_documents_and_a_seed_compile_whole(backend, tiles) -> None:
         y = function(x, documents, seed)
         results.append((y, *torch.autograd.grad(y.square().sum(), x)))
     for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(compiled, eager, **TOLERANCE[backend])
 
 
 def test_one_tensor_for_all_three_compiles(tiles) -> None:

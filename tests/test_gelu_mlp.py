@@ -428,8 +428,10 @@ def test_compiles_whole(backend, dynamic) -> None:
     for function in (layer, torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)):
         y = function(x)
         results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    # Of elementwise functions inductor has its own, which may round otherwise.
+    rtol, atol = (1e-5, 1e-6) if backend == "aot_eager" else (1e-4, 1e-5)
     for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(compiled, eager, rtol=rtol, atol=atol)
 
 
 def test_autocast_decides_the_dtype(way) -> None:
