@@ -152,6 +152,8 @@ def build(config: TrainConfig) -> Run:
     model.train()
     if config.compile:
         lean = config.lean or device.type == "cpu"
+        # Of a function torch.compile keeps eight forms in a process, and fails at the next: those of earlier runs go.
+        torch.compiler.reset()
         model.compile(dynamic=False, fullgraph=True, backend=lean_inductor if lean else "inductor")
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")

@@ -375,6 +375,22 @@ def test_lean_compilation_keeps_two_thirds_of_a_blocks_activations() -> None:
         assert 0 <= each - (bytes_a_channel * B * T * C + copies) <= 4 * B * T * (2 + 2), (backend, each)
 
 
+def test_a_process_compiles_any_number_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As verify does, of every backend; each run has code of its own, which dynamo counts."""
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 1)
+    graphs = []
+
+    def eager(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("fastgpt2.run.lean_inductor", eager)
+    for changes in ({"loss": "torch"}, {"loss": "chunked"}, {"dropout": 0.1}):
+        run = build(tiny(compile=True, lean=True, **changes))
+        run.step(0, run.next_tokens(0))
+    assert len(graphs) == 3
+
+
 def test_lean_without_compile_says_what_to_do() -> None:
     with pytest.raises(ConfigError, match="--lean tells the compiler what to keep"):
         tiny(lean=True)
