@@ -22,6 +22,8 @@ PLAIN = "ours-torch"
 """Our step in PyTorch's forms, by its backend's name; "ours-mlp-triton" is that with one slot changed, and so on."""
 ALL = "ours-triton"
 """With every slot by our kernels."""
+ANY_ORDER = "ours-triton-any-order"
+"""The same, where PyTorch may add in any order."""
 CANDIDATES = {slot: AUTO[slot] if slot == "loss" else tuple(table) for slot, table in SLOTS.items()}
 """What `auto` may become. Of the losses those that never hold all logits, whatever the time: it is for the memory."""
 

@@ -4,7 +4,7 @@ Each contest is a set of candidates of bench.steps, every one in a process of it
 once their losses and gradients are seen to agree with those of plain PyTorch, eager:
 
     peers       ours as it comes, and with every kernel of ours, beside plain PyTorch and transformers
-    ablation    PyTorch's forms, one slot's implementation changed at a time, and all
+    ablation    PyTorch's forms, one slot's implementation changed at a time, and all; what equal bits cost
     graph       small batches, where launching takes longer than computing: with CUDA graphs, ours and PyTorch's
     recompute   what a block keeps for the backward: less by the compiler's choice, or its inputs alone
 """
@@ -69,7 +69,7 @@ FEWER = ("ours-auto", "ours-triton", "plain", "plain-cudnn", "transformers")
 ABLATION = (
     "ours-torch",
     *(name for name in STEPS if name.startswith(tuple(f"ours-{slot}-" for slot in SLOTS))),
-    "ours-triton",
+    *("ours-triton", "ours-triton-any-order"),
 )
 GRAPH = ("ours-auto", "ours-auto-graph", "ours-triton-graph", "plain", "plain-reduce-overhead")
 RECOMPUTE = ("ours-auto", "ours-auto-lean", "ours-auto-recompute", "ours-triton-recompute")

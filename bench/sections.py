@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from bench import auto, plots, targets
+from bench import auto, plots, profile, targets
 from bench.plots import fastest_of_ours, headline, slug
 from bench.results import (
     Record,
@@ -228,7 +228,8 @@ def ablation_section(records: Sequence[Record]) -> str:
         for contest in contests:
             plain = contest[auto.PLAIN]
             changed = {r["backend"]: f"{slot} by {n}" for slot in SLOTS for n, r in auto.changed(slot, contest).items()}
-            shown = {auto.PLAIN: "nothing: PyTorch's forms", **changed, auto.ALL: "every slot by triton"}
+            every = {auto.ALL: "every slot by triton", auto.ANY_ORDER: "the same with --no-deterministic"}
+            shown = {auto.PLAIN: "nothing: PyTorch's forms", **changed, **every}
             yield f"{size(plain)}:"
             yield markdown(
                 [
@@ -248,6 +249,18 @@ def ablation_section(records: Sequence[Record]) -> str:
         "and of the losses one that never holds all logits: `fastgpt2/auto.json`."
     )
     return each_device(records, auto.ablations, show, f"{RATIO_IN_WORDS} {words}")
+
+
+def counters_section(records: Sequence[Record]) -> str:
+    def show(_: Record, profiles: list[dict[str, Any]]) -> Iterable[str]:
+        # Of a kernel that was read again the newest.
+        yield markdown(list({(p["op"], p["precision"]): profile.row(p) for p in reversed(profiles)}.values())[::-1])
+
+    words = (
+        "By `python -m bench.profile`, which leaves the clocks alone: a kernel's third launch at GPT-2 124M's shape. "
+        "A scheduler issues an instruction a clock at most; what warps stall for is in warps an instruction issued."
+    )
+    return each_device(records, lambda record: record.get("profiles", ()), show, words)
 
 
 def memory_section(records: Sequence[Record]) -> str:
@@ -337,6 +350,7 @@ SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "targets": targets_section,
     "step": step_section,
     "attention": attention_section,
+    "counters": counters_section,
     "ops": ops_section,
     "ablation": ablation_section,
     "memory": memory_section,

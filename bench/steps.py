@@ -132,6 +132,7 @@ STEPS: dict[str, StepCandidate] = {
         for name in table
         if name not in (TORCH[slot], "naive")
     },
+    "ours-triton-any-order": _ours(_ALL, deterministic=False),
     "ours-auto-lean": _ours(None, lean=True),
     "ours-auto-recompute": _ours(None, recompute=True),
     "ours-triton-recompute": _ours(_ALL, recompute=True),

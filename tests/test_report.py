@@ -181,6 +181,9 @@ def test_the_figures_of_the_step_are_the_records(measured: Path) -> None:
     assert "llm.c's counts 6 for each parameter" in section(measured, "step").replace("\n", " ")
     assert "nanoGPT's counts 6 for each parameter" in section(measured, "step").replace("\n", " ")
     assert cells(section(measured, "ablation"), "attention by triton")[2].startswith("1.10 (")
+    assert cells(section(measured, "ablation"), "the same with --no-deterministic")[2].startswith("1.19 (")
+    read = cells(section(measured, "counters"), "attention_forward")
+    assert read[1:] == ["bfloat16", "128x64, 8 warps, 3 stages", "0.321", "0.71", "xu 55", "wait 1.5"]
     assert cells(section(measured, "memory"), " ".join(size))[1:] == ["20.00 (ours-triton)"] * 2 + ["31.00 (plain)"] * 2
     assert cells(section(measured, "first-step"), "ours-triton")[2:] == ["41.0", "10.2"]
     assert cells(section(measured, "ops"), "optimizer step")[4:6] == ["memory 82%", "none"]
