@@ -63,7 +63,8 @@ sm_80 and 56 on sm_100, where dk, dv without a mask spills 8, too; dk, dv with d
 
 One pass does 5 matmuls where two passes do 7: issue and matrix clocks added up, 2320 a tile against 2960.
 It needs B H of twice the multiprocessors to fill the GPU, and waits for dq from L2 in every tile: a GPU must
-decide.
+decide. Its dq multiplies the transpose of a tile that is in registers, which Triton 3.4 and later were seen to get
+wrong on Hopper (flash-linear-attention issues 640 and 984): no kernel here has such a product.
 
 Papers: FlashAttention (Dao et al. 2022, arXiv:2205.14135), FlashAttention-2 (Dao 2023,
 arXiv:2307.08691).
