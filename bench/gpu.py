@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +31,17 @@ from bench.stages import Files, Stage, exit_status, new_record, read_environment
 from bench.timing import ROOT, commit
 
 TESTS_SHARE = 0.6
+SESSIONS = {
+    "operations": (
+        *("attention", "gelu_mlp", "layer_norm", "linear_cross_entropy", "embedding", "dropout", "attention_forms"),
+    ),
+    "trajectories": ("trajectory",),
+    "training": ("step", "train"),
+}
+"""The test files that run together, in several processes; the others measure, and run after them, in one."""
+ALONE = "measuring"
+PROCESSES = 12
+"""At the most: hundreds of kernels are compiled for the tests, at a second each, and each process holds a context."""
 
 
 def all_stages(scratch: Path, results: Path, commit_id: str) -> list[Stage]:
@@ -45,7 +58,7 @@ def all_stages(scratch: Path, results: Path, commit_id: str) -> list[Stage]:
     large = "C768 and (N65536 or B64)"
     return [
         Stage("ceilings", [*roofline, "--out", str(ceilings), "--jsonl", str(results)], 60),
-        *(_tests(file, scratch) for file in gpu_test_files()),
+        *(_tests(name, files, scratch) for name, files in gpu_test_sessions().items()),
         replace(_tool("gpu tests: memory and races", "sanitize", "compute-sanitizer", 300), until=TESTS_SHARE),
         # What bench.targets judges.
         bench("attention T=1024", attention, "C768-T1024-B64", 150),
@@ -86,32 +99,41 @@ def _tool(name: str, module: str, tool: str, seconds_limit: float, *options: str
     return Stage(name, [sys.executable, "-m", f"bench.{module}", *options], seconds_limit, missing=missing)
 
 
-def _tests(file: Path, scratch: Path) -> Stage:
-    """A file's tests marked gpu. Hundreds of kernels are compiled for them, at one or two seconds each: with
-    pytest-xdist, which need not be there, by several processes."""
-    junit = scratch / f"{file.stem}.xml"
-    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+def _tests(name: str, files: Sequence[Path], scratch: Path) -> Stage:
+    """The files' tests marked gpu, with pytest-xdist and pytest-timeout, which need not be there, by several processes
+    of which one that hangs is replaced."""
+    junit = scratch / f"{name}.xml"
+    parallel: list[str] = []
+    if importlib.util.find_spec("xdist") and name != ALONE:
+        # What fills the card is of one group, and so runs one after the other.
+        parallel = ["-n", str(min(PROCESSES, os.cpu_count() or 1)), "--dist", "loadgroup"]
+        if importlib.util.find_spec("pytest_timeout"):
+            parallel += ["--timeout", "150", "--timeout-method", "thread"]
     # Every test of the trajectories computes on the GPU where there is one.
-    marked = [] if file.stem == "test_trajectory" else ["-m", "gpu"]
+    marked = [] if name == "trajectories" else ["-m", "gpu"]
     options = ["-v", *marked, "--continue-on-collection-errors", f"--junitxml={junit}", *parallel]
-    name = f"gpu tests: {file.stem.removeprefix('test_')}"
-    argv = [*_PYTEST, *options, str(file.relative_to(ROOT))]
-    return Stage(name, argv, 300, required=True, junit=junit, until=TESTS_SHARE)
+    argv = [*_PYTEST, *options, *(str(file.relative_to(ROOT)) for file in files)]
+    return Stage(f"gpu tests: {name}", argv, 300, required=True, junit=junit, until=TESTS_SHARE)
 
 
 _PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 
 
-def gpu_test_files() -> list[Path]:
-    """The test files with tests marked gpu; the others may import what isn't installed here."""
-    return sorted(p for p in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in p.read_text(encoding="utf-8"))
+def gpu_test_sessions() -> dict[str, list[Path]]:
+    """The test files with tests marked gpu, by session; the others may import what isn't installed here."""
+    sessions: dict[str, list[Path]] = {name: [] for name in (*SESSIONS, ALONE)}
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        if "mark.gpu" in path.read_text(encoding="utf-8"):
+            stem = path.stem.removeprefix("test_")
+            sessions[next((name for name, stems in SESSIONS.items() if stem in stems), ALONE)].append(path)
+    return sessions
 
 
 def chosen(stages: list[Stage], only: list[str] | None) -> list[Stage]:
     """Those whose name contains one of the texts; all without any. Tests that nothing follows may use all the time."""
     found = [stage for stage in stages if any(text in stage.name for text in only or [""])]
-    tests_alone = all(stage.until < 1.0 for stage in found)
-    return [replace(stage, until=1.0) for stage in found] if tests_alone else found
+    nothing_follows = bool(found) and found[-1].until < 1.0
+    return [replace(stage, until=1.0) for stage in found] if nothing_follows else found
 
 
 def main(arguments: list[str] | None = None) -> int:

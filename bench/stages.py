@@ -172,7 +172,7 @@ def run_stage(
                 states.look()
                 time.sleep(0.05)
         finally:
-            timed_out = _stop(process)
+            timed_out = _stop(process, politely=stage.junit is not None)
         size = output.seek(0, os.SEEK_END)
         output.seek(max(0, size - LOG_BYTES))
         text = output.read().decode(errors="replace")
@@ -197,13 +197,19 @@ def run_stage(
     return outcome
 
 
-def _stop(process: subprocess.Popen) -> bool:
-    """End a process that still runs, and all it started; whether there was one."""
+def _stop(process: subprocess.Popen, *, politely: bool) -> bool:
+    """End a process that still runs, and all it started; whether there was one.
+
+    politely: interrupt it first, upon which pytest writes the results of the tests that ran.
+    """
     running = process.poll() is None
     if running:
-        process.send_signal(signal.SIGABRT)  # Python's fault handler prints every thread's stack
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
+        # At an abort Python's fault handler prints every thread's stack.
+        for number in (*([signal.SIGINT] if politely else []), signal.SIGABRT):
+            process.send_signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+                break
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its session, made for it alone
         process.wait()

@@ -633,6 +633,7 @@ def test_250_repeats_are_bitwise_equal(kind) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("fills the card")
 @pytest.mark.parametrize("documents", [False, True], ids=["plain", "documents"])
 def test_offsets_past_32_bits(documents) -> None:
     """B T 3 H D passes 2^31: the last batch must be computed like the first."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu import all_stages
+from bench.gpu import ALONE, SESSIONS, all_stages, gpu_test_sessions
 from bench.results import summary
 from bench.stages import Files, Stage, exit_status, run_stages
 from bench.timing import ROOT
@@ -87,6 +87,23 @@ def test_stages_that_crash_or_hang_cost_only_themselves(tmp_path: Path) -> None:
     assert "==== crashes: failed" in files.log.read_text() and "hello" in files.log.read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.json", "run.log"]
     assert exit_status(record, ["fine"]) == 1
+
+
+def test_tests_that_are_stopped_leave_the_results_of_those_that_ran(tmp_path: Path) -> None:
+    (tmp_path / "test_slow.py").write_text("import time\ndef test_ran(): pass\ndef test_hangs(): time.sleep(600)\n")
+    junit = tmp_path / "tests.xml"
+    argv = [sys.executable, "-m", "pytest", "-c", os.devnull, "-v", f"--junitxml={junit}", str(tmp_path)]
+    (outcome,) = run_stages([Stage("tests", argv, 6.0, junit=junit)], {}, files_in(tmp_path), seconds=60.0)["stages"]
+    assert outcome["status"] == "timed out" and outcome["tests"]["run"] >= 1
+    assert "test_hangs" in outcome["output_tail"], "it says where"
+
+
+def test_every_gpu_test_is_in_one_session() -> None:
+    sessions = gpu_test_sessions()
+    files = [path for session in sessions.values() for path in session]
+    assert len(files) == len(set(files)) >= 14
+    for name, stems in (SESSIONS | {ALONE: ("bench_step", "gpu_tools", "timing", "tune")}).items():
+        assert {path.stem.removeprefix("test_") for path in sessions[name]} == set(stems), name
 
 
 def test_no_stage_starts_once_the_time_is_up(tmp_path: Path) -> None:

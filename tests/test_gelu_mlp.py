@@ -551,6 +551,7 @@ def test_250_repeats_are_bitwise_equal(way) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("fills the card")
 def test_offsets_past_32_bits(way) -> None:
     """rows x HIDDEN passes 2^31: the last rows must be computed like the first."""
     *tensors, dy = inputs((1024, 768, 3072, 768), torch.bfloat16)

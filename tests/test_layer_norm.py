@@ -666,6 +666,7 @@ def test_captured_in_a_cuda_graph() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("fills the card")
 def test_offsets_past_32_bits() -> None:
     """The tensors pass 2^31 elements: the last rows must be computed like the first."""
     rows, C = 2**31 // 1024 + 64, 1024

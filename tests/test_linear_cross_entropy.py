@@ -747,6 +747,7 @@ def test_250_repeats_are_bitwise_equal(reduction) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("fills the card")
 def test_offsets_past_32_bits() -> None:
     """One chunk of more than 2^31 logits: the last rows must be computed like the first."""
     N, V = 44032, 50304
