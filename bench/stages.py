@@ -172,11 +172,11 @@ def run_stage(
                 states.look()
                 time.sleep(0.05)
         finally:
-            timed_out = _stop(process, politely=stage.junit is not None)
-        size = output.seek(0, os.SEEK_END)
-        output.seek(max(0, size - LOG_BYTES))
-        text = output.read().decode(errors="replace")
-    tests = _junit_counts(stage.junit)
+            timed_out = _stop(process)
+        output.seek(0)
+        whole = output.read()
+    size, text = len(whole), whole[-LOG_BYTES:].decode(errors="replace")
+    tests = None if stage.junit is None else _tests_of(stage.junit, whole.decode(errors="replace"))
     nothing_ran = tests is not None and tests["run"] == 0
     status = "timed out" if timed_out else "failed" if process.returncode or nothing_ran else "passed"
     outcome = {
@@ -197,19 +197,13 @@ def run_stage(
     return outcome
 
 
-def _stop(process: subprocess.Popen, *, politely: bool) -> bool:
-    """End a process that still runs, and all it started; whether there was one.
-
-    politely: interrupt it first, upon which pytest writes the results of the tests that ran.
-    """
+def _stop(process: subprocess.Popen) -> bool:
+    """End a process that still runs, and all it started; whether there was one."""
     running = process.poll() is None
     if running:
-        # At an abort Python's fault handler prints every thread's stack.
-        for number in (*([signal.SIGINT] if politely else []), signal.SIGABRT):
-            process.send_signal(number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S)
-                break
+        process.send_signal(signal.SIGABRT)  # Python's fault handler prints every thread's stack
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its session, made for it alone
         process.wait()
@@ -241,17 +235,29 @@ def _write_record(path: Path, record: dict[str, Any], waiting: dict[str, str]) -
     os.replace(aside, path)
 
 
-def _junit_counts(path: Path | None) -> dict[str, Any] | None:
-    """How many tests ran, and the names of those that did not pass or did not run."""
-    if path is None or not path.exists():
-        return None
-    cases = list(ElementTree.parse(path).iter("testcase"))
-    by_outcome: dict[str, list[str]] = {"failure": [], "error": [], "skipped": []}
-    for case in cases:
-        for outcome, names in by_outcome.items():
-            if case.find(outcome) is not None:
-                names.append(f"{case.get('classname')}::{case.get('name')}")
-    return {"run": len(cases) - len(by_outcome["skipped"]), **by_outcome}
+_SAID = re.compile(
+    r"^(?:\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED) (\S+::.*?)|(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b.*) *$",
+    re.MULTILINE,
+)
+"""What pytest -v says of a test, with pytest-xdist and without."""
+
+
+def _tests_of(junit: Path, output: str) -> dict[str, Any]:
+    """How many tests ran, and the names of those that did not pass or did not run: from pytest's report, or, where it
+    was stopped before it wrote one, from what it said of each test."""
+    outcomes = {"FAILED": "failure", "ERROR": "error", "SKIPPED": "skipped"}
+    if junit.exists():
+        cases = [
+            (
+                f"{case.get('classname')}::{case.get('name')}",
+                next((o for o in outcomes.values() if case.find(o) is not None), ""),
+            )
+            for case in ElementTree.parse(junit).iter("testcase")
+        ]
+    else:
+        cases = [(m[2] or m[3], outcomes.get(m[1] or m[4], "")) for m in _SAID.finditer(output)]
+    named = {outcome: [name for name, what in cases if what == outcome] for outcome in outcomes.values()}
+    return {"run": len(cases) - len(named["skipped"]), **named}
 
 
 def exit_status(record: dict[str, Any], required: Iterable[str]) -> int:

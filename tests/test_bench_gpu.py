@@ -89,13 +89,29 @@ def test_stages_that_crash_or_hang_cost_only_themselves(tmp_path: Path) -> None:
     assert exit_status(record, ["fine"]) == 1
 
 
+SLOW = """
+import time, pytest
+def test_ran(): pass
+@pytest.mark.skip
+def test_skipped(): pass
+@pytest.mark.parametrize("what", ["of words"])
+def test_fails(what): assert False
+def test_hangs(): time.sleep(600)
+"""
+
+
 def test_tests_that_are_stopped_leave_the_results_of_those_that_ran(tmp_path: Path) -> None:
-    (tmp_path / "test_slow.py").write_text("import time\ndef test_ran(): pass\ndef test_hangs(): time.sleep(600)\n")
+    (tmp_path / "test_slow.py").write_text(SLOW)
     junit = tmp_path / "tests.xml"
     argv = [sys.executable, "-m", "pytest", "-c", os.devnull, "-v", f"--junitxml={junit}", str(tmp_path)]
-    (outcome,) = run_stages([Stage("tests", argv, 6.0, junit=junit)], {}, files_in(tmp_path), seconds=60.0)["stages"]
-    assert outcome["status"] == "timed out" and outcome["tests"]["run"] >= 1
-    assert "test_hangs" in outcome["output_tail"], "it says where"
+    for parallel in ([], ["-n", "1"]):
+        stage = Stage("tests", [*argv, *parallel], 9.0, junit=junit)
+        (outcome,) = run_stages([stage], {}, files_in(tmp_path), seconds=60.0)["stages"]
+        assert outcome["status"] == "timed out" and not junit.exists()
+        tests = outcome["tests"]
+        assert tests["run"] == 2 and tests["error"] == []
+        (skipped,), (failed,) = tests["skipped"], tests["failure"]
+        assert skipped.endswith("test_slow.py::test_skipped") and failed.endswith("::test_fails[of words]"), parallel
 
 
 def test_every_gpu_test_is_in_one_session() -> None:
