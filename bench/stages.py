@@ -235,10 +235,8 @@ def _write_record(path: Path, record: dict[str, Any], waiting: dict[str, str]) -
     os.replace(aside, path)
 
 
-_SAID = re.compile(
-    r"^(?:\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED) (\S+::.*?)|(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b.*) *$",
-    re.MULTILINE,
-)
+_OUTCOME = "(PASSED|FAILED|ERROR|SKIPPED)"
+_SAID = re.compile(rf"^(?:\[gw\d+\] \[ *\d+%\] {_OUTCOME} (\S+::.*?)|(\S+::.*?) {_OUTCOME}\b.*) *$", re.MULTILINE)
 """What pytest -v says of a test, with pytest-xdist and without."""
 
 
