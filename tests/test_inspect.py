@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
 
 import triton
 
+from bench.profile import SIZES
 from kernels import tuning
 from kernels.attention import HEAD_DIMS, KERNELS
 from kernels.bounds import allowed
@@ -42,7 +43,6 @@ def python(code: str) -> list:
 
 
 PRECISIONS = ("bfloat16", "float16", "tf32")
-SIZES = {"attention": 64, "layer_norm": 768, "cross_entropy": 50304, "gelu_mlp": 768}
 
 
 @pytest.mark.parametrize("arch", architectures())

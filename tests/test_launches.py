@@ -12,6 +12,8 @@ import sys
 
 import pytest
 
+from bench.timing import ROOT
+
 pytest.importorskip("triton", reason="Triton is published for Linux")
 
 PROGRAM = """
@@ -21,6 +23,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 
+from bench.profile import size_of
 from kernels import attention, cross_entropy, gelu_mlp, inspect, layer_norm
 from kernels.tune import tunings
 from kernels.tuning import configurations, lookup
@@ -44,10 +47,9 @@ triton.runtime.driver.set_active(
 )
 # Few rows, but as many as 16 divides: Triton compiles for that.
 attention.EXAMPLE, layer_norm.EXAMPLE_ROWS, cross_entropy.EXAMPLE_ROWS, gelu_mlp._TOKENS = (2, 32, 768), 32, 32, 64
-SIZES = {"attention": 64, "layer_norm": 768, "cross_entropy": 50304, "gelu_mlp": 768}
 found = []
 for op, tuning in tunings().items():
-    size = next(size for prefix, size in SIZES.items() if op.startswith(prefix))
+    size = size_of(op)
     for precision in ("bfloat16", "tf32"):
         config = configurations("sm_90").get((op, precision, size))
         if config is None:
@@ -66,7 +68,8 @@ print(json.dumps(found))
 def test_a_launch_finds_in_tritons_cache_what_was_compiled_for_it() -> None:
     """Or the tuner, which compiles in parallel, would compile again one by one, on the GPU's time."""
     compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=compiling, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, env=compiling, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert len({op for op, *_ in found}) >= 10 and {"bfloat16", "tf32"} == {precision for _, precision, *_ in found}
