@@ -571,7 +571,7 @@ torch.library.impl("fastgpt2::attention_forward", "default", attention_forward)
 torch.library.impl("fastgpt2::attention_backward", "default", attention_backward)
 
 
-@torch.library.register_fake("fastgpt2::attention_forward")
+@launch.register_fake("fastgpt2::attention_forward")
 def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, allow_tf32: bool,
       documents: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -579,7 +579,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, allow_tf32: b
     return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=statistics(q.dtype))
 
 
-@torch.library.register_fake("fastgpt2::attention_backward")
+@launch.register_fake("fastgpt2::attention_backward")
 def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
       causal: bool, scale: float, allow_tf32: bool, documents: Tensor | None = None, seed: Tensor | None = None,
       dropout_p: float = 0.0) -> Tensor:  # fmt: skip

@@ -522,14 +522,14 @@ torch.library.impl("fastgpt2::gelu_mlp_forward", "default", gelu_mlp_forward)
 torch.library.impl("fastgpt2::gelu_mlp_backward", "default", gelu_mlp_backward)
 
 
-@torch.library.register_fake("fastgpt2::gelu_mlp_forward")
+@launch.register_fake("fastgpt2::gelu_mlp_forward")
 def _(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor,
       keep: bool, allow_tf32: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     kept = math.prod(x.shape[:-1]) if keep else 0
     return x.new_empty(*x.shape[:-1], w_proj.size(0)), x.new_empty(kept, w_fc.size(0))
 
 
-@torch.library.register_fake("fastgpt2::gelu_mlp_backward")
+@launch.register_fake("fastgpt2::gelu_mlp_backward")
 def _(dy: Tensor, x: Tensor, w_fc: Tensor, w_proj: Tensor, pre: Tensor,
       allow_tf32: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     shapes = (x.shape, w_fc.shape, w_fc.shape[:1], w_proj.shape, w_proj.shape[:1])

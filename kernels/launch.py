@@ -6,6 +6,8 @@ Triton is imported when first asked about, so that an operation's plain form wor
 from __future__ import annotations
 
 import contextlib
+import functools
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,6 +97,35 @@ class Tuning:
 
     candidates: Callable[[str, int], Iterable[Any]]
     example: Callable[[str, int, torch.device, int], Callable[[Any], Any]]
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """torch.library.register_fake, for operators that Inductor is to take as they are, however deep in a model."""
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(fake)
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            take_as_it_is(name)
+            return fake(*args, **kwargs)
+
+        return torch.library.register_fake(name, traced)
+
+    return register
+
+
+def take_as_it_is(name: str) -> None:
+    """Tell Inductor, once it is there, to call an operator as it would any that it doesn't know.
+
+    Left to find that out, PyTorch 2.11 first makes a text of the arguments, for a log that nobody reads. Each holds the
+    texts of all operators before it, some of them twice: for the loss at the end of 4 layers of ours that took most
+    of a minute, and of 12 it did not end. From 2.13 on the text is made only if it is read.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    namespace, operator = name.split("::")
+    overload = getattr(getattr(torch.ops, namespace), operator).default
+    if lowering is not None and overload not in lowering.lowerings:
+        tag = lowering.get_layout_constraint_tag(overload, with_default=True)
+        lowering.make_fallback(overload, layout_constraint=lowering.tag_to_layout_constraint(tag))
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:

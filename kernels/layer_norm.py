@@ -344,7 +344,7 @@ torch.library.impl("fastgpt2::layer_norm_forward", "default", layer_norm_forward
 torch.library.impl("fastgpt2::layer_norm_backward", "default", layer_norm_backward)
 
 
-@torch.library.register_fake("fastgpt2::layer_norm_forward")
+@launch.register_fake("fastgpt2::layer_norm_forward")
 def _(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
       dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     total_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -353,7 +353,7 @@ def _(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: flo
     return x.new_empty(x.shape, dtype=dtype), total, mean, rstd
 
 
-@torch.library.register_fake("fastgpt2::layer_norm_backward")
+@launch.register_fake("fastgpt2::layer_norm_backward")
 def _(dy: Tensor, dtotal: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
       x_dtype: torch.dtype, residual_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     apart = residual_dtype not in (None, x_dtype)

@@ -250,13 +250,13 @@ torch.library.impl("fastgpt2::linear_cross_entropy_forward", "default", linear_c
 torch.library.impl("fastgpt2::linear_cross_entropy_backward", "default", linear_cross_entropy_backward)
 
 
-@torch.library.register_fake("fastgpt2::linear_cross_entropy_forward")
+@launch.register_fake("fastgpt2::linear_cross_entropy_forward")
 def _(hidden, weight, targets, dtype, vocab_size, ignore_index, triton, memory_budget, grad_hidden, grad_weight):
     losses = hidden.new_empty(targets.shape, dtype=statistics(dtype))
     return losses, torch.empty_like(losses), *_fake_gradients(hidden, weight, dtype, grad_hidden, grad_weight)
 
 
-@torch.library.register_fake("fastgpt2::linear_cross_entropy_backward")
+@launch.register_fake("fastgpt2::linear_cross_entropy_backward")
 def _(upstream, lse, hidden, weight, targets, dtype, vocab_size, ignore_index, triton, memory_budget,
       grad_hidden, grad_weight):  # fmt: skip
     return _fake_gradients(hidden, weight, dtype, grad_hidden, grad_weight)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import weakref
 from itertools import pairwise
 from pathlib import Path
@@ -394,3 +395,47 @@ def test_a_process_compiles_any_number_of_runs(monkeypatch: pytest.MonkeyPatch) 
 def test_lean_without_compile_says_what_to_do() -> None:
     with pytest.raises(ConfigError, match="--lean tells the compiler what to keep"):
         tiny(lean=True)
+
+
+TRACED = """
+import torch
+import torch._inductor.lowering as lowering
+from torch._subclasses.fake_tensor import FakeTensorMode
+from fastgpt2.config import ModelConfig
+from fastgpt2.model import GPT
+from fastgpt2.ops import SLOTS, make_ops
+
+operators = [f"fastgpt2::{name}" for name in (
+    "attention_forward", "attention_backward", "gelu_mlp_forward", "gelu_mlp_backward", "layer_norm_forward",
+    "layer_norm_backward", "linear_cross_entropy_forward", "embedding_backward",
+)]
+def known():
+    return [name for name in operators if getattr(torch.ops.fastgpt2, name[10:]).default in lowering.lowerings]
+ops, _ = make_ops(dict.fromkeys(SLOTS, "triton"))
+assert known() == []
+with FakeTensorMode():
+    model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=32, block_size=8, vocab_size=64), ops)
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    model(tokens, tokens).backward()
+assert known() == operators, known()
+"""
+
+
+def test_inductor_need_not_find_out_that_it_does_not_know_our_operators() -> None:
+    """With PyTorch 2.11 that took a time exponential in the layers before: a whole GPT-2 was never compiled."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", TRACED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+def test_a_deep_model_compiles() -> None:
+    """Every slot by our operators, as deep as GPT-2 124M: the compiler's time grows with the layers, no faster."""
+    seconds = {}
+    for n_layer in (6, 12):
+        began = time.monotonic()
+        train(tiny(n_layer=n_layer, attn="triton", mlp="triton", norm="triton", loss="triton", device="cuda",
+                   dtype="bfloat16", compile=True, steps=1))  # fmt: skip
+        seconds[n_layer] = time.monotonic() - began
+    assert seconds[12] < 4 * seconds[6], seconds
