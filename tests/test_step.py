@@ -378,7 +378,6 @@ def test_lean_compilation_keeps_two_thirds_of_a_blocks_activations() -> None:
 
 def test_a_process_compiles_any_number_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """As verify does, of every backend; each run has code of its own, which dynamo counts."""
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 1)
     graphs = []
 
     def eager(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -386,9 +385,11 @@ def test_a_process_compiles_any_number_of_runs(monkeypatch: pytest.MonkeyPatch) 
         return graph.forward
 
     monkeypatch.setattr("fastgpt2.run.lean_inductor", eager)
-    for changes in ({"loss": "torch"}, {"loss": "chunked"}, {"dropout": 0.1}):
-        run = build(tiny(compile=True, lean=True, **changes))
-        run.step(0, run.next_tokens(0))
+    # Not monkeypatch's: what it sets in a module of settings it can't set back.
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for changes in ({"loss": "torch"}, {"loss": "chunked"}, {"dropout": 0.1}):
+            run = build(tiny(compile=True, lean=True, **changes))
+            run.step(0, run.next_tokens(0))
     assert len(graphs) == 3
 
 
