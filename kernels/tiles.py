@@ -3,7 +3,9 @@
 On the CPU, under Triton's interpreter, they also mend its 16-bit arithmetic: its products of bfloat16
 multiply bit patterns, its casts to bfloat16 lose the carry into the exponent, and its sums of float16
 are float16. Here operands are widened first, which is exact, and bfloat16 is rounded by its bits, so
-that an interpreted kernel rounds where a GPU would and nowhere else.
+that an interpreted kernel rounds where a GPU would and nowhere else. A product is summed in float64 and
+rounded once: NumPy's BLAS sums float32 in an order that depends on the processor and on which operand is
+transposed, and the attention's backward needs the scores that its forward had.
 """
 
 import triton
@@ -21,8 +23,11 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
     """
     SUM: tl.constexpr = tl.float64 if a.dtype == tl.float64 else tl.float32
     if INTERPRETED:
-        a, b = a.to(SUM), b.to(SUM)
-    return tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=SUM)
+        product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(SUM)
+        total = product if accumulator is None else accumulator + product
+    else:
+        total = tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=SUM)
+    return total
 
 
 @triton.jit
