@@ -21,13 +21,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgpt2.compare import ALLOWED, error_and_budget, problems
+from fastgpt2.compare import ALLOWED, SEEDS, error_and_budget, problems
 from fastgpt2.config import ConfigError, Dtype, TrainConfig
 from fastgpt2.data import split
 from fastgpt2.device import pick_device
@@ -252,12 +253,14 @@ class Checks:
 # --------------------------------------------------------------------------------------------- command
 
 
-def error_row(name: str, slot: str, ops: Ops, dtype: Dtype, device: str) -> Row:
+def error_row(
+    name: str, slot: str, ops: Ops, dtype: Dtype, device: str, seeds: Iterable[int] = range(SEEDS)
+) -> Row:
     """Check 1 for a slot's implementation in a precision: the tensor and measure that use most of their budget."""
     problem = problems(device)[slot]
     began = time.perf_counter()
     with numerics(TrainConfig(dtype=dtype, deterministic=False)):  # in tf32 the peers multiply in TF32, too
-        table = error_and_budget(getattr(ops, slot), problem, TORCH_DTYPE[dtype], device)
+        table = error_and_budget(getattr(ops, slot), problem, TORCH_DTYPE[dtype], device, seeds)
     worst = max(table, key=lambda key: table[key][0] / table[key][1])
     return Row(f"{slot} {problem.shape}, {worst}", name, dtype, *table[worst], time.perf_counter() - began)
 

@@ -19,13 +19,14 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is published for Linux")
 
 from guards import guarded
+from seeds import generator
 
+from fastgpt2.compare import maximum, named, pooled
 from kernels import attention, flash_attention, flash_attention_qkv, launch
 from kernels.attention import attention_backward, attention_forward, attention_reference, why_unsupported
 from kernels.tuning import LaunchConfig, architectures, configurations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SEEDS = 5
 TOLERANCE = {"aot_eager": {"rtol": 1e-5, "atol": 1e-6}, "inductor": {"rtol": 1e-4, "atol": 1e-5}}
 """What compiling may change: for "inductor" the elementwise functions are others, of which each may round otherwise."""
 # Scores above a masked one's place overflow before the mask removes them, on the CPU with a warning.
@@ -51,8 +52,8 @@ def inputs(
     shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float32, *, seed: int = 0, gain: float = 1.0
 ) -> Results:
     """q, k, v and do; gain multiplies the logits."""
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    q, k, v, do = (torch.randn(shape, generator=generator, dtype=torch.float64, device=DEVICE) for _ in range(4))
+    rng = generator(seed, DEVICE)
+    q, k, v, do = (torch.randn(shape, generator=rng, dtype=torch.float64, device=DEVICE) for _ in range(4))
     return tuple(x.to(dtype) for x in (q * gain, k, v, do))
 
 
@@ -100,44 +101,21 @@ def assert_same(ours: Results, theirs: Results) -> None:
         torch.testing.assert_close(x, y, rtol=0, atol=0 if DEVICE == "cpu" else 1e-5 * maximum(y))
 
 
-def maximum(x: Tensor) -> float:
-    return x.abs().max().item()
-
-
-def rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
-
-
 def excess(compute: Compute, make: Callable[[int], Results], **options) -> dict[str, float]:
     """Error over budget for o, dq, dk and dv, by maximum and by norm: right is at most 1.
 
     options: the reference's. SDPA can't replay a dropout's mask: naive alone is the peer there.
-
-    The budget is twice the larger of naive's and SDPA's error in the same precision, pooled over the
-    seeds, plus four units in the last place of the tensor's own scale, or of what cancels to zero.
     """
+
+    def terms(tensors: Results) -> dict[str, Results]:
+        """At T = 1 dP less delta, which is made of the o that was rounded, is zero."""
+        q, k, v, do = tensors
+        return {"dq": (do, v, k), "dk": (do, v, q)}
+
     names = ("o", "dq", "dk", "dv")
-    ours: dict[str, float] = {}
-    theirs: dict[str, float] = {}
-    for seed in range(SEEDS):
-        q, k, v, do = make(seed)
-        truth = exact(q, k, v, do, **options)
-        peers = [f(q, k, v, do, **options) for f in ((naive,) if "keep" in options else (naive, sdpa))]
-        # Interpreted kernels are slow: one seed of ours against five of theirs.
-        mine = compute(q, k, v, do) if seed == 0 or DEVICE == "cuda" else truth
-        for i, name in enumerate(names):
-            for measure in (maximum, rms):
-                key, reference = f"{name} by {measure.__name__}", truth[i]
-                scale_of = measure(reference)
-                if name in ("dq", "dk") and not scale_of:
-                    # At T = 1: dP less delta, which is made of the o that was rounded; the terms have a scale.
-                    scale_of = measure(do) * measure(v) * max(measure(q), measure(k))
-                place = 2.0 ** math.floor(math.log2(scale_of)) * torch.finfo(q.dtype).eps if scale_of else 0.0
-                lost = max(measure(peer[i].double() - reference) for peer in peers)
-                theirs[key] = max(theirs.get(key, 0.0), 2 * lost + 4 * place)
-                error = measure(mine[i].double() - reference)
-                ours[key] = max(ours.get(key, 0.0), error if math.isfinite(error) else math.inf)
-    return {key: ours[key] / max(theirs[key], 1e-300) for key in ours}
+    peers = [named(names, f, **options) for f in ((naive,) if "keep" in options else (naive, sdpa))]
+    truth = named(names, exact, **options)
+    return pooled(make, named(names, compute), peers, truth, once=DEVICE == "cpu", terms=terms).excess()
 
 
 def assert_right(compute: Compute, make: Callable[[int], Results], **options) -> None:

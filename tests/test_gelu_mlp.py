@@ -25,7 +25,9 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
 import guards
 import triton
 import triton.language as tl
+from seeds import generator
 
+from fastgpt2.compare import maximum, named, pooled, rms
 from kernels import gelu_mlp
 from kernels.tuning import LaunchConfig, architectures, configuration, configurations
 
@@ -33,7 +35,6 @@ module = importlib.import_module("kernels.gelu_mlp")
 reference = module.gelu_mlp_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SEEDS = 5
 NAMES = ("y", "dx", "dw_fc", "db_fc", "dw_proj", "db_proj")
 # Where exp overflows its share of z is exactly 0: the interpreter warns, and means nothing by it.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
@@ -72,10 +73,10 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def inputs(shape: Shape, dtype: torch.dtype = torch.float32, *, seed: int = 0, gain: float = 1.0) -> Results:
     """x, w_fc, b_fc, w_proj, b_proj and dy; gain is the pre-activation's standard deviation, about."""
     M, C, HIDDEN, N = shape
-    generator = torch.Generator(DEVICE).manual_seed(seed)
+    rng = generator(seed, DEVICE)
 
     def draw(*size: int, scale: float = 1.0) -> Tensor:
-        return (scale * torch.randn(size, generator=generator, dtype=torch.float64, device=DEVICE)).to(dtype)
+        return (scale * torch.randn(size, generator=rng, dtype=torch.float64, device=DEVICE)).to(dtype)
 
     return (
         draw(M, C),
@@ -115,37 +116,13 @@ def exact(*tensors: Tensor) -> Results:
     return plain(*(x.double() for x in tensors))
 
 
-def maximum(x: Tensor) -> float:
-    return x.abs().max().item() if x.numel() else 0.0
+def excess(
+    compute: Compute, make: Callable[[int], Results], peers: tuple[Compute, ...] = (plain, apart)
+) -> dict[str, float]:
+    """Error over budget for each result, by maximum and by norm: right is at most 1."""
 
-
-def rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
-
-
-def excess(compute: Compute, make: Callable[[int], Results], peers: tuple[Compute, ...] = (plain, apart)) -> dict:
-    """Error over budget for each result, by maximum and by norm: right is at most 1.
-
-    The budget is twice the larger of the plain forms' errors in the same precision, pooled over the seeds, plus four
-    units in the last place of the tensor's own scale.
-    """
-    lost: dict[str, float] = {}
-    allowed: dict[str, float] = {}
-    for seed in range(SEEDS):
-        tensors = make(seed)
-        truth = exact(*tensors)
-        theirs = [peer(*tensors) for peer in peers]
-        # Interpreted kernels are slow: one seed of ours against five of theirs.
-        mine = compute(*tensors) if seed == 0 or DEVICE == "cuda" else truth
-        for i, name in enumerate(NAMES):
-            for measure in (maximum, rms):
-                key, scale = f"{name} by {measure.__name__}", measure(truth[i])
-                place = 2.0 ** math.floor(math.log2(scale)) * torch.finfo(tensors[0].dtype).eps if scale else 0.0
-                worst = max(measure(peer[i].double() - truth[i]) for peer in theirs)
-                allowed[key] = max(allowed.get(key, 0.0), 2 * worst + 4 * place)
-                error = measure(mine[i].double() - truth[i])
-                lost[key] = max(lost.get(key, 0.0), error if math.isfinite(error) else math.inf)
-    return {key: lost[key] / max(allowed[key], 1e-300) for key in lost}
+    mine, *others, truth = (named(NAMES, f) for f in (compute, *peers, exact))
+    return pooled(make, mine, others, truth, once=DEVICE == "cpu").excess()
 
 
 def assert_right(compute: Compute, make: Callable[[int], Results]) -> None:
@@ -212,10 +189,10 @@ def test_tf32_is_within_its_own_rounding(way) -> None:
 @pytest.mark.parametrize(("dtype", "costs"), [(torch.bfloat16, 1.006), (torch.float16, 1.33)], ids=str)
 def test_what_tanh_of_11_bits_costs(dtype, costs) -> None:
     """The hardware's tanh errs by up to 2^-11: nothing beside bfloat16's rounding of gelu, a third beside float16's."""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(2**18, dtype=torch.float64, generator=generator).to(dtype).double()
+    rng = generator()
+    z = torch.randn(2**18, dtype=torch.float64, generator=rng).to(dtype).double()
     t = (math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)).tanh()
-    error = 2.0**-11 * (2 * torch.rand(z.shape, dtype=torch.float64, generator=generator) - 1)
+    error = 2.0**-11 * (2 * torch.rand(z.shape, dtype=torch.float64, generator=rng) - 1)
     truth = F.gelu(z, approximate="tanh")
     rounded, approximate = (
         rms(gelu.to(dtype).double() - truth) for gelu in (truth, z * (0.5 + 0.5 * (t * (1 + error)).clamp(-1, 1)))
