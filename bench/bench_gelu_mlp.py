@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.budget import assert_within_budget
+from bench.budget import Yardstick
 from bench.contests import Candidate, Contest, Function, backward_of, ours, peers, rotate
 from bench.roofline import Work
 from bench.shapes import CUDA, DEVICE
@@ -84,17 +84,16 @@ class MlpContest(Contest):
         return rotate([functools.partial(differentiate, function, inputs, dy) for inputs, dy in sets])
 
     @functools.cached_property
-    def _exact_and_plain(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        inputs, dy = draw(self.size)
-        doubles = [t.detach().double().requires_grad_() for t in inputs]
-        return differentiate(torch_mlp, doubles, dy.double()), differentiate(torch_mlp, inputs, dy)
+    def _yardstick(self) -> Yardstick:
+        def exact(seed: int) -> tuple[Tensor, ...]:
+            inputs, dy = draw(self.size, seed)
+            return differentiate(torch_mlp, [t.detach().double().requires_grad_() for t in inputs], dy.double())
+
+        names = ("y", "dx", "dw_fc", "db_fc", "dw_proj", "db_proj")
+        return Yardstick(names, exact, lambda seed: differentiate(torch_mlp, *draw(self.size, seed)))
 
     def check(self, name: str, function: Function) -> None:
-        exact, plain = self._exact_and_plain
-        mine = differentiate(function, *draw(self.size))
-        names = ("y", "dx", "dw_fc", "db_fc", "dw_proj", "db_proj")
-        for tensor, m, p, e in zip(names, mine, plain, exact, strict=True):
-            assert_within_budget(tensor, m, p, e)
+        self._yardstick.check(differentiate(function, *draw(self.size)))
 
 
 @pytest.mark.benchmark(timer=REPLAY)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.budget import assert_within_budget
+from bench.budget import Yardstick
 from bench.contests import Candidate, Contest, Function, backward_of, ours, peers, rotate
 from bench.peers import torch_add_layer_norm
 from bench.roofline import Work
@@ -85,21 +85,21 @@ class NormContest(Contest):
         return rotate([backward_of(function, inputs, gradients) for inputs, gradients in sets])
 
     @functools.cached_property
-    def _exact_and_plain(self) -> tuple[list[Tensor], list[Tensor]]:
-        return self._results(torch_add_layer_norm, torch.float64), self._results(torch_add_layer_norm)
+    def _yardstick(self) -> Yardstick:
+        plain = functools.partial(self._results, torch_add_layer_norm)
+        return Yardstick(
+            ("y", "sum", "dx", "dresidual", "dw", "db"), functools.partial(plain, dtype=torch.float64), plain
+        )
 
-    def _results(self, norm: Function, dtype: torch.dtype | None = None) -> list[Tensor]:
-        inputs, gradients = draw(self.size, seed=0)
+    def _results(self, norm: Function, seed: int = 0, dtype: torch.dtype | None = None) -> list[Tensor]:
+        inputs, gradients = draw(self.size, seed)
         given = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
         outputs = norm(*given)
         received = [g.to(dtype or g.dtype) for g in gradients]
         return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, given, received)]
 
     def check(self, name: str, function: Function) -> None:
-        exact, plain = self._exact_and_plain
-        names = ("y", "sum", "dx", "dresidual", "dw", "db")
-        for tensor, m, p, e in zip(names, self._results(function), plain, exact, strict=True):
-            assert_within_budget(tensor, m, p, e)
+        self._yardstick.check(self._results(function))
 
 
 @pytest.mark.benchmark(timer=REPLAY)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.budget import assert_within_budget
+from bench.budget import Yardstick
 from bench.contests import Candidate, Contest, Function, ours, peers, rotate
 from bench.roofline import Work
 from bench.shapes import CUDA, DEVICE
@@ -92,13 +92,17 @@ class HeadContest(Contest):
         return slice(None, None, max(1, self.size.N // 512))
 
     @functools.cached_property
-    def _exact_and_plain(self) -> tuple[list[Tensor], list[Tensor]]:
-        reference, dtype = linear_cross_entropy_reference, self.size.dtype
-        return self._results(reference, self._kept, torch.float64), self._results(reference, self._kept, dtype)
+    def _yardstick(self) -> Yardstick:
+        plain = functools.partial(self._results, linear_cross_entropy_reference, self._kept)
+        return Yardstick(
+            ("loss", "dhidden", "dweight"),
+            functools.partial(plain, torch.float64),
+            functools.partial(plain, self.size.dtype),
+        )
 
-    def _results(self, head: Function, rows: slice, dtype: torch.dtype) -> list[Tensor]:
+    def _results(self, head: Function, rows: slice, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
         """The loss and its gradients, of the rows that count, which are among those that the head is given."""
-        hidden, weight, targets = draw(self.size, seed=0)
+        hidden, weight, targets = draw(self.size, seed)
         few = torch.full_like(targets, -100)
         few[self._kept] = targets[self._kept]
         given = [x.detach().to(dtype).requires_grad_() for x in (hidden[rows], weight)]
@@ -109,10 +113,7 @@ class HeadContest(Contest):
     def check(self, name: str, function: Function) -> None:
         if name == MATMULS:
             return
-        exact, plain = self._exact_and_plain
-        mine = self._results(function, slice(None), self.size.dtype)
-        for tensor, m, p, e in zip(("loss", "dhidden", "dweight"), mine, plain, exact, strict=True):
-            assert_within_budget(tensor, m, p, e)
+        self._yardstick.check(self._results(function, slice(None), self.size.dtype))
 
 
 @pytest.mark.benchmark(timer=REPLAY)

@@ -6,9 +6,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
-
 import seeds
+import torch
 
 if not torch.cuda.is_available():
     # Triton reads this at its import: nothing may have imported it before.

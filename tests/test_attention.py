@@ -457,7 +457,7 @@ def test_compiles_whole(backend, dynamic, tiles) -> None:
     def layer(x: Tensor) -> Tensor:
         return flash_attention_qkv((2.0 * x).unflatten(-1, (3, 2, 16))).flatten(-2).sin()
 
-    x = torch.randn(2, 17, 96, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    x = torch.randn(2, 17, 96, generator=generator()).to(DEVICE).requires_grad_()
     results = []
     for function in (layer, torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)):
         y = function(x)
@@ -475,7 +475,7 @@ def test_documents_and_a_seed_compile_whole(backend, tiles) -> None:
     def layer(x: Tensor, documents: Tensor, seed: Tensor) -> Tensor:
         return flash_attention_qkv((2.0 * x).unflatten(-1, (3, 2, 16)), 0.5, documents, seed=seed).flatten(-2).sin()
 
-    x = torch.randn(2, 17, 96, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    x = torch.randn(2, 17, 96, generator=generator()).to(DEVICE).requires_grad_()
     results = []
     for function in (layer, torch.compile(layer, fullgraph=True, backend=backend)):
         y = function(x, documents, seed)

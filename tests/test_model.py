@@ -7,6 +7,7 @@ import math
 from itertools import pairwise
 
 import pytest
+import seeds
 import torch
 from torch import Tensor, nn
 
@@ -27,15 +28,13 @@ def place(attention: str) -> str:
 
 
 def make(config: ModelConfig = SMALL, attention: str = "naive", seed: int = 0) -> GPT:
-    torch.manual_seed(seed)
+    torch.manual_seed(seeds.first + seed)
     device = place(attention)
     return GPT(config, make_ops({"attention": attention}, device=device, head_dim=config.head_dim)[0]).to(device)
 
 
 def batch(config: ModelConfig = SMALL, B: int = 3, T: int | None = None, seed: int = 1) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(
-        config.vocab_size, (B, (T or config.block_size) + 1), generator=torch.Generator().manual_seed(seed)
-    )
+    tokens = torch.randint(config.vocab_size, (B, (T or config.block_size) + 1), generator=seeds.generator(seed))
     return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -273,7 +272,7 @@ class TestAgainstHuggingFace:
                 attn_implementation="eager",
             )
         )
-        torch.manual_seed(3)
+        torch.manual_seed(seeds.first + 3)
         with torch.no_grad():  # weights large enough that attention is peaked and no bias is zero
             for name, p in theirs.named_parameters():
                 p.copy_(torch.randn_like(p) * (0.3 if p.dim() > 1 else 0.1) + float("ln_" in name and "weight" in name))
