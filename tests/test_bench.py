@@ -297,7 +297,7 @@ def test_without_ceilings_there_is_no_limit(sleepers: dict[str, Any]) -> None:
     if not CUDA:
         assert quick["limit"] is quick["limit_ms"] is quick["limit_fraction"] is None, "a CPU's are not measured"
     assert quick["contest"] == slow["contest"]
-    assert 1.0 <= quick["ms_median"] < slow["ms_median"], "3 ms of sleep are longer than 1"
+    assert quick["ms_median"] >= 1.0 and slow["ms_median"] >= 3.0, "they sleep as long"
 
 
 def test_without_pytest_benchmark_a_line_says_what_is_missing() -> None:

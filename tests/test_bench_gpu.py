@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,8 @@ def test_stages_that_crash_or_hang_cost_only_themselves(tmp_path: Path) -> None:
     files = files_in(tmp_path)
     result = json.dumps({**LINE, "backend": "sdpa", "tokens_per_s": 10.0})
     half = f"open({str(files.results)!r}, 'w').write({result!r} + chr(10) + '{{\"kind\": \"benchm')"
-    child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    outlives = f"import time; time.sleep(600); open({str(tmp_path / 'outlived')!r}, 'w')"
+    child = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {outlives!r}])"
     stages = [
         python("fine", "print('hello')", required=True),
         python("crashes", "import os; print('before'); os.abort()"),
@@ -75,9 +75,7 @@ def test_stages_that_crash_or_hang_cost_only_themselves(tmp_path: Path) -> None:
         python("reads", f"import json; print([s['status'] for s in json.load(open({str(files.record)!r}))['stages']])"),
         python("never", "print('not to be seen')"),
     ]
-    began = time.monotonic()
     record = run_stages(stages[:4], {"format": 1}, files, seconds=60.0)
-    assert time.monotonic() - began < 30
     assert [s["status"] for s in record["stages"]] == ["passed", "failed", "timed out", "passed"]
     assert "['passed', 'failed', 'timed out']" in record["stages"][3]["output_tail"]
     assert "Fatal Python error" in record["stages"][2]["output_tail"], "a hang says where it hung"
@@ -85,7 +83,7 @@ def test_stages_that_crash_or_hang_cost_only_themselves(tmp_path: Path) -> None:
     assert [missing["name"] for missing in record["not_done"]] == ["hangs"]
     assert json.loads(files.record.read_text()) == record
     assert "==== crashes: failed" in files.log.read_text() and "hello" in files.log.read_text()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.json", "run.log"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.json", "run.log"], "nobody waited for the child"
     assert exit_status(record, ["fine"]) == 1
 
 
@@ -140,9 +138,9 @@ def test_no_stage_starts_once_the_time_is_up(tmp_path: Path) -> None:
 
 def test_a_stage_knows_when_it_is_stopped(tmp_path: Path) -> None:
     program = "import time; from bench.timing import stage_ends; print('left', stage_ends() - time.monotonic())"
-    stage = python("asks", program, seconds_limit=25.0)
-    (outcome,) = run_stages([stage], {}, files_in(tmp_path), seconds=60.0)["stages"]
-    assert 0.0 < float(outcome["output_tail"].split("left")[1]) < 25.0
+    stage = python("asks", program, seconds_limit=250.0)
+    (outcome,) = run_stages([stage], {}, files_in(tmp_path), seconds=600.0)["stages"]
+    assert 0.0 < float(outcome["output_tail"].split("left")[1]) < 250.0
 
 
 def test_a_stage_may_have_a_share_of_the_time_alone(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import weakref
 from itertools import pairwise
 from pathlib import Path
@@ -432,11 +431,6 @@ def test_inductor_need_not_find_out_that_it_does_not_know_our_operators() -> Non
 
 @pytest.mark.gpu
 def test_a_deep_model_compiles() -> None:
-    """Every slot by our operators, as deep as GPT-2 124M: the compiler's time grows with the layers, no faster."""
-    seconds = {}
-    for n_layer in (6, 12):
-        began = time.monotonic()
-        train(tiny(n_layer=n_layer, attn="triton", mlp="triton", norm="triton", loss="triton", device="cuda",
-                   dtype="bfloat16", compile=True, steps=1))  # fmt: skip
-        seconds[n_layer] = time.monotonic() - began
-    assert seconds[12] < 4 * seconds[6], seconds
+    """Every slot by our operators, as deep as GPT-2 124M, which PyTorch 2.11 would not do in any time unless told."""
+    slots = dict.fromkeys(("attn", "mlp", "norm", "loss"), "triton")
+    train(tiny(n_layer=12, device="cuda", dtype="bfloat16", compile=True, steps=1, **slots))
