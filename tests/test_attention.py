@@ -30,7 +30,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {"aot_eager": {"rtol": 1e-5, "atol": 1e-6}, "inductor": {"rtol": 1e-4, "atol": 1e-5}}
 """What compiling may change: for "inductor" the elementwise functions are others, of which each may round otherwise."""
 # Scores above a masked one's place overflow before the mask removes them, on the CPU with a warning.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
+]
 
 # (q, k, v, do) -> (o, dq, dk, dv), all (B, T, H, D).
 Results = tuple[Tensor, ...]

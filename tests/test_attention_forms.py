@@ -29,7 +29,10 @@ from fastgpt2.compare import named, pooled
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 END = 7
 FORMS = [naive_attention, sdpa_attention, cudnn_attention, flex_attention]
-pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
+]
 Op = Callable[..., Tensor]
 
 

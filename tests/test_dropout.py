@@ -22,6 +22,7 @@ from kernels.dropout import BITS, draw_seed, dropout_mask, weights_to_drop
 from kernels.tuning import LaunchConfig, architectures, configurations
 from tests.test_attention import DEVICE, Compute, assert_right, assert_same, bounds, excess, inputs, packed
 
+pytestmark = pytest.mark.numeric
 P = 0.2
 ROUNDED_P = weights_to_drop(P) / 2**BITS
 

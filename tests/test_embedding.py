@@ -21,6 +21,7 @@ from fastgpt2.run import numerics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, C = 50, 24
+pytestmark = pytest.mark.numeric
 
 
 def text(*shape: int) -> Tensor:

@@ -37,7 +37,10 @@ reference = module.gelu_mlp_reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("y", "dx", "dw_fc", "db_fc", "dw_proj", "db_proj")
 # Where exp overflows its share of z is exactly 0: the interpreter warns, and means nothing by it.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning")
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
+]
 
 # (x, w_fc, b_fc, w_proj, b_proj, dy) -> (y, dx, dw_fc, db_fc, dw_proj, db_proj)
 Results = tuple[Tensor, ...]

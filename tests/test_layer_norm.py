@@ -35,7 +35,10 @@ from kernels.tuning import LaunchConfig, architectures, configuration, configura
 
 MODULE = sys.modules["kernels.layer_norm"]
 # With eps = 0 the rows past the last are divided by zero, and not stored.
-pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered in:RuntimeWarning")
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered in:RuntimeWarning"),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("y", "sum", "dx", "dresidual", "dw", "db")
 

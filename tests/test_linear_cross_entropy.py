@@ -38,6 +38,7 @@ from kernels.tuning import LaunchConfig, architectures, configurations
 driver = importlib.import_module("kernels.linear_cross_entropy")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.numeric
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # N, V, padded V, C; and a budget that makes three chunks of it, the last of them short.
 SMALL = (11, 100, 112, 16)

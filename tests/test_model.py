@@ -17,6 +17,7 @@ from fastgpt2.config import PRESETS
 from fastgpt2.model import FLOPS_PER_TOKEN, parameter_count, saved_bytes
 from fastgpt2.ops import Ops, make_ops
 
+pytestmark = pytest.mark.numeric
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=101)
 PLAIN = ["naive", "sdpa"]
 EVERY = [*PLAIN, "triton"]

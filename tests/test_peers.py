@@ -26,6 +26,7 @@ from fastgpt2.attention import naive_attention
 from fastgpt2.ops import torch_mlp
 from kernels.linear_cross_entropy import linear_cross_entropy_reference
 
+pytestmark = pytest.mark.numeric
 PLAIN = {
     "attention": naive_attention,
     "mlp": torch_mlp,
