@@ -30,7 +30,9 @@ runs agree to the bit.
 
 float32 whatever the inputs are: S, the running maximum and sum, lse, delta, and every accumulator.
 P and dS are rounded to the inputs' dtype, as operands of the next matmul. float32 inputs are
-multiplied exactly, or in TF32 where allow_tf32 says so.
+multiplied exactly, or in TF32 where allow_tf32 says so. lse is rounded at the size of the logits, and P errs
+with it: in float32 with logits of standard deviation 30, T = 100 and D = 64 dv is off by 21 units in the last
+place by norm, where a maximum and a sum kept apart would leave 8. SDPA, which keeps one lse too, is off by 32.
 
 Tiles below the diagonal are not masked: only those that touch it, or the end of the sequence, are.
 Programs start with the longest rows, and few enough heads are in flight that k and v stay in L2.

@@ -18,12 +18,15 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is published for Linux")
 
+import triton
+import triton.language as tl
 from guards import guarded
 from seeds import generator
 
 from fastgpt2.compare import maximum, named, pooled
 from kernels import attention, flash_attention, flash_attention_qkv, launch
 from kernels.attention import attention_backward, attention_forward, attention_reference, why_unsupported
+from kernels.tiles import dot, load_tile, store_tile
 from kernels.tuning import LaunchConfig, architectures, configurations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -178,6 +181,31 @@ def test_every_head_size_and_dtype(D, dtype, tiles) -> None:
 def test_peaked_logits(dtype, tiles) -> None:
     tiles(16, 16)
     assert_right(flash, lambda seed: inputs((1, 49, 2, 32), dtype, seed=seed, gain=50.0))
+
+
+def test_peaked_logits_of_gpt2s_head_size(tiles) -> None:
+    tiles(16, 16)
+    assert_right(packed, lambda seed: inputs((1, 100, 2, 64), seed=seed, gain=30.0))
+
+
+@triton.jit
+def _both_ways(a_ptr, b_ptr, ab_ptr, ba_ptr, SIZE: tl.constexpr, DEPTH: tl.constexpr):
+    """ab = a b^T and ba = b a^T of (SIZE, DEPTH) matrices."""
+    a = load_tile(a_ptr, 0, DEPTH, SIZE, DEPTH, SIZE, False)
+    b = load_tile(b_ptr, 0, DEPTH, SIZE, DEPTH, SIZE, False)
+    store_tile(ab_ptr, dot(a, tl.trans(b), None, "ieee"), 0, SIZE, SIZE, SIZE, SIZE)
+    store_tile(ba_ptr, dot(b, tl.trans(a), None, "ieee"), 0, SIZE, SIZE, SIZE, SIZE)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's products; a GPU sums in an order of its own")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_interpreted_products_are_rounded_once(dtype) -> None:
+    """So the backward's k q^T is to the bit the transpose of the forward's q k^T."""
+    q, k, _, _ = (x[0, :, 0].contiguous() for x in inputs((1, 64, 1, 64), dtype))
+    scores, transposed = torch.empty(2, 64, 64)
+    _both_ways[(1,)](q, k, scores, transposed, SIZE=64, DEPTH=64)
+    assert torch.equal(scores, (q.double() @ k.double().T).float())
+    assert torch.equal(scores, transposed.T)
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
