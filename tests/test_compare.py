@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.budget import Yardstick
 from fastgpt2.compare import ALLOWED, SEEDS, UNITS_IN_LAST_PLACE, ErrorBudget, error_and_budget, pooled, problems
 
 pytestmark = pytest.mark.numeric
@@ -81,14 +82,24 @@ def test_another_shape_is_not_broadcast() -> None:
         spent({"y": EXACT["y"][:1]})
 
 
-def test_a_peers_luck_in_one_seed_does_not_decide() -> None:
-    def lucky(seed: int) -> dict[str, Tensor]:
-        return off_by(LOST if seed == SEEDS - 1 else 0.0)
+def lucky(seed: int) -> dict[str, Tensor]:
+    return off_by(LOST if seed == SEEDS - 1 else 0.0)
 
+
+def test_a_peers_luck_in_one_seed_does_not_decide() -> None:
     budget = pooled(lambda seed: seed, lambda seed: off_by(1.9 * LOST), [lucky], lambda seed: EXACT, once=True)
     assert max(budget.excess().values()) <= 1.0
     unlucky = pooled(lambda seed: seed, lambda seed: off_by(1.9 * LOST), [lucky], lambda seed: EXACT, seeds=[0])
     assert max(unlucky.excess().values()) > 1.0
+
+
+def test_luck_does_not_decide_what_is_timed() -> None:
+    yardstick = Yardstick(["y"], lambda _: [EXACT["y"]], lambda seed: [lucky(seed)["y"]])
+    for factor in (1.9, 0.0):  # one candidate's error is not the next one's
+        yardstick.check([off_by(factor * LOST)["y"]])
+    with pytest.raises(AssertionError, match="not timed: y by maximum is off by"):
+        yardstick.check([off_by(2.1 * LOST)["y"]])
+    yardstick.check([off_by(0.0)["y"]])
 
 
 def test_one_seed_of_ours_may_stand_against_five_of_theirs() -> None:
