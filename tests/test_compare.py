@@ -95,11 +95,10 @@ def test_a_peers_luck_in_one_seed_does_not_decide() -> None:
 
 def test_luck_does_not_decide_what_is_timed() -> None:
     yardstick = Yardstick(["y"], lambda _: [EXACT["y"]], lambda seed: [lucky(seed)["y"]])
-    for factor in (1.9, 0.0):  # one candidate's error is not the next one's
-        yardstick.check([off_by(factor * LOST)["y"]])
+    yardstick.check([off_by(1.9 * LOST)["y"]])
     with pytest.raises(AssertionError, match="not timed: y by maximum is off by"):
         yardstick.check([off_by(2.1 * LOST)["y"]])
-    yardstick.check([off_by(0.0)["y"]])
+    yardstick.check([off_by(0.0)["y"]])  # one candidate's error is not the next one's
 
 
 def test_one_seed_of_ours_may_stand_against_five_of_theirs() -> None:
