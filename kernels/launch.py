@@ -6,6 +6,7 @@ Triton is imported when first asked about, so that an operation's plain form wor
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import sys
 from collections.abc import Callable, Iterable
@@ -82,6 +83,25 @@ class Kernel:
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     work: Callable[[str, int, Any], Work] | None = None
 
+    def __post_init__(self) -> None:
+        hash_callees_first(self.function)
+
+
+def hash_callees_first(function: Any) -> None:
+    """Have Triton compute the cache key of a kernel's callees before its own, which then is the same in every process.
+
+    Triton 3.6 leaves a callee's constants out of the caller's key unless the callee was hashed before, by whatever else
+    the process had compiled. A kernel compiled in one process was compiled again in another.
+    """
+    from triton.runtime import JITFunction
+
+    if not isinstance(function, JITFunction) or function.hash is not None:  # interpreted, none of Triton's, or done
+        return
+    for instruction in dis.get_instructions(function.fn):
+        if instruction.opname == "LOAD_GLOBAL":
+            hash_callees_first(function.__globals__.get(instruction.argval))
+    function.cache_key  # noqa: B018 - computed when it is read, and kept
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -93,10 +113,12 @@ class Tuning:
         candidates: (precision, size) -> the configurations to try beside the table's.
         example: (precision, size, device, seed) -> a function of a configuration that launches the kernel, by its
             launcher, on inputs of its own; the tensors that it returns must not depend on the configuration.
+        launched: major compute capability -> whether GPUs of it launch this kernel at the sizes of the tables.
     """
 
     candidates: Callable[[str, int], Iterable[Any]]
     example: Callable[[str, int, torch.device, int], Callable[[Any], Any]]
+    launched: Callable[[int], bool] = lambda major: True
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
