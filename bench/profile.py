@@ -191,6 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
         why = f"{NAME} (Nsight Compute) is not installed" if program is None else "no CUDA GPU here"
         print(f"error: python -m bench.profile: {why}", file=sys.stderr)
         return 2
+    major, _ = torch.cuda.get_device_capability()
+    ops = [op for op in ops if tunings()[op].launched(major)]
     return report(program, ops, given.precision, given.jsonl, torch.device("cuda", 0))
 
 

@@ -175,6 +175,8 @@ def main(arguments: list[str] | None = None) -> int:
     if given.run:
         run_case(given.run, given.tool[0])
         return 0
+    if not _named(given.only):
+        parser.error(f"no case's name contains {' or '.join(given.only)}; there are {', '.join(CASES)}")
     program = find_tool(NAME)
     if program is None or DEVICE.type != "cuda":
         why = f"{NAME} is not installed: it comes with CUDA's toolkit" if DEVICE.type == "cuda" else "no CUDA GPU here"
@@ -183,10 +185,14 @@ def main(arguments: list[str] | None = None) -> int:
     return report(program, given.tool, given.only)
 
 
+def _named(texts: list[str] | None) -> list[str]:
+    """The cases whose name contains one of the texts; all without any."""
+    return [case for case in CASES if any(text in case for text in texts or [""])]
+
+
 def report(program: str, tools: list[str], only: list[str] | None) -> int:
     """Check the cases by the tools, several at a time, and print a line for each; the exit status."""
-    chosen = [case for case in CASES if any(text in case for text in only or [""])]
-    pairs = [(tool, case) for tool in tools for case in [PLANT, *chosen]]
+    pairs = [(tool, case) for tool in tools for case in [PLANT, *_named(only)]]
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         outcomes = list(pool.map(lambda pair: check(program, *pair), pairs))
     for outcome in outcomes:

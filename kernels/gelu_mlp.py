@@ -88,6 +88,8 @@ B = tl.constexpr(0.044715 * math.sqrt(2 / math.pi))
 LOG2_E = tl.constexpr(math.log2(math.e))
 # Row tiles that share a pass over the weights' columns: 8 x 128 rows and some 4 MB of weights stay in L2 together.
 GROUP = tl.constexpr(8)
+DESCRIPTORS = (9, 10)
+"""The major compute capabilities where the _tma kernels run."""
 ALIGNED = 64
 """Widths that don't divide by this, as every BLOCK_K of the aligned tables does, have tiles of their own: with masks
 in the loop and loads of single elements large ones spill kilobytes, 64x64x32 with 8 warps nothing (128 registers)."""
@@ -373,7 +375,7 @@ def _descriptors(*matrices: Tensor) -> bool:
     device = matrices[0].device
     if any(x.size(1) * x.itemsize % 16 or x.data_ptr() % 16 for x in matrices):
         return False
-    return device.type == "cpu" or launch.capability(device)[0] in (9, 10)
+    return device.type == "cpu" or launch.capability(device)[0] in DESCRIPTORS
 
 
 def _configured(
@@ -502,7 +504,11 @@ def _example(
 
 
 TUNING = {
-    f"gelu_mlp_{direction}{'_tma' if tma else ''}": Tuning(_candidates, partial(_example, direction == "forward", tma))
+    f"gelu_mlp_{direction}{'_tma' if tma else ''}": Tuning(
+        _candidates,
+        partial(_example, direction == "forward", tma),
+        launched=lambda major, tma=tma: tma == (major in DESCRIPTORS),  # type: ignore[misc]
+    )
     for direction in ("forward", "backward")
     for tma in (False, True)
 }

@@ -1,4 +1,4 @@
-"""Registers of a product in flight that are touched too early: a race, read off the machine code without a GPU.
+"""What goes wrong with products in flight: races and serialised products, read off the machine code without a GPU.
 
 On Hopper a product (PTX's wgmma, HGMMA in machine code) runs on after it is issued. Until a wait covers it, its
 accumulator and a left operand that comes from registers are its own: what writes them, or reads the accumulator, races
@@ -7,6 +7,10 @@ with the matrix units, and the result changes from run to run. A compiler has le
 
 HGMMA ... gsb0 closes a group of products, WARPGROUP.DEPBAR.LE gsb0, N waits until no more than N groups run.
 Other architectures' products wait by themselves, or keep nothing in registers.
+
+Where the assembler can't prove that nothing touches the accumulators, or finds a call between the products, it makes
+each a group of its own and waits for it (ptxas's remark C7510, which Triton doesn't show): right, but the matrix units
+idle.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from kernels.bounds import control_flow, mnemonic, read_instructions
 
 _PRODUCT = re.compile(r"HGMMA\.64x(\d+)x\d+\.F32\S* R(\d+), (?:R(\d+)|gdesc)")
 _WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)")
+_LEFT_RUNNING = re.compile(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]")
 _REGISTER = re.compile(r"\bR(\d+)\b")
 # What has no register as its result: stores, jumps, barriers, comparisons into a predicate.
 _NO_RESULT = re.compile(r"ST|RED|BAR|BRA|EXIT|NOP|.*DEPBAR|WARP|SYNCS|UTMA|LDGSTS|FENCE|MEMBAR|RET|CALL|CCTL|FCHK|R2P")
@@ -61,6 +66,21 @@ def touched_in_flight(sass: str) -> list[str]:
                 closed, later = True, min(later + closed, 8)
             waiting += [(k, later, closed) for k in edges[j]]
     return [found[key] for key in sorted(found)]
+
+
+def serialised(ptx: str, sass: str) -> bool:
+    """Whether the assembler has each product wait for the one before, which the compiler's PTX doesn't ask for.
+
+    Args:
+        ptx: what was assembled.
+        sass: a kernel as `cuobjdump --dump-sass` prints it.
+    """
+    texts = [text for _, text in read_instructions(sass)]
+    closes = [product.closes for text in texts if (product := _product(text))]
+    waits = [int(wait[1], 16) for text in texts if (wait := _WAIT.search(text))]
+    ungrouped = ptx.count("wgmma.mma_async") > ptx.count("wgmma.commit_group")
+    not_left_running = bool(_LEFT_RUNNING.search(ptx)) and not any(waits)
+    return bool(closes) and all(closes) and (ungrouped or not_left_running)
 
 
 def _at(instruction: tuple[int, str]) -> str:

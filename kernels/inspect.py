@@ -5,8 +5,9 @@ have it compiled, with the assembler that comes with Triton. The report: registe
 spilled, shared memory, blocks that fit on a multiprocessor, the matrix instructions, how many products
 missed them, asynchronous copies, the instructions in each loop, and for kernels of GPT-2's own sizes a bound
 on the time at the 124M model's shape (kernels/bounds.py says what it is worth). In bfloat16, float16 and TF32 a
-spill, a product outside the matrix units, a register touched while a product owns it (kernels/hazards.py) or a tile
-over the table's shared memory is a failure. Exact float32 has no matrix unit and is reported only.
+spill, a product outside the matrix units, a register touched while a product owns it, serialised products
+(kernels/hazards.py) or a tile over the table's shared memory is a failure. Exact float32 has no matrix unit and is
+reported only.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from kernels.bounds import CARDS, SLACK, Bound, allowed, bound, check_in, read_code
-from kernels.hazards import touched_in_flight
+from kernels.hazards import serialised, touched_in_flight
 from kernels.launch import Kernel, Work
 from kernels.tuning import LaunchConfig, architectures, configurations, read_table
 
@@ -73,6 +74,7 @@ class Report:
     copies: list[str]
     loops: list[int]
     races: list[str]
+    serialised: bool
     at_least: Bound | None
     unbound: bool
 
@@ -88,6 +90,7 @@ class Report:
             for wrong, fault in (
                 (self.spilled, f"spills {self.spilled} bytes"),
                 (self.races, f"races in {len(self.races)} places: {''.join(self.races[:1])}"),
+                (self.serialised, "each product waits for the one before: the assembler has serialised them"),
                 (
                     self.expected and not self.products,
                     "no product found: the compiler's output has changed, and this tool must",
@@ -180,6 +183,7 @@ def inspect_one(case: Case) -> Report:
         copies=[name for name, instruction in ASYNCHRONOUS_COPIES.items() if instruction in sass],
         loops=[body.total() for body in code.loops],
         races=touched_in_flight(sass),
+        serialised=serialised(kernel.asm["ptx"], sass),
         at_least=limit,
         unbound=work is not None and limit is None,
     )
@@ -234,14 +238,14 @@ def _blocks(case: Case, registers: int, shared: int) -> int:
 
 def table(reports: list[Report]) -> str:
     rows = [("kernel", "precision", "size", "arch", "tile, warps, stages",
-             "registers", "spilled", "shared", "blocks", "matrix", "missed", "copies", "loops",
+             "registers", "spilled", "shared", "blocks", "matrix", "missed", "serialised", "copies", "loops",
              "at least", "")]  # fmt: skip
     for r in reports:
         c = r.case
         rows.append((
             f"{c.op} {c.variant}".rstrip(), c.precision, str(c.size), c.arch, str(c.config),
             str(r.registers), str(r.spilled), str(r.shared), str(r.blocks),
-            "+".join(r.instructions) or "none", f"{r.missed}/{r.products}",
+            "+".join(r.instructions) or "none", f"{r.missed}/{r.products}", "yes" if r.serialised else "no",
             "+".join(r.copies) or "none", "+".join(map(str, r.loops)), _in_words(r.at_least), "; ".join(r.faults),
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -270,7 +274,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check-in-bounds", action="store_true", help="write the bounds to kernels/bounds.json")
     parser.add_argument("--json", action="store_true", help="a list of objects instead of the table")
     options = parser.parse_args(arguments)
-    reports = inspect_all(shipped(options.arch, options.precision, options.size, options.op, options.variants))
+    cases = shipped(options.arch, options.precision, options.size, options.op, options.variants)
+    if not cases:
+        print("kernels.inspect: the tables have no such kernel, precision and size", file=sys.stderr)
+        return 2
+    reports = inspect_all(cases)
     if options.check_in_bounds:
         found = [(r.case.arch, r.case.op, r.case.precision, r.at_least.seconds) for r in reports if r.at_least]
         check_in(found, _triton_version())

@@ -1,9 +1,10 @@
 """`python -m kernels.tune`: choose the launch configurations of the GPU at hand, and write its table.
 
 For each kernel, precision and size of the table: compile the candidates, in parallel, without the GPU; drop those that
-spill, don't fit or miss the matrix units, and those whose results are not those of the table's own; time the rest at
-GPT-2 124M's shape; keep the fastest. The table is written after each, at once or not at all: a run that is cut short
-leaves what it has done.
+spill, don't fit, miss the matrix units or leave them idle, and those whose results are not those of the table's own;
+time the rest at GPT-2 124M's shape; keep the fastest. The table is written after each, at once or not at all: a run
+that is cut short leaves what it has done. What a training step spends most time in comes first. Kernels that this GPU
+never launches are left out: the MLP's pointer forms where it has descriptors.
 
 Calls are timed by device events, on inputs that rotate, four times the L2 cache in all, so that none is found there.
 Candidates take turns, a call each a round, so that clocks and temperature are the same for all; the median of the
@@ -13,15 +14,16 @@ the one with the fewest warps and stages is taken, and the table's own stays unl
 A time is the launcher's: where that runs more than one kernel, all of it, the others as the table has them.
 
     python -m kernels.tune --op layer_norm --precision bfloat16 --size 768
+    python -m kernels.tune --precision bfloat16 --size 64 768 50304 --seconds 3 --minutes 1.4 --out OUT/sm_90.json
     python -m kernels.tune --dry-run --arch sm_90 --op attention_forward --size 64     compiles only; needs no GPU
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
-import itertools
 import json
 import math
 import os
@@ -30,8 +32,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from multiprocessing import get_context
@@ -41,7 +43,7 @@ from typing import Any
 from kernels import inspect
 from kernels.inspect import Case, Report
 from kernels.launch import Tuning
-from kernels.tuning import TABLES, LaunchConfig, architectures, nearest, read_table
+from kernels.tuning import TABLES, LaunchConfig, architectures, major, nearest, read_table
 
 TIE = 0.01
 """Medians this close, as a part of the fastest, count as equal: less than this is noise."""
@@ -51,7 +53,12 @@ AGREE = 0.02
 """Results of two configurations may differ by this part of their norm: ten times what bfloat16's rounding makes."""
 WARM_UP, ROUNDS = 3, 50
 SECONDS = 10.0
-"""About how long the rounds of one kernel, precision and size may take; five are made at least."""
+"""About how long the rounds of one kernel, precision and size may take, by default; five are made at least."""
+ORDER = {
+    "precision": ("bfloat16", "float16", "tf32", "float32"),
+    "op": ("attention", "gelu_mlp", "cross_entropy", "layer_norm"),
+}
+"""What is tuned first, as a run may be cut short: by precision, then by how a kernel's name begins."""
 
 Launch = Callable[[LaunchConfig], Any]
 
@@ -93,10 +100,9 @@ def configurations(table: dict[str, Any]) -> dict[Key, LaunchConfig]:
     }
 
 
-def keys(table: dict[str, Any], options: Options) -> list[Key]:
-    """The table's, of kernels that can be tuned: 16 bit first, as a run may be cut short."""
-    rank = {"bfloat16": 0, "float16": 1, "tf32": 2, "float32": 3}
-    known = tunings()
+def keys(arch: str, table: dict[str, Any], options: Options) -> list[Key]:
+    """The table's, of kernels that can be tuned and that this architecture launches, in ORDER."""
+    known = {op for op, tuning in tunings().items() if tuning.launched(major(arch))}
     found = [
         key
         for key in configurations(table)
@@ -105,7 +111,11 @@ def keys(table: dict[str, Any], options: Options) -> list[Key]:
         and (options.precisions is None or key.precision in options.precisions)
         and (options.sizes is None or key.size in options.sizes)
     ]
-    return sorted(found, key=lambda key: rank.get(key.precision, len(rank)))
+    return sorted(found, key=lambda key: (_rank("precision", key.precision), _rank("op", key.op)))
+
+
+def _rank(what: str, name: str) -> int:
+    return next((i for i, prefix in enumerate(ORDER[what]) if name.startswith(prefix)), len(ORDER[what]))
 
 
 # ------------------------------------------------------------------------------------------- compiling
@@ -118,17 +128,6 @@ Reports = dict[LaunchConfig, Report | str]
 def candidates(table: dict[str, Any], key: Key) -> list[LaunchConfig]:
     """The table's configuration, then those declared beside the kernel."""
     return list(dict.fromkeys([configurations(table)[key], *tunings()[key.op].candidates(key.precision, key.size)]))
-
-
-def compile_all(cases: list[Case]) -> list[Report | str]:
-    """A report, or why there is none, for each; as many at a time as there are processors.
-
-    The processes are forked from one that has not touched the GPU.
-    """
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["kernels.inspect", "triton"])
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
-        return list(pool.map(compile_one, cases))
 
 
 def compile_one(case: Case) -> Report | str:
@@ -148,6 +147,8 @@ def why_dropped(report: Report | str) -> str | None:
         return f"spills {report.spilled} bytes"
     if report.races:
         return f"races: {report.races[0]}"
+    if report.serialised:
+        return "has its products serialised"
     if report.shared > most:
         return f"needs {report.shared} bytes of shared memory, the table allows {most}"
     if report.blocks == 0:
@@ -157,14 +158,24 @@ def why_dropped(report: Report | str) -> str | None:
     return None
 
 
-def compiled(arch: str, table: dict[str, Any], wanted: list[Key]) -> Iterator[tuple[Key, Reports]]:
-    """Every candidate of every key, a kernel and precision at a time: timing needn't wait for them all."""
-    for _, group in itertools.groupby(wanted, key=lambda key: (key.op, key.precision)):
-        cases = [Case(k.op, k.precision, k.size, arch, config) for k in group for config in candidates(table, k)]
-        results: dict[Key, Reports] = {}
-        for case, report in zip(cases, compile_all(cases), strict=True):
-            results.setdefault(Key(case.op, case.precision, case.size), {})[case.config] = report
-        yield from results.items()
+def compiled(arch: str, table: dict[str, Any], wanted: list[Key]) -> Generator[tuple[Key, Reports]]:
+    """Every candidate of every key, key after key: while one is timed, the next are compiled.
+
+    The processes are forked from one that has not touched the GPU; one processor is left to the one that times.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["kernels.inspect", "triton"])
+    pool = ProcessPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1), context)
+
+    def submit(key: Key, config: LaunchConfig) -> Future[Report | str]:
+        return pool.submit(compile_one, Case(key.op, key.precision, key.size, arch, config))
+
+    try:
+        submitted = {key: {config: submit(key, config) for config in candidates(table, key)} for key in wanted}
+        for key, futures in submitted.items():
+            yield key, {config: future.result() for config, future in futures.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------------- timing
@@ -213,8 +224,13 @@ def checked(launch: Launch, configs: Iterable[LaunchConfig]) -> Iterator[tuple[L
         yield config, None if error <= AGREE else f"disagrees with the first by {error:.1e} of its norm"
 
 
-def milliseconds(launches: list[Launch], configs: list[LaunchConfig]) -> dict[LaunchConfig, float]:
-    """The median of the rounds, in each of which every configuration is called once, on the next inputs."""
+def milliseconds(
+    launches: list[Launch], configs: list[LaunchConfig], seconds: float = SECONDS
+) -> dict[LaunchConfig, float]:
+    """The median of the rounds, in each of which every configuration is called once, on the next inputs.
+
+    seconds: about how long all rounds may take.
+    """
     import torch
 
     def call(i: int, config: LaunchConfig) -> tuple[Any, Any]:
@@ -232,15 +248,15 @@ def milliseconds(launches: list[Launch], configs: list[LaunchConfig]) -> dict[La
         return [{c: start.elapsed_time(end) for c, (start, end) in pairs.items()} for pairs in events]
 
     took = sum(rounds(WARM_UP)[-1].values())
-    samples = rounds(max(5, min(ROUNDS, int(1e3 * SECONDS / max(took, 1e-3)))))
+    samples = rounds(max(5, min(ROUNDS, int(1e3 * seconds / max(took, 1e-3)))))
     return {c: statistics.median(sample[c] for sample in samples) for c in configs}
 
 
 Measured = tuple[dict[LaunchConfig, float], dict[LaunchConfig, str]]
 
 
-def measure(device: Any, key: Key, configs: list[LaunchConfig]) -> Measured:
-    """Milliseconds of the configurations on a CUDA device, and why some were not timed."""
+def measure(device: Any, seconds: float, key: Key, configs: list[LaunchConfig]) -> Measured:
+    """Milliseconds of the configurations on a CUDA device, and why some were not timed; seconds as of milliseconds."""
     import torch
 
     make = functools.partial(tunings()[key.op].example, key.precision, key.size, device)
@@ -249,7 +265,7 @@ def measure(device: Any, key: Key, configs: list[LaunchConfig]) -> Measured:
         launches = rotating(make, cache, lambda: torch.cuda.memory_allocated(device))
         faults = {config: fault for config, fault in checked(launches[0], configs) if fault}
         right = [config for config in configs if config not in faults]
-        return milliseconds(launches, right) if right else {}, faults
+        return milliseconds(launches, right, seconds) if right else {}, faults
     except torch.cuda.OutOfMemoryError:
         return {}, dict.fromkeys(configs, "needs more memory than there is, with its inputs")
     finally:
@@ -305,6 +321,7 @@ def serialize(table: dict[str, Any]) -> str:
 
 def write(path: Path, table: dict[str, Any]) -> None:
     """Replace the file whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
         file.write(serialize(table))
     try:
@@ -319,11 +336,13 @@ def write(path: Path, table: dict[str, Any]) -> None:
 
 
 Measure = Callable[[Key, list[LaunchConfig]], Measured]
+say_now = functools.partial(print, flush=True)
+"""Into a log file, too, each line is to be seen while the next kernel is timed."""
 
 
 def tune(
     arch: str, made: Iterable[tuple[Key, Reports]], out: Path, measure: Measure, where: dict[str, Any],
-    minutes: float = math.inf, say: Callable[[str], None] = print,
+    minutes: float = math.inf, say: Callable[[str], None] = say_now,
 ) -> int:  # fmt: skip
     """Time what compiled well, write what is chosen to `out` after each key; how many keys were done.
 
@@ -339,7 +358,9 @@ def tune(
         if time.monotonic() - began > 60 * minutes:
             say(f"{minutes:g} minutes are over: {key} and what comes after it are left as they were")
             break
-        times, faults = measure(key, [config for config, report in reports.items() if not why_dropped(report)])
+        good = [config for config, report in reports.items() if not why_dropped(report)]
+        say(f"{key}: {len(good)} of {len(reports)} candidates are timed (after {time.monotonic() - began:.0f} s)")
+        times, faults = measure(key, good)
         for config, fault in faults.items():
             say(f"{key}: {config} not timed: it {fault}")
         if not times:
@@ -368,7 +389,7 @@ def read(arch: str, out: Path) -> dict[str, Any]:
     return table | {"chosen_by": measured + table["chosen_by"].removeprefix(measured)}
 
 
-def dry_run(arch: str, made: Iterable[tuple[Key, Reports]], say: Callable[[str], None] = print) -> None:
+def dry_run(arch: str, made: Iterable[tuple[Key, Reports]], say: Callable[[str], None] = say_now) -> None:
     """Say which candidates would be timed."""
     for key, reports in made:
         reasons = {config: why_dropped(report) for config, report in reports.items()}
@@ -398,6 +419,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--op", nargs="+", metavar="PREFIX", help="kernels whose name begins so (default: all)")
     parser.add_argument("--precision", nargs="+", choices=list(inspect.ELEMENTS), help="default: all")
     parser.add_argument("--size", nargs="+", type=int, help="of the table: head size, channels, ... (default: all)")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"time each kernel for so many ({SECONDS:g})")
     parser.add_argument("--minutes", type=float, default=60.0, help="begin no further kernel after so many (60)")
     parser.add_argument("--out", type=Path, help="the table to write (default: the shipped one of this GPU)")
     parser.add_argument("--dry-run", action="store_true", help="compile, say what would be timed, write nothing")
@@ -418,16 +440,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = Options(*(tuple(x) if x else None for x in (given.op, given.precision, given.size)))
     out = given.out or TABLES / f"{arch}.json"
     table = read(arch, out)
-    wanted = keys(table, options)
+    wanted = keys(arch, table, options)
     if not wanted:
         print(f"kernels.tune: the table {arch} has nothing to tune by these options", file=sys.stderr)
         return 2
-    made = compiled(arch, table, wanted)
-    if given.dry_run:
-        dry_run(arch, made)
-    else:
-        device, where = _present()
-        tune(arch, made, out, functools.partial(measure, device), where, given.minutes)
+    with contextlib.closing(compiled(arch, table, wanted)) as made:
+        if given.dry_run:
+            dry_run(arch, made)
+        else:
+            device, where = _present()
+            tune(arch, made, out, functools.partial(measure, device, given.seconds), where, given.minutes)
     return 0
 
 

@@ -110,5 +110,10 @@ def nearest(arch: str, shared_memory: int) -> str:
     return fitting[-1]
 
 
+def major(arch: str) -> int:
+    """The major compute capability of an architecture."""
+    return _number(arch) // 10
+
+
 def _number(arch: str) -> int:
     return int(arch.removeprefix("sm_"))

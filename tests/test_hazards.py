@@ -1,11 +1,11 @@
-"""Races with products in flight are found in machine code, and what only looks like one is not."""
+"""Races with products in flight, and serialised products, are found in machine code; what only looks so is not."""
 
 from __future__ import annotations
 
 import pytest
 from machine_code import sass
 
-from kernels.hazards import touched_in_flight
+from kernels.hazards import serialised, touched_in_flight
 
 # A product of 64 rows and 16 columns owns 8 registers of each thread, here R24 to R31, and R4 to R7 as left operand.
 ISSUED = "HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR4], R24, gsb0"
@@ -61,3 +61,26 @@ def test_a_race_is_found(lines: tuple[str, ...]) -> None:
 )
 def test_what_waits_or_only_reads_is_none(lines: tuple[str, ...]) -> None:
     assert touched_in_flight(sass(*lines, "EXIT")) == []
+
+
+# What the compiler asks for: a group of products, after which the next group may be issued.
+MMA, COMMIT, WAIT = "wgmma.mma_async.sync ...;", "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned"
+OPEN = ISSUED.removesuffix(", gsb0")
+
+
+@pytest.mark.parametrize(
+    ("ptx", "lines", "expected"),
+    [
+        # Four products of a group, of which the last closes it.
+        ((MMA, MMA, MMA, MMA, COMMIT, f"{WAIT} 0;"), (OPEN, OPEN, OPEN, ISSUED, COVERED), False),
+        ((MMA, MMA, MMA, MMA, COMMIT, f"{WAIT} 0;"), (ISSUED, COVERED) * 4, True),
+        # A group is one product: it shows by the wait that leaves it running.
+        ((MMA, COMMIT, f"{WAIT} 1;", f"{WAIT} 0;"), (ISSUED, ONE_LEFT, COVERED), False),
+        ((MMA, COMMIT, f"{WAIT} 1;", f"{WAIT} 0;"), (ISSUED, COVERED, COVERED), True),
+        ((MMA, COMMIT, f"{WAIT} 0;"), (ISSUED, COVERED), False),
+        # No products at all.
+        ((), ("MOV R4, R9",), False),
+    ],
+)
+def test_serialised_products_are_told_from_groups(ptx: tuple[str, ...], lines: tuple[str, ...], expected: bool) -> None:
+    assert serialised("\n".join(ptx), sass(*lines, "EXIT")) is expected

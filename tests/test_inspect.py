@@ -60,7 +60,7 @@ def test_gpt2s_kernels_compile_well_everywhere(arch) -> None:
     unit = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}[arch]
     for report in reports:
         case = report["case"]
-        assert (report["spilled"], report["missed"], report["faults"]) == (0, 0, [])
+        assert (report["spilled"], report["missed"], report["serialised"], report["faults"]) == (0, 0, False, [])
         assert report["blocks"] >= 1
         if report["expected"]:
             assert unit in report["instructions"] and report["products"] >= 1
@@ -125,6 +125,52 @@ def test_a_spill_and_a_missed_product_are_found() -> None:
     (spilled, _, _, faults), (_, missed, products, exact_faults) = reports
     assert spilled > 0 and any("spills" in fault for fault in faults)
     assert missed == products > 0 and exact_faults == []
+
+
+SKETCH = """
+import json, sys
+import triton
+import triton.language as tl
+from kernels import inspect
+from kernels.launch import Kernel
+from kernels.tuning import LaunchConfig
+
+@triton.jit
+def product(a_ptr, b_ptr, o_ptr, K, PRINTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    row, column = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_M)[None, :]
+    z = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
+    for k in range(0, K, BLOCK_M):
+        a = tl.load(a_ptr + row * K + k + column)
+        b = tl.load(b_ptr + row * K + k + column)
+        z = tl.dot(a, tl.trans(b), z)
+        if PRINTS:
+            tl.device_print("k", k)
+    tl.store(o_ptr + row * BLOCK_M + column, z)
+
+kernel = Kernel(product, lambda *_: {"PRINTS": False}, {"o_ptr": "*fp32"}, ("K",), 1, {"calls": {"PRINTS": True}})
+inspect.all_kernels = lambda: {"product": kernel}
+config = LaunchConfig(64, num_warps=4, num_stages=3)
+cases = [inspect.Case("product", "bfloat16", 64, "sm_90", config, variant=variant) for variant in ("", "calls")]
+reports = [inspect.inspect_one(case) for case in cases]
+print(json.dumps([[r.serialised, r.faults, inspect.table([r])] for r in reports]))
+"""
+
+
+def test_serialised_products_are_found(tmp_path) -> None:
+    """A call between the products, here to print, has the assembler wait for each."""
+    (tmp_path / "sketch.py").write_text(SKETCH)  # Triton reads a kernel's source from its file
+    right, calls = python(f"import runpy; runpy.run_path({str(tmp_path / 'sketch.py')!r})")
+    assert right[:2] == [False, []] and calls[0] is True
+    (fault,) = (fault for fault in calls[1] if "waits for the one before" in fault)
+    assert fault in calls[2]
+
+
+@pytest.mark.parametrize("selection", [("--op", "nosuch"), ("--size", "7"), ("--op", "nosuch", "--check-in-bounds")])
+def test_inspecting_nothing_is_an_error(selection) -> None:
+    command = [sys.executable, "-m", "kernels.inspect", *selection]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=COMPILING)
+    assert done.returncode == 2 and done.stdout == "", done.stdout
+    assert done.stderr.splitlines()[-1].startswith("kernels.inspect: the tables have no such kernel")
 
 
 def test_one_token_compiles() -> None:

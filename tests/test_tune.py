@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
 
 from kernels import inspect, tune
 from kernels.tune import Key, LaunchConfig, Options, choose, configurations, read, serialize, updated
-from kernels.tuning import TABLES
+from kernels.tuning import TABLES, architectures
 
 SMALL, MIDDLE, LARGE = (LaunchConfig(64, 64, num_warps=warps, num_stages=2) for warps in (2, 4, 8))
 KEY = Key("attention_forward", "bfloat16", 64)
@@ -31,7 +31,7 @@ def report(**facts: Any) -> Any:
     """What the compiler made of a candidate that nothing is wrong with, but for `facts`."""
     case = SimpleNamespace(arch="sm_90", precision=facts.pop("precision", "bfloat16"))
     right = {"case": case, "spilled": 0, "shared": 1024, "blocks": 2, "missed": 0, "products": 4, "registers": 128}
-    return SimpleNamespace(**right | {"races": []} | facts)
+    return SimpleNamespace(**right | {"races": [], "serialised": False} | facts)
 
 
 def run(out: Path, reports: dict, times: dict, **options: Any) -> tuple[list[str], list[LaunchConfig]]:
@@ -88,6 +88,7 @@ def test_the_same_run_gives_the_same_table() -> None:
         ({"spilled": 8}, "spills 8 bytes"),
         ({"spilled": 8, "precision": "float32"}, "spills 8 bytes"),
         ({"races": ["this touches that", "and that"]}, "races: this touches that"),
+        ({"serialised": True}, "has its products serialised"),
         ({"shared": 232449}, "needs 232449 bytes of shared memory, the table allows 232448"),
         ({"shared": 232448}, None),
         ({"blocks": 0}, "does not fit on a multiprocessor"),
@@ -105,7 +106,8 @@ def test_what_is_dropped_is_never_timed(tmp_path) -> None:
     reports = {KEY: {present: report(), SMALL: report(spilled=4), MIDDLE: "does not compile: it", LARGE: report()}}
     lines, timed = run(tmp_path / "sm_90.json", reports, {present: 1.0, LARGE: 0.5})
     assert timed == [present, LARGE]
-    assert lines == [f"{KEY}: {LARGE}, 0.5 ms; before {present}"]
+    assert lines[0].startswith(f"{KEY}: 2 of 4 candidates are timed")
+    assert lines[1:] == [f"{KEY}: {LARGE}, 0.5 ms; before {present}"]
     written = json.loads((tmp_path / "sm_90.json").read_text())
     assert configurations(written)[KEY] == LARGE
     (entry,) = (e for e in written["entries"] if e["measured"])
@@ -128,7 +130,7 @@ def test_one_configuration_is_replaced_and_no_other() -> None:
 
 def test_each_choice_is_written_before_the_next_is_measured(tmp_path) -> None:
     """A run that dies leaves what it has done; what someone else writes meanwhile stays."""
-    out = tmp_path / "sm_90.json"
+    out = tmp_path / "made" / "for" / "it" / "sm_90.json"
     other, last = replace(KEY, size=128), replace(KEY, size=16)
 
     def measure(key: Key, configs: list[LaunchConfig]) -> tune.Measured:
@@ -146,7 +148,7 @@ def test_each_choice_is_written_before_the_next_is_measured(tmp_path) -> None:
     table = json.loads(out.read_text())
     assert [configurations(table)[key] for key in (KEY, other, last)] == [LARGE, LARGE, MIDDLE]
     assert table["chosen_by"].startswith("kernels.tune where") and table["chosen_by"].count("kernels.tune") == 1
-    assert list(tmp_path.iterdir()) == [out]
+    assert list(out.parent.iterdir()) == [out]
 
 
 def test_a_write_that_fails_leaves_the_table(tmp_path, monkeypatch) -> None:
@@ -168,7 +170,7 @@ def test_what_cannot_be_timed_is_said_and_left(tmp_path) -> None:
     faults = {SMALL: "fails: OutOfResources", LARGE: "disagrees with the first by 1.0e+00 of its norm"}
     reports: dict = {KEY: {SMALL: report(), LARGE: report()}}
     assert tune.tune("sm_90", reports.items(), out, lambda *_: ({}, faults), WHERE, say=lines.append) == 0
-    assert len(lines) == 3 and "it fails: OutOfResources" in lines[0] and "left as it was" in lines[2]
+    assert len(lines) == 4 and "it fails: OutOfResources" in lines[1] and "left as it was" in lines[3]
     assert not out.exists()
 
 
@@ -179,14 +181,35 @@ def test_minutes_end_a_run_between_two_kernels(tmp_path) -> None:
 
 def test_keys_follow_the_options_16_bit_first() -> None:
     table = read("sm_90", TABLES / "sm_90.json")
-    everything = tune.keys(table, Options())
-    assert {key.op for key in everything} == set(tune.tunings())
+    everything = tune.keys("sm_90", table, Options())
+    assert {key.op for key in everything} == set(tune.tunings()) - {"gelu_mlp_forward", "gelu_mlp_backward"}
     precisions = [key.precision for key in everything]
     assert precisions == sorted(precisions, key=["bfloat16", "float16", "tf32", "float32"].index)
-    some = tune.keys(table, Options(("layer_norm",), ("float32",), (768, 8192)))
+    some = tune.keys("sm_90", table, Options(("layer_norm",), ("float32",), (768, 8192)))
     assert [str(key) for key in some] == [
         f"layer_norm_{way} float32 {C}" for way in ("forward", "backward") for C in (768, 8192)
     ]
+
+
+@pytest.mark.parametrize("arch", architectures())
+def test_what_costs_a_step_most_comes_first_and_what_the_gpu_never_launches_not_at_all(arch) -> None:
+    found = tune.keys(arch, read(arch, TABLES / f"{arch}.json"), Options(None, ("bfloat16",), (64, 768, 50304)))
+    form = "" if arch == "sm_80" else "_tma"
+    assert [key.op for key in found] == [
+        "attention_forward", "attention_backward_dq", "attention_backward_dkdv",
+        f"gelu_mlp_forward{form}", f"gelu_mlp_backward{form}",
+        "cross_entropy", "layer_norm_forward", "layer_norm_backward",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_the_mlps_launcher_takes_the_form_that_is_tuned(capability, monkeypatch) -> None:
+    mlp = import_module("kernels.gelu_mlp")
+    monkeypatch.setattr(mlp.launch, "capability", lambda device: capability)
+    aligned = SimpleNamespace(device=torch.device("cuda"), itemsize=2, size=lambda dim: 768, data_ptr=lambda: 256)
+    launched = {op for op, tuning in mlp.TUNING.items() if tuning.launched(capability[0])}
+    form = "_tma" if mlp._descriptors(aligned) else ""
+    assert launched == {f"gelu_mlp_forward{form}", f"gelu_mlp_backward{form}"}
 
 
 def test_results_are_compared_before_anything_is_timed() -> None:
@@ -219,7 +242,8 @@ def test_inputs_rotate_over_four_times_the_cache(size, sets) -> None:
     assert tune.rotating(make, 100, lambda: held[0]) == list(range(sets))
 
 
-def test_candidates_take_turns_and_the_median_counts(monkeypatch) -> None:
+@pytest.mark.parametrize(("seconds", "rounds"), [(10.0, tune.ROUNDS), (0.066, 11), (0.0, 5)])
+def test_candidates_take_turns_and_the_median_counts(seconds, rounds, monkeypatch) -> None:
     clock, calls = [0.0], []
 
     class Event:
@@ -244,8 +268,8 @@ def test_candidates_take_turns_and_the_median_counts(monkeypatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert tune.milliseconds([launch(0), launch(1)], list(cost)) == pytest.approx(cost)
-    assert len(calls) == 3 * (tune.WARM_UP + tune.ROUNDS)
+    assert tune.milliseconds([launch(0), launch(1)], list(cost), seconds) == pytest.approx(cost)
+    assert len(calls) == 3 * (tune.WARM_UP + rounds)
     assert [config for _, config in calls[:6]] == list(cost) * 2
     assert {which for which, config in calls if config == LARGE} == {0, 1}
 
@@ -253,7 +277,7 @@ def test_candidates_take_turns_and_the_median_counts(monkeypatch) -> None:
 def test_what_can_be_tuned_is_a_kernel_with_candidates() -> None:
     table = read("sm_90", TABLES / "sm_90.json")
     assert {"layer_norm_forward", "layer_norm_backward"} <= tune.tunings().keys() <= inspect.all_kernels().keys()
-    for key in tune.keys(table, Options()):
+    for key in tune.keys("sm_90", table, Options()):
         found = tune.candidates(table, key)
         assert found[0] == configurations(table)[key]
         assert 3 <= len(found) == len(set(found)) <= 64, (key, len(found))
@@ -302,6 +326,25 @@ def test_a_dry_run_compiles_and_says_what_it_drops(tmp_path) -> None:
     assert "registers" in shipped and "dropped" not in shipped
     assert "dropped: spills" in spilling and "dropped: does not compile" in impossible
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_times_each_kernel_for_the_seconds_asked(tmp_path, monkeypatch) -> None:
+    asked: list[tuple[str, float]] = []
+
+    def measure(device: Any, seconds: float, key: Key, configs: list[LaunchConfig]) -> tune.Measured:
+        asked.append((key.op, seconds))
+        return {LARGE: 1.0}, {}
+
+    monkeypatch.setattr(tune, "_this_arch", lambda: "sm_90")
+    monkeypatch.setattr(tune, "_present", lambda: (torch.device("cpu"), WHERE))
+    monkeypatch.setattr(tune, "compiled", lambda arch, table, wanted: ((key, {LARGE: report()}) for key in wanted))
+    monkeypatch.setattr(tune, "measure", measure)
+    out = tmp_path / "OUT" / "sm_90.json"
+    given = ["--precision", "bfloat16", "--size", "64", "768", "50304", "--seconds", "3", "--minutes", "1.4"]
+    assert tune.main([*given, "--out", str(out)]) == 0
+    assert len(asked) == 8 and {seconds for _, seconds in asked} == {3.0}
+    measured = [entry for entry in json.loads(out.read_text())["entries"] if entry["measured"]]
+    assert sorted(entry["op"] for entry in measured) == sorted(op for op, _ in asked)
 
 
 def test_without_a_gpu_one_line_says_what_to_do(monkeypatch, capsys) -> None:
