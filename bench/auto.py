@@ -20,10 +20,13 @@ from fastgpt2.ops import AUTO, SLOTS
 PATH = ROOT / "fastgpt2" / "auto.json"
 PLAIN = "ours-torch"
 """Our step in PyTorch's forms, by its backend's name; "ours-mlp-triton" is that with one slot changed, and so on."""
+PLAIN_ANY_ORDER = "ours-torch-any-order"
+"""The same, where PyTorch may add in any order, and SDPA take cuDNN: what an implementation is held against that
+can't run under deterministic algorithms."""
 ALL = "ours-triton"
 """With every slot by our kernels."""
 ANY_ORDER = "ours-triton-any-order"
-"""The same, where PyTorch may add in any order."""
+"""ALL where PyTorch may add in any order."""
 CANDIDATES = {slot: AUTO[slot] if slot == "loss" else tuple(table) for slot, table in SLOTS.items()}
 """What `auto` may become. Of the losses those that never hold all logits, whatever the time: it is for the memory."""
 
@@ -46,16 +49,24 @@ def best(slot: str, contests: Iterable[dict[str, Result]]) -> tuple[list[str], d
     """The implementations that beat `auto` without a table in every contest, fastest first; all ratios in words."""
     ratios: dict[str, list[Ratio]] = {}
     for contest in contests:
-        steps, without_table = changed(slot, contest), AUTO[slot][0]
-        plain = contest[PLAIN]
-        before = plain if plain["slots"][slot] == without_table else steps.get(without_table)
+        steps = changed(slot, contest)
         for name in CANDIDATES[slot]:
-            if before is not None and name in steps and steps[name] is not before:
+            before = _before(slot, contest, steps[name]) if name in steps else None
+            if before is not None and steps[name] is not before:
                 ratios.setdefault(name, []).append(ratio(steps[name], before))
     speed = {name: math.prod(r.median for r in found) ** (1 / len(found)) for name, found in ratios.items()}
     won = [name for name, found in ratios.items() if all(r.p20 is not None and r.p20 > 1.0 for r in found)]
     words = {name: ", ".join(str(r) for r in found) for name, found in ratios.items()}
     return sorted(won, key=lambda name: -speed[name]), words
+
+
+def _before(slot: str, contest: dict[str, Result], step: Result) -> Result | None:
+    """The step with what `auto` is without a table, under the same request for determinism; None: it wasn't timed."""
+    plain = contest.get(PLAIN if step.get("deterministic", True) else PLAIN_ANY_ORDER)
+    without_table = AUTO[slot][0]
+    if plain is None or plain["slots"][slot] == without_table:
+        return plain
+    return changed(slot, contest).get(without_table)
 
 
 def table(records: Iterable[Record]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Held:
 PEERS = ("ours-auto", "ours-auto-attn", "ours-triton", "plain", "plain-cudnn", "transformers")
 FEWER = ("ours-auto", "ours-triton", "plain", "plain-cudnn", "transformers")
 ABLATION = (
-    "ours-torch",
+    *("ours-torch", "ours-torch-any-order"),
     *(name for name in STEPS if name.startswith(tuple(f"ours-{slot}-" for slot in SLOTS))),
     *("ours-triton", "ours-triton-any-order"),
 )

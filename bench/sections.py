@@ -229,7 +229,8 @@ def ablation_section(records: Sequence[Record]) -> str:
             plain = contest[auto.PLAIN]
             changed = {r["backend"]: f"{slot} by {n}" for slot in SLOTS for n, r in auto.changed(slot, contest).items()}
             every = {auto.ALL: "every slot by triton", auto.ANY_ORDER: "the same with --no-deterministic"}
-            shown = {auto.PLAIN: "nothing: PyTorch's forms", **changed, **every}
+            plainly = {auto.PLAIN: "nothing: PyTorch's forms", auto.PLAIN_ANY_ORDER: "nothing, --no-deterministic"}
+            shown = {**plainly, **changed, **every}
             yield f"{size(plain)}:"
             yield markdown(
                 [

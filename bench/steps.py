@@ -126,6 +126,7 @@ STEPS: dict[str, StepCandidate] = {
     "ours-auto-attn": _ours(None, attn="triton"),
     "ours-triton": _ours(_ALL),
     "ours-torch": _ours({}),
+    "ours-torch-any-order": _ours({}, deterministic=False),
     **{
         f"ours-{slot}-{name}": _ours({slot: name})
         for slot, table in SLOTS.items()

@@ -76,6 +76,16 @@ def sdpa_attention(qkv: Tensor, dropout_p: float = 0.0, documents: Tensor | None
     return o.transpose(1, 2)
 
 
+def sdpa_picks(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dropout_p: float = 0.0) -> SDPBackend:
+    """The kernel that PyTorch picks in training for `sdpa_attention`, by its version, the device and its settings now.
+
+    shape: of qkv, (B, T, 3, H, D).
+    """
+    qkv = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return SDPBackend(torch._fused_sdp_choice(q, k, v, dropout_p=dropout_p, is_causal=True))
+
+
 def cudnn_attention(qkv: Tensor, dropout_p: float = 0.0, documents: Tensor | None = None) -> Tensor:
     """Causal attention by cuDNN alone, through `F.scaled_dot_product_attention`.
 

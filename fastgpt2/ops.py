@@ -155,10 +155,15 @@ def make_ops(
 
 def _auto(device: torch.device, precision: str) -> dict[str, tuple[str, ...]]:
     """What `auto` tries in turn, by slot: what was measured to be faster on this GPU in this precision, then AUTO."""
+    faster = ablation(device, precision).get("slots", {})
+    return {slot: (*faster.get(slot, ()), *names) for slot, names in AUTO.items()}
+
+
+def ablation(device: torch.device, precision: str) -> dict[str, Any]:
+    """auto.json's entry for this GPU in this precision; empty where nobody has measured it."""
     # A GPU that isn't there (its ops can be made and inspected) has no name.
     name = torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else None
-    faster = _measured().get(name, {}).get(precision, {}).get("slots", {})
-    return {slot: (*faster.get(slot, ()), *names) for slot, names in AUTO.items()}
+    return _measured().get(name, {}).get(precision, {})
 
 
 @cache

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from fastgpt2 import checkpoint
-from fastgpt2.attention import sdpa_attention
+from fastgpt2.attention import CUDNN, sdpa_attention, sdpa_picks
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.data import TokenSource, data_end_of_text, data_vocab_size, open_data, split
 from fastgpt2.device import keep_freed_memory, on_its_way, pick_device
 from fastgpt2.graph import CapturedStep
 from fastgpt2.model import GPT, saved_bytes
-from fastgpt2.ops import make_ops
+from fastgpt2.ops import ablation, make_ops
 from fastgpt2.optim import learning_rate, make_optimizer
 
 TORCH_DTYPE = {
@@ -252,6 +252,18 @@ def numerics(config: TrainConfig) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def kept_from_cudnn(run: Run) -> bool:
+    """Whether deterministic algorithms keep SDPA, without documents, from cuDNN, which PyTorch would pick here
+    otherwise, and nobody has measured on this GPU what that costs."""
+    config, size, precision = run.config, run.model.config, str(run.config.dtype)
+    asked = run.chosen["attention"] == "sdpa" and size.end_of_text is None and config.deterministic
+    if run.device.type != "cuda" or not asked or ablation(run.device, precision):
+        return False
+    shape = (1, size.block_size, 3, size.n_head, size.head_dim)
+    with numerics(dataclasses.replace(config, deterministic=False)):
+        return sdpa_picks(shape, TORCH_DTYPE[precision], run.device, config.dropout) == CUDNN
 
 
 def _open_sources(config: TrainConfig) -> tuple[TokenSource, TokenSource | None]:

@@ -29,7 +29,7 @@ from fastgpt2.evaluate import evaluate
 from fastgpt2.metrics import JsonLines, Meter, NonFiniteLossError
 from fastgpt2.model import FLOPS_PER_TOKEN, GPT, recompute_flops
 from fastgpt2.optim import learning_rate
-from fastgpt2.run import Run, activation_bytes, build, numerics
+from fastgpt2.run import Run, activation_bytes, build, kept_from_cudnn, numerics
 
 MFU_FORMULA = "llm.c"
 
@@ -230,6 +230,12 @@ def _notes(run: Run) -> Iterator[str]:
     chosen = zip(flags.items(), run.chosen.values(), strict=True)
     if automatic := [f"{flag} {name}" for (flag, asked), name in chosen if asked == "auto"]:
         yield f"auto chose {', '.join(automatic)}"
+    if kept_from_cudnn(run):
+        yield (
+            "deterministic algorithms keep SDPA from cuDNN, PyTorch's choice on this GPU: by arithmetic, not measured, "
+            "some 10 ms a step of GPT-2 124M with 64k tokens on an H100. --no-deterministic allows cuDNN; --attn "
+            "triton is deterministic too, and not measured either"
+        )
     if config.recompute:
         kept, instead = (activation_bytes(run, recompute=r) / 2**20 for r in (True, False))
         more = recompute_flops(run.model.config) / FLOPS_PER_TOKEN[MFU_FORMULA](run.model.config)

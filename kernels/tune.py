@@ -167,10 +167,14 @@ def compiled(arch: str, table: dict[str, Any], wanted: list[Key]) -> Generator[t
     context.set_forkserver_preload(["kernels.inspect", "triton"])
     pool = ProcessPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1), context)
 
+    @functools.cache
     def submit(key: Key, config: LaunchConfig) -> Future[Report | str]:
         return pool.submit(compile_one, Case(key.op, key.precision, key.size, arch, config))
 
     try:
+        # The table's own first: a launcher of several kernels runs the others with those.
+        for key in wanted:
+            submit(key, configurations(table)[key])
         submitted = {key: {config: submit(key, config) for config in candidates(table, key)} for key in wanted}
         for key, futures in submitted.items():
             yield key, {config: future.result() for config, future in futures.items()}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from seeds import generator
 from torch import Tensor
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 
 from fastgpt2 import attention
@@ -22,6 +22,7 @@ from fastgpt2.attention import (
     flex_attention,
     naive_attention,
     sdpa_attention,
+    sdpa_picks,
     unsupported,
 )
 from fastgpt2.compare import named, pooled
@@ -257,6 +258,28 @@ def test_every_backend_attends_to_documents_alone(T, op, dtype, monkeypatch) -> 
     drawn = [tuple(torch.randint(T, (n,), generator=rng).tolist()) for n in (0, 1, 30)]
     monkeypatch.setitem(OPENINGS, "drawn", (*drawn, tuple(range(0, T, 64))))
     assert worst(op, "drawn", dtype, T=T, H=3, D=64) <= 1.0
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], ids=lambda backend: backend.name)
+def test_sdpa_picks_what_it_is_held_to(backend) -> None:
+    with sdpa_kernel(backend):
+        assert sdpa_picks((2, 40, 3, 2, 32), torch.float32, torch.device("cpu")) == backend
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_sdpa_picks_what_then_runs(deterministic) -> None:
+    qkv = torch.randn(2, 256, 3, 4, 64, device=DEVICE, dtype=torch.bfloat16)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        pick = sdpa_picks(tuple(qkv.shape), qkv.dtype, qkv.device)
+        with sdpa_kernel(pick):
+            held = sdpa_attention(qkv)
+        assert torch.equal(sdpa_attention(qkv.requires_grad_()), held)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert not (deterministic and pick == SDPBackend.CUDNN_ATTENTION)
 
 
 @pytest.mark.gpu

@@ -66,6 +66,21 @@ def test_what_is_faster_by_the_median_but_not_beyond_the_spread_is_left_out() ->
     assert auto.best("loss", [contest]) == ([], {})
 
 
+def test_what_adds_in_any_order_is_held_against_the_plain_step_that_may() -> None:
+    """SDPA may then be cuDNN itself: what the request for equal bits costs is nothing that cuDNN is faster by."""
+
+    def step(ms: float, deterministic: bool) -> dict[str, Any]:
+        slots = {**PLAIN, "loss": "torch"}
+        return {"slots": slots, "contest": "one", "round_ms": [ms] * 5, "ms_median": ms, "deterministic": deterministic}
+
+    contest = {auto.PLAIN: step(10.0, True), "ours-attention-cudnn": step(9.0, False)}
+    assert auto.best("attention", [contest]) == ([], {})
+    contest[auto.PLAIN_ANY_ORDER] = step(8.1, False)
+    assert auto.best("attention", [contest]) == ([], {"cudnn": "0.90 (0.90..0.90)"})
+    contest[auto.PLAIN_ANY_ORDER] = step(9.9, False)
+    assert auto.best("attention", [contest]) == (["cudnn"], {"cudnn": "1.10 (1.10..1.10)"})
+
+
 def test_what_wins_in_one_contest_and_loses_in_another_is_left_out() -> None:
     record = make_record(slower={STEP.format(64, "attention-triton"): 1.2})
     assert table([record])["devices"][GPU]["bfloat16"]["slots"] == {}
@@ -121,3 +136,9 @@ def test_the_ablation_is_among_what_is_timed() -> None:
     for slot, names in auto.CANDIDATES.items():
         changed = {f"ours-{slot}-{name}" for name in names} & steps.keys()
         assert changed, f"no step changes {slot} alone"
+    contests = pytest.importorskip("bench.bench_train_step").ON_A_GPU
+    (ablation,) = (contest for contest in contests if contest.kind == "ablation")
+    decides = {auto.PLAIN, auto.PLAIN_ANY_ORDER, "ours-attention-triton", "ours-attention-cudnn"}
+    assert ablation.shape.B == 32 and ablation.compiled and decides <= set(ablation.names)
+    asked = {name: steps[name].settings.get("deterministic", True) for name in decides}
+    assert {name for name, yes in asked.items() if not yes} == {auto.PLAIN_ANY_ORDER, "ours-attention-cudnn"}

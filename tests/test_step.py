@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.attention import SDPBackend
 
+from fastgpt2.attention import CUDNN
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.graph import WARM_UP_STEPS, CapturedStep
 from fastgpt2.model import GPT, saved_bytes
@@ -25,7 +27,7 @@ from fastgpt2.ops import FLAGS, SLOTS, Ops, make_ops
 from fastgpt2.optim import make_optimizer
 from fastgpt2.pretrained import load_run
 from fastgpt2.run import Run, activation_bytes, build, lean_inductor, numerics, settle
-from fastgpt2.train import Reporter, train
+from fastgpt2.train import Reporter, _notes, train
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -81,6 +83,39 @@ def test_the_log_says_what_recomputing_saves_and_costs() -> None:
     (text,) = (t for t in notes.texts if t.startswith("--recompute"))
     # Without attention the blocks are 85 of 124 million weights, and a forward is a third of their FLOPs: 23%.
     assert "MiB of activations rather than" in text and "23% more FLOPs" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "pick", "measured", "said"),
+    [
+        ({}, CUDNN, {}, True),
+        ({"attn": "sdpa"}, CUDNN, {}, True),
+        ({"attn": "naive"}, CUDNN, {}, False),
+        ({"deterministic": False}, CUDNN, {}, False),
+        ({"document_mask": True, "end_of_text": 7}, CUDNN, {}, False),
+        ({}, SDPBackend.FLASH_ATTENTION, {}, False),
+        ({}, CUDNN, {"slots": {}}, False),
+        ({"device": "cpu"}, CUDNN, {}, False),
+    ],
+    ids=["auto", "sdpa", "naive", "any order", "documents", "PyTorch picks flash", "measured", "cpu"],
+)
+def test_the_log_says_what_keeps_sdpa_from_cudnn(changes, pick, measured, said, monkeypatch) -> None:
+    asked = []
+
+    def picks(*_: Any) -> SDPBackend:
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return SDPBackend(int(pick))  # as torch makes it: equal, another object
+
+    monkeypatch.setattr("fastgpt2.run.sdpa_picks", picks)
+    monkeypatch.setattr("fastgpt2.run.ablation", lambda device, precision: measured)
+    run = build(tiny(**changes))
+    if "device" not in changes:
+        run = dataclasses.replace(run, device=torch.device("cuda"))
+    with numerics(run.config):
+        texts = [text for text in _notes(run) if "cuDNN" in text]
+        assert torch.are_deterministic_algorithms_enabled() is run.config.deterministic
+    assert len(texts) == said and not any(asked)
+    assert all("by arithmetic, not measured" in t and "--no-deterministic" in t and "--attn triton" in t for t in texts)
 
 
 # ------------------------------------------------------------------------------- waiting for the device
