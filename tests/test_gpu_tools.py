@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,6 +149,22 @@ def test_without_a_gpu_or_the_tool_the_command_is_one_line_and_status_2(
     assert module.main([]) == 2  # type: ignore[attr-defined]
     said = capsys.readouterr()
     assert said.out == "" and len(said.err.splitlines()) == 1 and "error: python -m bench." in said.err
+
+
+@pytest.mark.parametrize(("module", "flag"), [(profile, "--op"), (sanitize, "--only")])
+def test_choosing_nothing_is_an_error(module: Any, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        module.main([flag, "nosuch"])
+    assert re.search("name (contains|begins with) nosuch", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("major", "form"), [(8, ""), (9, "_tma")])
+def test_only_what_the_gpu_launches_is_read(major: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "find_tool", lambda name: "ncu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
+    monkeypatch.setattr(profile, "report", lambda program, ops, *_: ops)
+    assert profile.main(["--op", "gelu_mlp"]) == [f"gelu_mlp_{way}{form}" for way in ("forward", "backward")]
 
 
 def test_every_tuned_kernel_has_a_size_of_gpt2() -> None:
