@@ -458,6 +458,21 @@ def test_autocast_decides_the_dtype_and_never_rounds_the_weights_gradient(implem
     assert not torch.equal(dweight.bfloat16().float(), dweight)
 
 
+@every_reduction
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_no_chunks_share_of_the_weights_gradient_is_rounded_to_16_bits(dtype, reduction) -> None:
+    """64 equal logits have a gradient that 16 bits hold exactly: all error is that of the products with the hidden
+    states, and of their sum over eight chunks."""
+    N, V, C = 64, 64, 16
+    hidden, _, targets, _ = inputs((N, V, V, C), dtype)
+    weight, upstream = torch.zeros(V, C, device=DEVICE), torch.ones((N,) if reduction == "none" else (), device=DEVICE)
+    args, options = (hidden, weight, targets, upstream), {"reduction": reduction}
+    with torch.autocast(DEVICE, dtype):
+        *_, dweight = ours(*args, implementation="chunked", memory_budget=1, **options)
+    *_, truth = exact(*args, **options)
+    assert rms(dweight.double() - truth) <= 2**-17 * rms(truth)
+
+
 class Spy(TorchDispatchMode):
     """Counts operators, and the elements of the largest tensor that one of them made."""
 
