@@ -81,7 +81,7 @@ def _layer_norm(C: int) -> Callable[[torch.dtype], Tensor]:
         x, residual = _random(7, C, dtype=dtype), _random(7, C, dtype=dtype)
         weight, bias = _random(C, dtype=torch.float32), _random(C, dtype=torch.float32)
         y, total = kernels.add_layer_norm(x, residual, weight, bias)
-        return y + total + kernels.layer_norm(x, weight, bias)
+        return y + total + kernels.layer_norm(x, weight, bias) + kernels.layer_norm(x, weight, bias, residual=residual)
 
     return run
 

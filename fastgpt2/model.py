@@ -63,7 +63,7 @@ class GPT(nn.Module):
                 x, residual = checkpoint(block, x, residual, documents, use_reentrant=False, preserve_rng_state=draws)
             else:
                 x, residual = block(x, residual, documents)
-        hidden, _ = self.ln_f(x, residual)
+        hidden, _ = self.ln_f(x, residual, last=True)
         if targets is not None:
             return self.ops.loss(hidden, self.wte.weight, targets, vocab_size=self.config.vocab_size)
         return F.linear(hidden, self.wte.weight)[..., : self.config.vocab_size]
@@ -100,7 +100,7 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config, ops)
         self.mlp = Mlp(config, ops)
 
-    def forward(self, x: Tensor, residual: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x (B, T, C) is the branch not yet added to the residual stream; returns the same two."""
         y, residual = self.ln_1(x, residual)
         y, residual = self.ln_2(self.attn(y, documents), residual)
@@ -146,8 +146,8 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd))
 
-    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.op(x, residual, self.weight, self.bias)
+    def forward(self, x: Tensor, residual: Tensor | None, *, last: bool = False) -> tuple[Tensor, Tensor | None]:
+        return self.op(x, residual, self.weight, self.bias, last=last)
 
 
 def saved_bytes(model: GPT, tokens: Tensor, targets: Tensor) -> int:

@@ -54,7 +54,7 @@ MEASURED = Path(__file__).with_name("auto.json")
 
 AttentionOp = Callable[..., Tensor]
 MlpOp = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-NormOp = Callable[[Tensor, Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor]]
+NormOp = Callable[..., tuple[Tensor, Tensor | None]]
 LossOp = Callable[..., Tensor]
 
 
@@ -63,27 +63,37 @@ def torch_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Ten
     return F.linear(F.gelu(F.linear(x, w_fc, b_fc), approximate="tanh"), w_proj, b_proj)
 
 
-def torch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def torch_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, last: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Add x to the residual stream and normalise it over its last dimension (eps 1e-5, as GPT-2).
 
     Args:
         x: (B, T, C), what the last branch computed.
         residual: (B, T, C), the stream so far; None where x itself begins it.
+        last: the stream ends here: no norm follows that adds to it.
 
     Returns:
-        (LayerNorm(residual + x), residual + x).
+        (LayerNorm(residual + x), residual + x, or None after the last norm).
     """
     if residual is not None:
         x = residual + x
-    return F.layer_norm(x, (x.size(-1),), weight, bias, eps=1e-5), x
+    return F.layer_norm(x, (x.size(-1),), weight, bias, eps=1e-5), None if last else x
 
 
 def fused_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, alone: Callable[..., Any], added: NormOp
-) -> tuple[Tensor, Tensor]:
-    """As torch_norm, by two functions: of x alone, where it begins the stream, and of x added to it."""
-    if residual is None:
-        return alone(x, weight, bias), x
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    last: bool = False,
+    alone: Callable[..., Tensor],
+    added: Callable[..., tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor | None]:
+    """As torch_norm, by two functions: `added` gives the norm and the sum, `alone` the norm without writing a sum."""
+    if residual is None or last:
+        return alone(x, weight, bias, residual=residual), None if last else x
     return added(x, residual, weight, bias)
 
 

@@ -22,14 +22,23 @@ the stream and its gradient 4:
                PyTorch: cast 6, LayerNorm's dx 12, its dw and db 8, sum with ds 12, cast 6    44
     kept       s, which is an output and r of the next norm       4
 
-In one dtype of e bytes forward 4 e (PyTorch 5 e), backward 4 e (PyTorch 8 e): one tensor is dx and dr. mean and rstd
-are kept rather than found again: 8 bytes a row against two more sums over it.
+The last norm's s is used by nothing else. It isn't written, and the backward adds x and r again:
+
+    forward    reads x 2, r 4; writes y 2                          8
+    backward   reads dy 2, x 2, r 4; writes dx 2, dr 4            14    22 in all; with s written 12 + 12 = 24
+    kept       x; r is the norm's before                           2
+
+and 8 less again under torch.compile, which gives an s that isn't used a gradient of zeros, writes it and has it read.
+
+In one dtype of e bytes forward 4 e (PyTorch 5 e), backward 4 e (PyTorch 8 e): one tensor is dx and dr; the last norm
+3 e and 4 e. mean and rstd are kept rather than found again: 8 bytes a row against two more sums over it.
 
 FLOPs: 8 an element forward, 14 backward: it is memory that takes the time.
 
-float32 whatever the inputs are (float64 for float64): s within the kernel, the statistics, every sum, dw and db. s is
-rounded when it is stored, y and dx once at the end. The variance is that of s - mean, in registers, never E[s^2] -
-mean^2, which loses everything where the mean is large.
+float32 whatever the inputs are (float64 for float64): the sums of a row, the statistics, every sum, dw and db. s has
+the dtype to which x's and r's promote, as PyTorch's sum has: where both have 16 bits it is the rounded s that is
+normalised, forward and backward. y and dx are rounded once at the end. The variance is that of s - mean, in registers,
+never E[s^2] - mean^2, which loses everything where the mean is large.
 
 dw and db: each of P programs adds those of its rows in registers and writes one row of a (P, 2, C) scratch, which
 one sum over P reduces: 8 P C bytes written and read. P is what fits on the multiprocessors at 16 warps each (528 on
@@ -63,6 +72,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -71,7 +81,7 @@ from torch import Tensor
 
 from kernels import launch
 from kernels.launch import Kernel, Loop, Tuning, Work, on, statistics
-from kernels.tiles import load_row, load_tile, store_row, store_tile
+from kernels.tiles import cast, load_row, load_tile, store_row, store_tile
 from kernels.tuning import LaunchConfig, lookup, precision_name
 
 MAX_CHANNELS = 8192
@@ -96,6 +106,20 @@ def layer_norm_reference(
     return (weight * normalised + bias).to(dtype or total.dtype), total
 
 
+@triton.jit
+def load_sum(
+    x_ptr, residual_ptr, start, x_stride, residual_stride, rows, C: tl.constexpr, BLOCK_M: tl.constexpr,
+    SUM: tl.constexpr,
+):  # fmt: skip
+    """A tile of x + residual, rounded to their dtype if they share it, as PyTorch's sum is; of x without a residual."""
+    s = load_tile(x_ptr, start, x_stride, rows, C, BLOCK_M, True).to(SUM)
+    if residual_ptr is not None:
+        s += load_tile(residual_ptr, start, residual_stride, rows, C, BLOCK_M, True).to(SUM)
+        if x_ptr.dtype == residual_ptr.dtype:
+            s = cast(s, x_ptr.dtype.element_ty).to(SUM)
+    return s
+
+
 @triton.jit(do_not_specialize=["rows"])
 def layer_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr,  # (rows, C) by its stride, the same or None, (C,), (C,)
@@ -107,9 +131,8 @@ def layer_norm_forward_kernel(
     SUM: tl.constexpr = mean_ptr.dtype.element_ty
     COLUMNS: tl.constexpr = triton.next_power_of_2(C)
     start = tl.program_id(0) * BLOCK_M
-    s = load_tile(x_ptr, start, x_stride, rows, C, BLOCK_M, True).to(SUM)
-    if residual_ptr is not None:
-        s += load_tile(residual_ptr, start, residual_stride, rows, C, BLOCK_M, True).to(SUM)
+    s = load_sum(x_ptr, residual_ptr, start, x_stride, residual_stride, rows, C, BLOCK_M, SUM)
+    if total_ptr is not None:
         store_tile(total_ptr, s, start, C, rows, C, BLOCK_M)
 
     mean = tl.sum(s, 1) / C
@@ -124,9 +147,11 @@ def layer_norm_forward_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def layer_norm_backward_kernel(
-    dy_ptr, dtotal_ptr, total_ptr, mean_ptr, rstd_ptr, weight_ptr,  # (rows, C) by its stride, the same or None, ...
+    dy_ptr, dtotal_ptr,  # (rows, C) by its stride, the same or None
+    total_ptr, residual_ptr,  # the sum and None, or x and what is added to it; as above
+    mean_ptr, rstd_ptr, weight_ptr,
     dx_ptr, dresidual_ptr, sums_ptr,  # (rows, C), the same or None, (programs, 2, C); contiguous
-    dy_stride, dtotal_stride, total_stride, rows,
+    dy_stride, dtotal_stride, total_stride, residual_stride, rows,
     C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program: every num_programs-th tile of BLOCK_M rows, and its share of dw and db.
@@ -140,7 +165,7 @@ def layer_norm_backward_kernel(
     db = tl.zeros((COLUMNS,), SUM)
     for start in range(tl.program_id(0) * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
         # Every load comes before the first reduction, which waits for the other warps.
-        s = load_tile(total_ptr, start, total_stride, rows, C, BLOCK_M, True).to(SUM)
+        s = load_sum(total_ptr, residual_ptr, start, total_stride, residual_stride, rows, C, BLOCK_M, SUM)
         dy = load_tile(dy_ptr, start, dy_stride, rows, C, BLOCK_M, True).to(SUM)
         if dtotal_ptr is not None:
             ds = load_tile(dtotal_ptr, start, dtotal_stride, rows, C, BLOCK_M, True).to(SUM)
@@ -166,24 +191,25 @@ def layer_norm_backward_kernel(
 
 def layer_norm_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
-    config: LaunchConfig | None = None,
+    config: LaunchConfig | None = None, *, want_sum: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y in `dtype`, x + residual, mean, rstd): (..., C) twice, float32 at least (rows,) twice; contiguous.
 
-    Without a residual the second is empty. config overrides the table's.
+    Without a residual, or without want_sum, the second is empty. config overrides the table's.
     """
     C = x.size(-1)
     total_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     config = config or lookup("layer_norm_forward", precision_name(dtype), C, x.device)
     make = functools.partial(torch.empty, device=x.device)
     y = make(x.shape, dtype=dtype)
-    total = make((0,) if residual is None else x.shape, dtype=total_dtype)
+    want_sum = want_sum and residual is not None
+    total = make(x.shape if want_sum else (0,), dtype=total_dtype)
     x, residual = _rows(x), None if residual is None else _rows(residual)
     rows = x.size(0)
     mean, rstd = (make((rows,), dtype=statistics(total_dtype)) for _ in range(2))
     with on(x.device):
         layer_norm_forward_kernel[(triton.cdiv(rows, config.block_m),)](
-            x, residual, weight, bias, y, None if residual is None else total, mean, rstd,
+            x, residual, weight, bias, y, total if want_sum else None, mean, rstd,
             x.stride(0), 0 if residual is None else residual.stride(0), rows, eps, C=C, **config.arguments(),
         )  # fmt: skip
     return y, total, mean, rstd
@@ -192,7 +218,7 @@ def layer_norm_forward(
 def layer_norm_backward(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
     x_dtype: torch.dtype, residual_dtype: torch.dtype | None,
-    config: LaunchConfig | None = None, programs: int | None = None,
+    config: LaunchConfig | None = None, programs: int | None = None, *, residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dresidual, dw and db as one (2, C) tensor of the statistics' dtype).
 
@@ -201,6 +227,7 @@ def layer_norm_backward(
     Args:
         dy, dtotal: (..., C) of any strides; dtotal None where the sum isn't used further.
         total, mean, rstd: what was normalised and its statistics.
+        residual: where the sum wasn't written: it is added to total, which is x, again.
         config, programs: in place of the table's and of as many as fit on the device.
     """
     C = total.size(-1)
@@ -209,14 +236,16 @@ def layer_norm_backward(
     dx = make(total.shape, dtype=x_dtype)
     apart = residual_dtype not in (None, x_dtype)
     dresidual = make(total.shape if apart else (0,), dtype=residual_dtype or x_dtype)
-    dy, total, dtotal = _rows(dy), _rows(total), None if dtotal is None else _rows(dtotal)
+    dy, total = _rows(dy), _rows(total)
+    dtotal, residual = (None if t is None else _rows(t) for t in (dtotal, residual))
     rows = dy.size(0)
     programs = min(triton.cdiv(rows, config.block_m), programs or _programs(dy.device, config.num_warps))
     sums = make((programs, 2, C), dtype=mean.dtype)
     with on(dy.device):
         layer_norm_backward_kernel[(programs,)](
-            dy, dtotal, total, mean, rstd, weight, dx, dresidual if apart else None, sums,
-            dy.stride(0), 0 if dtotal is None else dtotal.stride(0), total.stride(0), rows, C=C, **config.arguments(),
+            dy, dtotal, total, residual, mean, rstd, weight, dx, dresidual if apart else None, sums,
+            dy.stride(0), 0 if dtotal is None else dtotal.stride(0),
+            total.stride(0), 0 if residual is None else residual.stride(0), rows, C=C, **config.arguments(),
         )  # fmt: skip
     return dx, dresidual, sums.sum(0)
 
@@ -251,7 +280,8 @@ def _constants(precision: str, size: int) -> dict[str, object]:
 
 
 def _backward_constants(precision: str, size: int) -> dict[str, object]:
-    return {"C": size} | ({"dresidual_ptr": None} if precision == "float32" else {})
+    absent = ("residual_ptr", "dresidual_ptr") if precision == "float32" else ("residual_ptr",)
+    return {"C": size, **dict.fromkeys(absent)}
 
 
 _TOKENS, _CHANNELS = 65536, 768
@@ -277,15 +307,19 @@ KERNELS = {
         _constants,
         _TYPES,
         ("x_stride", "residual_stride"),
-        variants={"alone": {"residual_ptr": None, "total_ptr": None}},
+        variants={"alone": {"residual_ptr": None, "total_ptr": None}, "last": {"total_ptr": None}},
         work=_forward_work,
     ),
     "layer_norm_backward": Kernel(
         layer_norm_backward_kernel,
         _backward_constants,
         _TYPES,
-        ("dy_stride", "dtotal_stride", "total_stride"),
-        variants={"alone": {"dtotal_ptr": None, "dresidual_ptr": None}, "last": {"dtotal_ptr": None}},
+        ("dy_stride", "dtotal_stride", "total_stride", "residual_stride"),
+        variants={
+            "alone": {"dtotal_ptr": None, "dresidual_ptr": None},
+            "last": {"dtotal_ptr": None, "residual_ptr": ...},
+            "sum unused": {"dtotal_ptr": None},
+        },
         work=_backward_work,
     ),
 }
@@ -332,58 +366,64 @@ TUNING = {
 # Operators that torch.compile takes whole. Autograd sees the Function below, never these.
 torch.library.define(
     "fastgpt2::layer_norm_forward",
-    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, ScalarType dtype)"
+    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, ScalarType dtype, *, bool want_sum=True)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "fastgpt2::layer_norm_backward",
     "(Tensor dy, Tensor? dtotal, Tensor total, Tensor mean, Tensor rstd, Tensor weight, ScalarType x_dtype,"
-    " ScalarType? residual_dtype) -> (Tensor, Tensor, Tensor)",
+    " ScalarType? residual_dtype, *, Tensor? residual=None) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.impl("fastgpt2::layer_norm_forward", "default", layer_norm_forward)
 torch.library.impl("fastgpt2::layer_norm_backward", "default", layer_norm_backward)
 
 
 @launch.register_fake("fastgpt2::layer_norm_forward")
-def _(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
-      dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, *,
+      want_sum: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     total_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    total = x.new_empty((0,) if residual is None else x.shape, dtype=total_dtype)
+    total = x.new_empty(x.shape if want_sum and residual is not None else (0,), dtype=total_dtype)
     mean, rstd = (x.new_empty(math.prod(x.shape[:-1]), dtype=statistics(total_dtype)) for _ in range(2))
     return x.new_empty(x.shape, dtype=dtype), total, mean, rstd
 
 
 @launch.register_fake("fastgpt2::layer_norm_backward")
 def _(dy: Tensor, dtotal: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
-      x_dtype: torch.dtype, residual_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+      x_dtype: torch.dtype, residual_dtype: torch.dtype | None, *,
+      residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     apart = residual_dtype not in (None, x_dtype)
     dresidual = dy.new_empty(total.shape if apart else (0,), dtype=residual_dtype or x_dtype)
     return dy.new_empty(total.shape, dtype=x_dtype), dresidual, mean.new_empty(2, total.size(-1))
 
 
 class _LayerNorm(torch.autograd.Function):
-    """(y, x + residual), or y alone where residual is None."""
+    """(y, x + residual), or y alone without want_sum: the backward then reads x and residual again."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype):
-        y, total, mean, rstd = torch.ops.fastgpt2.layer_norm_forward(x, residual, weight, bias, eps, dtype)
-        ctx.save_for_backward(x if residual is None else total, mean, rstd, weight)
+    def forward(
+        ctx, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
+        want_sum: bool,
+    ):  # fmt: skip
+        y, total, mean, rstd = torch.ops.fastgpt2.layer_norm_forward(
+            x, residual, weight, bias, eps, dtype, want_sum=want_sum
+        )
+        ctx.save_for_backward(*((total, None) if want_sum else (x, residual)), mean, rstd, weight)
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype, bias.dtype
-        # The sum's gradient is None where the stream ends here: zeros would be one more tensor to write and read.
+        # The gradient of a sum that isn't used is None here; torch.compile makes it zeros, to write and to read.
         ctx.set_materialize_grads(False)
-        return y if residual is None else (y, total)
+        return (y, total) if want_sum else y
 
     @staticmethod
     def backward(ctx, dy: Tensor | None, dtotal: Tensor | None = None):
         launch.refuse_second_derivative("Triton LayerNorm", "--norm torch")
-        total, mean, rstd, weight = ctx.saved_tensors
+        total, residual, mean, rstd, weight = ctx.saved_tensors
         x_dtype, residual_dtype, bias_dtype = ctx.dtypes
         if dy is None:
             dx = None if dtotal is None else dtotal.to(x_dtype)
             dresidual = None if dtotal is None or residual_dtype is None else dtotal.to(residual_dtype)
-            return dx, dresidual, None, None, None, None
+            return dx, dresidual, None, None, None, None, None
         dx, dresidual, sums = torch.ops.fastgpt2.layer_norm_backward(
-            dy, dtotal, total, mean, rstd, weight, x_dtype, residual_dtype
+            dy, dtotal, total, mean, rstd, weight, x_dtype, residual_dtype, residual=residual
         )
         # One tensor for both where their dtypes agree, as a plain sum's backward has it: autograd adds in place
         # only to what nothing else refers to.
@@ -391,11 +431,13 @@ class _LayerNorm(torch.autograd.Function):
             dresidual = None
         elif residual_dtype == x_dtype:
             dresidual = dx
-        return dx, dresidual, sums[0].to(weight.dtype), sums[1].to(bias_dtype), None, None
+        return dx, dresidual, sums[0].to(weight.dtype), sums[1].to(bias_dtype), None, None, None
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """w (x - mean) / sqrt(variance + eps) + b over the last dimension.
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None
+) -> Tensor:
+    """w (s - mean) / sqrt(variance + eps) + b over the last dimension of s = x, or x + residual.
 
     Args:
         x: (..., C), bfloat16, float16 or float32, C at most MAX_CHANNELS; rows of any strides are copied where
@@ -403,14 +445,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         weight, bias: (C,), of a floating dtype each, float32 as a rule. Differentiable once; their gradients are
             summed in float32 and have their dtypes.
         eps: not negative; it is added to the variance.
+        residual: (..., C) of x's shape, in a dtype of its own, for a sum that nothing else uses: it is never written.
+            Differentiable once.
 
     Returns:
-        (..., C), contiguous, in x's dtype, or autocast's where that is on.
+        (..., C), contiguous, in the sum's dtype, or autocast's where that is on.
 
     Raises:
         ValueError: a shape, dtype, device or eps; it says what would work.
     """
-    return _LayerNorm.apply(x, None, weight, bias, eps, _validate(x, None, weight, bias, eps))
+    return _normalise(x, residual, weight, bias, eps, want_sum=False)
 
 
 def add_layer_norm(
@@ -425,15 +469,22 @@ def add_layer_norm(
 
     Returns:
         (y, x + residual), contiguous. The sum has the dtype to which x's and residual's promote; y has it, too, or
-        autocast's where that is on: what follows a norm is a matmul, and is rounded here rather than there.
+        autocast's where that is on: what follows a norm is a matmul, and is rounded here rather than there. y is the
+        norm of the sum as it is returned, rounded to that dtype.
 
     Raises:
         ValueError: a shape, dtype, device or eps; it says what would work.
     """
+    return _normalise(x, residual, weight, bias, eps, want_sum=True)
+
+
+def _normalise(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, *, want_sum: bool
+) -> Any:
     dtype = _validate(x, residual, weight, bias, eps)
     if residual is x:  # torch.compile takes no tensor for two arguments
         residual = x.view_as(x)
-    return _LayerNorm.apply(x, residual, weight, bias, eps, dtype)
+    return _LayerNorm.apply(x, residual, weight, bias, eps, dtype, want_sum)
 
 
 def _validate(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> torch.dtype:

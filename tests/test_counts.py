@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -10,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import counts
 from bench.counts import CASES, PROBLEMS, OperatorCounter, changes, checked_in, compile_counts, slot_counts, step_counts
 from fastgpt2.attention import sdpa_attention
-from fastgpt2.config import TrainConfig
-from fastgpt2.model import FLOPS_PER_TOKEN
+from fastgpt2.config import ModelConfig, TrainConfig
+from fastgpt2.model import FLOPS_PER_TOKEN, GPT
 from fastgpt2.ops import Ops, make_ops, torch_mlp
 from kernels import launch
 
@@ -115,6 +118,26 @@ def test_a_planted_recompilation_is_found() -> None:
         return sdpa_attention(qkv * float(calls[0]), **given)
 
     assert compile_counts(PLAIN, "float32", Ops(attention=changing))["recompilations"] == 2
+
+
+def test_no_norm_of_a_compiled_model_has_a_gradient_of_zeros_to_read() -> None:
+    """torch.compile makes one for a result that nothing uses, as the sum would be that the last norm doesn't return."""
+    read = []
+
+    def backward(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        norms = [n for n in graph.graph.nodes if n.target is torch.ops.fastgpt2.layer_norm_backward.default]
+        read.extend(None if n.args[1] is None else n.args[1].target for n in norms)
+        return make_boxed_func(graph.forward)
+
+    size = ModelConfig(n_layer=1, n_head=1, n_embd=32, block_size=8, vocab_size=64)
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=backward)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model, tokens = GPT(size, make_ops({"norm": "triton"})[0]), torch.zeros(2, 8, dtype=torch.int64)
+        model.compile(backend=backend, fullgraph=True)
+        model(tokens, tokens).backward()
+    torch.compiler.reset()
+    # Backward: the last norm, the second of the block, the first.
+    assert read == [None, operator.getitem, None]
 
 
 # ------------------------------------------------------------------------------------------------ the counter

@@ -132,6 +132,12 @@ def alone(c: Case) -> Results:
     return differentiate(norm, c)
 
 
+def last(x, residual, weight, bias, eps, dtype) -> Tensor:
+    """layer_norm of a sum that isn't written."""
+    with torch.autocast(DEVICE, dtype, enabled=dtype != torch.promote_types(x.dtype, residual.dtype)):
+        return layer_norm(x, weight, bias, eps=eps, residual=residual)
+
+
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Force the rows of every kernel's tile; on a GPU the shipped ones stay."""
@@ -208,6 +214,21 @@ def test_rows_far_from_zero(precision, rows) -> None:
     rows(16)
     mean = 1000.0 if precision == "float32" else 30.0
     assert_right(ours, lambda seed: case((33, 64), precision, seed=seed, mean=mean))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_sum_of_16_bits_is_rounded_before_it_is_normalised(precision, rows) -> None:
+    """As PyTorch's plain form has it, forward and backward: every result is that of the rounded sum, rounded once."""
+    rows(16)
+    c = case((33, 100), precision)
+    total = c.x + c.residual
+    truth = exact(replace(c, x=total, residual=torch.zeros_like(total)))
+    results = ours(c)
+    assert torch.equal(results[1], total)
+    for name, result, want in zip(NAMES, results, truth, strict=True):
+        half_a_place = torch.finfo(result.dtype).eps / 2
+        allowed = 1.01 * half_a_place * want.abs() + 1e-6 * maximum(want)
+        assert ((result.double() - want).abs() <= allowed).all(), name
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6, 0.1])
@@ -356,18 +377,33 @@ def test_layouts_change_nothing(names, kind, rows) -> None:
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_layouts_of_what_the_norm_keeps_change_nothing(kind, rows) -> None:
-    """Without a residual it is x itself that the backward reads again."""
+@pytest.mark.parametrize(("name", "summed"), [("x", False), ("x", True), ("residual", True)])
+def test_layouts_of_what_the_norm_keeps_change_nothing(name, summed, kind, rows) -> None:
+    """Where no sum is written it is x itself, and the residual, that the backward reads again."""
     rows(4)
     c = case((2, 5, 20))
 
-    def results(x: Tensor) -> Results:
-        leaves = [t.detach().requires_grad_() for t in (x, c.weight, c.bias)]
-        y = layer_norm(*leaves)
+    def results(given: Tensor) -> Results:
+        here = replace(c, **{name: given})
+        leaves = [t.detach().requires_grad_() for t in (here.x, c.weight, c.bias, here.residual)[: 3 + summed]]
+        y = layer_norm(*leaves[:3], residual=leaves[3] if summed else None)
         return (y.detach(), *torch.autograd.grad(y, leaves, c.dy))
 
-    x = strided(kind, c.x)
-    assert_same(results(x), results(x.contiguous()))
+    given = strided(kind, getattr(c, name))
+    assert_same(results(given), results(given.contiguous()))
+
+
+@every_precision
+def test_the_norm_of_a_sum_that_is_not_written_is_the_same(precision, rows) -> None:
+    """y and every gradient, to the bit, those of add_layer_norm whose sum gets a gradient of zeros."""
+    rows(16)
+    c = case((33, 100), precision)
+    leaves = [t.detach().requires_grad_() for t in (c.x, c.residual, c.weight, c.bias)]
+    y = last(*leaves, c.eps, c.dy.dtype)
+    want, _, *gradients = ours(replace(c, dtotal=torch.zeros_like(c.dtotal)))
+    assert_same((y.detach(), *torch.autograd.grad(y, leaves, c.dy)), (want, *gradients))
+    _, empty, _, _ = layer_norm_forward(c.x, c.residual, c.weight, c.bias, c.eps, c.dy.dtype, want_sum=False)
+    assert empty.numel() == 0
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16 autocast"])
@@ -418,6 +454,7 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(add_layer_norm, leaves, fast_mode=True)
     x, _, weight, bias = leaves
     assert torch.autograd.gradcheck(layer_norm, (x, weight, bias), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *given: last(*given, c.eps, torch.float64), leaves, fast_mode=True)
     c = case((3, 4)).to(torch.float64)
     leaves = [t.requires_grad_() for t in (c.x, c.residual, c.weight, c.bias)]
     assert torch.autograd.gradcheck(add_layer_norm, leaves)
@@ -431,7 +468,9 @@ def test_a_result_that_is_not_used_has_no_gradient_to_read(used, rows, monkeypat
     read = []
     backward = layer_norm_backward
     monkeypatch.setattr(
-        torch.ops.fastgpt2, "layer_norm_backward", lambda dy, ds, *rest: (read.append(ds), backward(dy, ds, *rest))[1]
+        torch.ops.fastgpt2,
+        "layer_norm_backward",
+        lambda dy, ds, *rest, **how: (read.append(ds), backward(dy, ds, *rest, **how))[1],
     )
     leaves = [t.detach().requires_grad_() for t in (c.x, c.residual, c.weight, c.bias)]
     y, total = fused(*leaves, c.eps, c.dy.dtype)
@@ -491,18 +530,18 @@ def test_a_chain_of_norms_on_one_stream(rows) -> None:
     assert max(pooled(lambda seed: (seed,), mine, [peer], truth).excess().values()) <= 1.0
 
 
-@pytest.mark.parametrize("kind", ["add", "add, float32 stream", "alone"])
+@pytest.mark.parametrize("kind", ["add", "add, float32 stream", "alone", "last"])
 def test_operators_pass_opcheck(kind, rows) -> None:
     rows(4)
     c = case((2, 5, 20), "bfloat16 autocast" if "stream" in kind else "float32")
     residual = None if kind == "alone" else c.residual
     arguments = (c.x, residual, c.weight, c.bias, 1e-5, c.dy.dtype)
-    _, total, mean, rstd = torch.ops.fastgpt2.layer_norm_forward(*arguments)
-    torch.library.opcheck(torch.ops.fastgpt2.layer_norm_forward.default, arguments)
-    dtotal, residual_dtype = (None, None) if residual is None else (c.dtotal, residual.dtype)
-    total = c.x if residual is None else total
-    arguments = (c.dy, dtotal, total, mean, rstd, c.weight, c.x.dtype, residual_dtype)
-    torch.library.opcheck(torch.ops.fastgpt2.layer_norm_backward.default, arguments)
+    written = kind.startswith("add")
+    _, total, mean, rstd = torch.ops.fastgpt2.layer_norm_forward(*arguments, want_sum=written)
+    torch.library.opcheck(torch.ops.fastgpt2.layer_norm_forward.default, arguments, {"want_sum": written})
+    dtotal, total, again = (c.dtotal, total, None) if written else (None, c.x, residual)
+    arguments = (c.dy, dtotal, total, mean, rstd, c.weight, c.x.dtype, None if residual is None else residual.dtype)
+    torch.library.opcheck(torch.ops.fastgpt2.layer_norm_backward.default, arguments, {"residual": again})
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -516,7 +555,7 @@ def test_compiles_whole(backend, dynamic, rows) -> None:
         with torch.autocast(DEVICE, torch.bfloat16):
             y, total = add_layer_norm((2.0 * x).bfloat16(), residual.sin(), weight, bias)
             y, total = add_layer_norm(y.sin(), total, weight, bias)
-            return layer_norm(y.float(), weight, bias)
+            return layer_norm(y.float(), weight, bias, residual=total)
 
     results = []
     for function in (block, torch.compile(block, fullgraph=True, backend=backend, dynamic=dynamic)):
@@ -609,6 +648,7 @@ def test_errors_name_the_argument() -> None:
         (lambda: layer_norm(x, w, b, eps=-1.0), "eps must not be negative, got -1.0"),
         (lambda: layer_norm(x, w, b, eps=math.nan), "eps must not be negative, got nan"),
         (lambda: add_layer_norm(x, r[:2], w, b), r"residual must have x's shape, \(3, 20\), got \(2, 20\)"),
+        (lambda: layer_norm(x, w, b, residual=r[:2]), r"residual must have x's shape, \(3, 20\), got \(2, 20\)"),
         (lambda: add_layer_norm(x, r.long(), w, b), r"\(residual\) computes in .* got torch.int64"),
         (lambda: add_layer_norm(x, r.to("meta"), w, b), "residual must have x's device"),
     ):

@@ -166,7 +166,9 @@ def erf_gelu(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tens
     return F.linear(F.gelu(F.linear(x, w_fc, b_fc)), w_proj, b_proj)
 
 
-def drops_the_stream(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def drops_the_stream(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, **_: bool
+) -> tuple[Tensor, Tensor | None]:
     """The gradient through the normalised value doesn't reach what came before x."""
     y, total = torch_norm(x, residual if residual is None else residual.detach(), weight, bias)
     return y, total if residual is None else x + residual
