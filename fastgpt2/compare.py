@@ -183,12 +183,13 @@ def mlp_problem(shape: tuple[int, int]) -> Problem:
     return Problem("mlp", shape, sizes, {"y": (rows, C)}, (torch_mlp,), scales, weights)
 
 
-def norm_problem(shape: tuple[int, int]) -> Problem:
-    """shape: rows, C."""
+def norm_problem(shape: tuple[int, int], *, last: bool = False) -> Problem:
+    """shape: rows, C. last: the norm where the stream ends."""
     rows, C = shape
     sizes = {"x": (rows, C), "residual": (rows, C), "weight": (C,), "bias": (C,)}
-    outputs = {"y": (rows, C), "sum": (rows, C)}
-    return Problem("norm", shape, sizes, outputs, (torch_norm,), master=("residual", "weight", "bias"))
+    outputs = {"y": (rows, C)} if last else {"y": (rows, C), "sum": (rows, C)}
+    master = ("residual", "weight", "bias")
+    return Problem("norm", shape, sizes, outputs, (torch_norm,), master=master, options={"last": True} if last else {})
 
 
 def loss_problem(shape: tuple[int, int, int]) -> Problem:
@@ -202,7 +203,7 @@ def loss_problem(shape: tuple[int, int, int]) -> Problem:
 
 
 def problems(device: torch.device | str) -> dict[str, Problem]:
-    """One for each slot: on a GPU GPT-2's channels and vocabulary, on a CPU what the interpreter can do."""
+    """By the form of a slot: on a GPU GPT-2's channels and vocabulary, on a CPU what the interpreter can do."""
     if torch.device(device).type == "cuda":
         rows, C, V, heads = 2000, 768, 50257, (2, 1000, 3, 64)
     else:
@@ -211,6 +212,7 @@ def problems(device: torch.device | str) -> dict[str, Problem]:
         "attention": attention_problem(heads),
         "mlp": mlp_problem((rows, C)),
         "norm": norm_problem((rows, C)),
+        "last norm": norm_problem((rows, C), last=True),
         "loss": loss_problem((rows, C, V)),
     }
 
@@ -277,6 +279,7 @@ def _results(
     with torch.autocast(device, compute if compute.itemsize == 2 else None, enabled=compute.itemsize == 2):
         outputs = op(*leaves, *rest, **problem.options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = tuple(y for y in outputs if y is not None)
     received = [g.to(y.dtype) for y, g in zip(outputs, upstream.values(), strict=True)]
     gradients = torch.autograd.grad(outputs, leaves, received)
     found = {name: y.detach() for name, y in zip(problem.outputs, outputs, strict=True)}

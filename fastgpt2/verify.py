@@ -254,15 +254,15 @@ class Checks:
 
 
 def error_row(
-    name: str, slot: str, ops: Ops, dtype: Dtype, device: str, seeds: Iterable[int] = range(SEEDS)
+    name: str, form: str, ops: Ops, dtype: Dtype, device: str, seeds: Iterable[int] = range(SEEDS)
 ) -> Row:
-    """Check 1 for a slot's implementation in a precision: the tensor and measure that use most of their budget."""
-    problem = problems(device)[slot]
+    """Check 1 of one of `problems` in a precision: the tensor and measure that use most of their budget."""
+    problem = problems(device)[form]
     began = time.perf_counter()
     with numerics(TrainConfig(dtype=dtype, deterministic=False)):  # in tf32 the peers multiply in TF32, too
-        table = error_and_budget(getattr(ops, slot), problem, TORCH_DTYPE[dtype], device, seeds)
+        table = error_and_budget(getattr(ops, problem.slot), problem, TORCH_DTYPE[dtype], device, seeds)
     worst = max(table, key=lambda key: table[key][0] / table[key][1])
-    return Row(f"{slot} {problem.shape}, {worst}", name, dtype, *table[worst], time.perf_counter() - began)
+    return Row(f"{form} {problem.shape}, {worst}", name, dtype, *table[worst], time.perf_counter() - began)
 
 
 def verify(device: str, steps: int = 100) -> list[Row]:
@@ -285,8 +285,9 @@ def verify(device: str, steps: int = 100) -> list[Row]:
             except ConfigError as error:
                 print(f"{name}, {dtype}: not checked: {error}", flush=True)
                 continue
-            if len(backend.choices) == 1:
-                add(error_row(name, next(iter(backend.choices)), ops, dtype, device))
+            for form, problem in problems(device).items():
+                if [problem.slot] == list(backend.choices):
+                    add(error_row(name, form, ops, dtype, device))
             add(checks.gradients(backend).check(name, ops, dtype))
             add(checks.losses(backend).check(backend, dtype))
             if cuda and dtype == "bfloat16":  # the precision that is trained in; compiling takes long

@@ -15,7 +15,7 @@ from fastgpt2 import GPT, ModelConfig
 from fastgpt2.attention import naive_attention
 from fastgpt2.config import PRESETS
 from fastgpt2.model import FLOPS_PER_TOKEN, parameter_count, saved_bytes
-from fastgpt2.ops import Ops, make_ops
+from fastgpt2.ops import NORM, Ops, make_ops
 
 pytestmark = pytest.mark.numeric
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=101)
@@ -99,6 +99,15 @@ def test_auto_is_pytorchs_form_but_for_the_loss(monkeypatch: pytest.MonkeyPatch)
     for capability, loss in (((9, 0), "triton"), ((8, 0), "triton"), ((7, 5), "chunked")):
         monkeypatch.setattr(launch, "capability", lambda _, c=capability: c)
         assert make_ops(device="cuda", dtype=torch.bfloat16)[1] == {**plain, "loss": loss}
+
+
+@pytest.mark.parametrize("name", NORM)
+def test_after_the_last_norm_there_is_no_stream(name: str) -> None:
+    norm, device = make_ops({"norm": name}, device=place(name))[0].norm, place(name)
+    x, residual, weight, bias = (torch.randn(size, device=device) for size in ((3, 16), (3, 16), 16, 16))
+    y, total = norm(x, residual, weight, bias)
+    last, nothing = norm(x, residual, weight, bias, last=True)
+    assert torch.equal(last, y) and torch.equal(total, x + residual) and nothing is None
 
 
 @pytest.mark.parametrize("attention", EVERY)

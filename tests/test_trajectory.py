@@ -174,6 +174,10 @@ def drops_the_stream(
     return y, total if residual is None else x + residual
 
 
+def loses_some_of_the_stream(x: Tensor, residual: Tensor, *rest: Tensor, last: bool) -> tuple[Tensor, Tensor | None]:
+    return torch_norm(x, 0.99 * residual, *rest, last=last)
+
+
 def predicts_padding(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int) -> Tensor:
     return torch_loss(hidden, weight, targets, vocab_size=weight.size(0) - 1)
 
@@ -216,10 +220,17 @@ def test_the_loss_check_rejects_a_mask_off_by_one(checks: Checks, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("slot", "op"), [("mlp", erf_gelu), ("mlp", detached_bias), ("norm", drops_the_stream), ("loss", predicts_padding)]
+    ("form", "op"),
+    [
+        ("mlp", erf_gelu),
+        ("mlp", detached_bias),
+        ("norm", drops_the_stream),
+        ("last norm", loses_some_of_the_stream),
+        ("loss", predicts_padding),
+    ],
 )
-def test_the_error_check_rejects_planted_faults(slot: str, op: Callable[..., Tensor]) -> None:
-    row = error_row("fault", slot, Ops(**{slot: op}), "float32", DEVICE)
+def test_the_error_check_rejects_planted_faults(form: str, op: Callable[..., Tensor]) -> None:
+    row = error_row("fault", form, Ops(**{form.split()[-1]: op}), "float32", DEVICE)
     assert row.error > 4 * row.budget, row
 
 
