@@ -83,7 +83,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resident if sys.platform == "darwin" else resident * 1024
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 """Parameters of glibc's mallopt, by the numbers that malloc.h gives them."""
 
 
@@ -92,10 +92,24 @@ def keep_freed_memory() -> bool:
 
     glibc maps a large block anew each time and unmaps it when it is freed: then each 4 KB of every gradient and
     activation is a page fault in every step. PyTorch asks the kernel for pages of 2 MB if its variable says so before
-    its first tensor is made; what the user has set stands. Both hold for the process from now on.
+    its first tensor is made; what the user has set stands. The variable holds for the process from now on, the rest
+    until give_back_freed_memory.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    return _mallopt({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1})
+
+
+def give_back_freed_memory() -> None:
+    """Undo keep_freed_memory: the system gets what has been freed, and large blocks are mapped again.
+
+    glibc adjusts its thresholds to what a program frees until the program sets one, and never after. These are the
+    highest that it would come to: blocks of 32 MB, and twice that at the top of the heap.
+    """
+    if _mallopt({_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 2**25, _M_TRIM_THRESHOLD: 2**26}):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _mallopt(values: dict[int, int]) -> bool:
+    """Set glibc's parameters; False where the C library isn't glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    return mallopt is not None and all(
-        mallopt(parameter, value) == 1 for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1))
-    )
+    return mallopt is not None and all(mallopt(parameter, value) == 1 for parameter, value in values.items())

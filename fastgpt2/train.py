@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastgpt2 import checkpoint
 from fastgpt2.config import TrainConfig, read_toml, to_arguments
-from fastgpt2.device import device_name, peak_flops, peak_memory_bytes
+from fastgpt2.device import device_name, give_back_freed_memory, peak_flops, peak_memory_bytes, pick_device
 from fastgpt2.durable import OutputError, write_text
 from fastgpt2.evaluate import evaluate
 from fastgpt2.metrics import JsonLines, Meter, NonFiniteLossError
@@ -90,8 +90,13 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> TrainResult:
         NonFiniteLossError: the loss became infinite or NaN; the message names the step and what to try.
         OutputError: a checkpoint or a record can't be written, as on a full disk; the last good checkpoint is kept.
     """
-    with numerics(config):
-        return _train(config, reporter or Reporter())
+    device = pick_device(config.device)
+    try:
+        with numerics(config):
+            return _train(config, reporter or Reporter())
+    finally:
+        if device.type == "cpu":
+            give_back_freed_memory()
 
 
 def _train(config: TrainConfig, reporter: Reporter) -> TrainResult:

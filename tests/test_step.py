@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import os
+import resource
 import subprocess
 import sys
 import weakref
@@ -373,17 +374,43 @@ print(sum(of_steps[1:]))
 """
 
 
-def test_a_step_on_a_cpu_reuses_the_memory_of_the_step_before() -> None:
+def kept_and_given_back(program: str) -> dict[str, int]:
+    """What a program prints where the memory that is freed is kept, and where it is given back."""
     # An earlier test's run in this process has asked for large pages, which a child would inherit.
     environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
-    faults = {}
-    for how in ("kept", "given back"):
-        program = [sys.executable, "-c", FAULTS, how]
-        done = subprocess.run(program, capture_output=True, text=True, check=True, env=environment)
-        faults[how] = int(done.stdout)
+    command = [sys.executable, "-c", program]
+    return {
+        how: int(subprocess.run([*command, how], capture_output=True, text=True, check=True, env=environment).stdout)
+        for how in ("kept", "given back")
+    }
+
+
+def test_a_step_on_a_cpu_reuses_the_memory_of_the_step_before() -> None:
+    faults = kept_and_given_back(FAULTS)
     # Two gradients and a chunk of logits, of 13 MB and more each, in pages of 4 KB, in each of five steps. The kernel
     # may take a page back, or hand out a large one, at any time: 61 times as many were seen.
     assert 10 * faults["kept"] < faults["given back"], faults
+
+
+RESIDENT = """
+import sys
+from pathlib import Path
+import torch
+import fastgpt2.train
+from fastgpt2.config import TrainConfig
+if sys.argv[1] == "kept":
+    fastgpt2.train.give_back_freed_memory = lambda: None
+torch.set_num_threads(1)
+fastgpt2.train(TrainConfig(model="tiny", vocab_size=50257, batch_size=4, device="cpu", steps=1, loss="torch"))
+torch.ones(2**25)
+print(Path("/proc/self/statm").read_text().split()[1])
+"""
+
+
+def test_what_a_run_on_a_cpu_freed_goes_back_to_the_system() -> None:
+    pages = kept_and_given_back(RESIDENT)
+    # The logits, their gradient and what the loss makes of them are 51 MB each, what is made after the run 134.
+    assert (pages["kept"] - pages["given back"]) * resource.getpagesize() > 2 * 51e6, pages
 
 
 # ------------------------------------------------------------------------------------------------ compiled
