@@ -154,6 +154,17 @@ def test_every_length(shape, tile, causal, tiles) -> None:
     assert_right(functools.partial(flash, causal=causal), lambda seed: inputs(shape, seed=seed), causal=causal)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter looks constants up when it runs, the compiler doesn't")
+@pytest.mark.parametrize("group", [0, 2])
+def test_groups_of_heads_change_nothing(group, tiles, monkeypatch) -> None:
+    """5 heads of 2 tiles: the last group is cut. Where not even one head fits in L2, a group is one."""
+    tiles(16, 16)
+    args = inputs((1, 20, 5, 16))
+    in_one_group = packed(*args)
+    monkeypatch.setattr(attention, "L2_BYTES", tl.constexpr(group * 2 * args[1][:, :, 0].nbytes))
+    assert_same(packed(*args), in_one_group)
+
+
 @pytest.mark.parametrize("arch", architectures())
 @pytest.mark.parametrize(("precision", "D"), [("bfloat16", 64), ("bfloat16", 128), ("tf32", 128)])
 def test_shipped_tiles(arch, precision, D, monkeypatch) -> None:
@@ -263,6 +274,16 @@ def test_peaked_logits_in_documents(tiles) -> None:
     documents = bounds(49, (14, 33))
     make = lambda seed: inputs((1, 49, 2, 32), seed=seed, gain=50.0)  # noqa: E731
     assert_right(functools.partial(packed, documents=documents), make, documents=documents)
+
+
+@pytest.mark.parametrize("documents", [None, bounds(33, range(33))], ids=["first token", "documents"])
+def test_a_key_alone_has_all_the_weight_however_low_its_logit(documents, tiles) -> None:
+    """The running maximum begins below it."""
+    tiles(16, 16)
+    _, _, v, do = inputs((1, 1 if documents is None else 33, 2, 16))
+    q = torch.full_like(v, 64.0)
+    o, _, _, dv = packed(q, -q, v, do, documents=documents)
+    torch.testing.assert_close((o, dv), (v, do), rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize("fault", ["ignored", "begins late", "begins early", "ends early", "of another row"])
@@ -522,6 +543,14 @@ def test_one_tensor_for_all_three_compiles(tiles) -> None:
     compiled = torch.compile(lambda x: flash_attention(x, x, x).square().sum(), fullgraph=True, backend="aot_eager")
     results = [torch.autograd.grad(f(x), x)[0] for f in (lambda x: flash_attention(x, x, x).square().sum(), compiled)]
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_autocast_hands_over_what_it_hands_to_a_matmul(dtype) -> None:
+    x = torch.ones(1, 1, dtype=dtype, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert launch.autocast_dtype(x) == launch.autocast_dtype(x.half(), dtype) == (x @ x).dtype
+    assert launch.autocast_dtype(x) == dtype
 
 
 def test_autocast_leaves_integers_alone_and_they_are_refused(tiles) -> None:

@@ -366,7 +366,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-@pytest.mark.parametrize("names", ["x residual", "dy dtotal"])
+@pytest.mark.parametrize("names", ["x residual", "dy dtotal", "x", "residual", "dy", "dtotal"])
 def test_layouts_change_nothing(names, kind, rows) -> None:
     rows(4)
     c = case((2, 5, 20))

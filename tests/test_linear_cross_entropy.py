@@ -162,6 +162,16 @@ def test_odd_shapes(N, V, padded, implementation) -> None:
     assert_right(compute, make, vocab_size=V, slow=interpreted(implementation))
 
 
+@every_implementation
+def test_a_large_vocabulary_in_16_bits(implementation) -> None:
+    """Several blocks of vocabulary rows, each added to the float32 gradient by itself."""
+    size = (11, 2500, 2560, 16)
+    assert size[2] > 2 * driver.PRODUCT_ROWS
+    make = lambda seed: inputs(size, torch.bfloat16, seed=seed)  # noqa: E731
+    compute = functools.partial(ours, implementation=implementation)
+    assert_right(compute, make, vocab_size=size[1], slow=interpreted(implementation))
+
+
 @pytest.mark.parametrize("V", [1, 7, 16, 17, 33, 64, 65])
 def test_the_ends_of_the_kernels_blocks(V, monkeypatch) -> None:
     """Blocks of 16 columns: none whole, some whole, a vocabulary that ends within, at and before the end of one."""
@@ -194,10 +204,11 @@ def test_extreme_logits(dtype, reduction, implementation) -> None:
 
 
 @every_implementation
-def test_small_losses_keep_their_digits(implementation) -> None:
-    """Targets that win by a little at logits of 30,000: log-sum-exp minus logit would round to nothing."""
+@pytest.mark.parametrize("logit", [30_000.0, -30_000.0])
+def test_small_losses_keep_their_digits(logit, implementation) -> None:
+    """Targets that win by a little at large logits: log-sum-exp minus logit would round to nothing."""
     hidden = torch.ones(4, 1, device=DEVICE)
-    weight = torch.full((8, 1), 30_000.0, device=DEVICE)
+    weight = torch.full((8, 1), logit, device=DEVICE)
     weight[3] += 6.0
     losses = linear_cross_entropy(hidden, weight, torch.full((4,), 3, device=DEVICE), reduction="none",
                                   implementation=implementation)  # fmt: skip
@@ -420,6 +431,30 @@ def test_hidden_and_targets_of_any_layout(implementation) -> None:
 
 
 @every_implementation
+def test_targets_and_upstream_of_any_stride(implementation) -> None:
+    """One dimension too, which the public function passes on as it lies."""
+    hidden, weight, targets, upstream = inputs(reduction="none")
+    options = (hidden.dtype, SMALL[1], -100, implementation == "triton", THREE_CHUNKS * 4, True, True)
+    results = []
+    for t, u in ((targets, upstream), (torch.stack((targets, targets), 1)[:, 0], torch.stack((upstream, upstream), 1)[:, 0])):
+        losses, lse, *gradients = linear_cross_entropy_forward(hidden, weight, t, *options)
+        results.append((losses, *gradients, *linear_cross_entropy_backward(u, lse, hidden, weight, t, *options)))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_backward_is_outside_the_callers_autocast(dtype, implementation) -> None:
+    args = inputs(dtype=dtype, reduction="none")
+    leaves = [x.requires_grad_() for x in args[:2]]
+    losses = linear_cross_entropy(*leaves, args[2], vocab_size=SMALL[1], reduction="none", implementation=implementation)
+    outside = torch.autograd.grad(losses, leaves, args[3], retain_graph=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        inside = torch.autograd.grad(losses, leaves, args[3])
+    assert all(torch.equal(x, y) for x, y in zip(inside, outside, strict=True))
+
+
+@every_implementation
 def test_ignored_rows_may_have_any_upstream_gradient(implementation) -> None:
     hidden, weight, targets, upstream = inputs(reduction="none")
     options = {"vocab_size": SMALL[1], "reduction": "none", "implementation": implementation}
@@ -430,10 +465,11 @@ def test_ignored_rows_may_have_any_upstream_gradient(implementation) -> None:
 
 @every_implementation
 @every_reduction
-@pytest.mark.parametrize("scale", [1e-12, 0.0, 1e12])
+@pytest.mark.parametrize("scale", [1e-12, 0.0, 1e12, -1e12])
 def test_small_and_large_upstream_gradients_survive_16_bits(scale, reduction, implementation) -> None:
     """Under autocast to float16 the weight's gradient is float32: the upstream gradient must not pass float16."""
     hidden, weight, targets, upstream = inputs(reduction=reduction)
+    upstream = upstream.abs()
     options = {"vocab_size": SMALL[1], "reduction": reduction}
     with torch.autocast(DEVICE, torch.float16):
         _, dhidden, dweight = ours(hidden, weight, targets, upstream * scale, implementation=implementation, **options)

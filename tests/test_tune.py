@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is published for Linux")
 
-from kernels import inspect, tune
+from kernels import inspect, tune, tuning
 from kernels.tune import Key, LaunchConfig, Options, choose, configurations, read, serialize, updated
 from kernels.tuning import TABLES, architectures
 
@@ -50,6 +50,13 @@ def run(out: Path, reports: dict, times: dict, **options: Any) -> tuple[list[str
 @pytest.mark.parametrize("path", sorted(TABLES.glob("*.json")), ids=lambda path: path.stem)
 def test_tables_are_kept_as_the_tuner_writes_them(path) -> None:
     assert serialize(json.loads(path.read_text())) == path.read_text()
+
+
+def test_the_smallest_size_that_is_no_smaller_serves(monkeypatch) -> None:
+    listed = {("op", "float32", 64): SMALL, ("op", "float32", 128): LARGE, ("op", "bfloat16", 96): MIDDLE}
+    monkeypatch.setattr(tuning, "configurations", lambda table: listed)
+    served = [tuning.configuration.__wrapped__("table", "op", "float32", size) for size in (1, 64, 65, 128, 129)]
+    assert served == [SMALL, SMALL, LARGE, LARGE, LARGE]
 
 
 def test_the_fastest_is_chosen() -> None:
