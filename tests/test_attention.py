@@ -154,15 +154,28 @@ def test_every_length(shape, tile, causal, tiles) -> None:
     assert_right(functools.partial(flash, causal=causal), lambda seed: inputs(shape, seed=seed), causal=causal)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter looks constants up when it runs, the compiler doesn't")
-@pytest.mark.parametrize("group", [0, 2])
-def test_groups_of_heads_change_nothing(group, tiles, monkeypatch) -> None:
-    """5 heads of 2 tiles: the last group is cut. Where not even one head fits in L2, a group is one."""
-    tiles(16, 16)
-    args = inputs((1, 20, 5, 16))
-    in_one_group = packed(*args)
-    monkeypatch.setattr(attention, "L2_BYTES", tl.constexpr(group * 2 * args[1][:, :, 0].nbytes))
-    assert_same(packed(*args), in_one_group)
+@triton.jit
+def _note_place(places_ptr, T, H, LAST_FIRST: tl.constexpr):
+    """Where a program of 4096 rows of 128 float32 is at work."""
+    batch, head, row = attention._place(T, H, 128, 4096, 4, LAST_FIRST)
+    place = places_ptr + 3 * tl.program_id(0)
+    tl.store(place, batch)
+    tl.store(place + 1, head)
+    tl.store(place + 2, row)
+
+
+@pytest.mark.parametrize("last_first", [True, False])
+@pytest.mark.parametrize(("T", "group"), [(5000, 3), (8192, 2), (20_000, 1), (1000, 8)])
+def test_heads_in_groups_that_fit_in_l2(T, group, last_first) -> None:
+    """16,384 rows of k and v fit: every tile of every head once, a group's first tiles before its second."""
+    B, H, rows = 2, 4, range(0, T, 4096)
+    places = torch.zeros((B * H * len(rows), 3), dtype=torch.int64, device=DEVICE)
+    _note_place[(len(places),)](places, T, H, last_first)
+    heads = [(b, h) for b in range(B) for h in range(H)]
+    order = [*reversed(rows)] if last_first else rows
+    assert places.tolist() == [
+        [b, h, row] for first in range(0, B * H, group) for row in order for b, h in heads[first : first + group]
+    ]
 
 
 @pytest.mark.parametrize("arch", architectures())

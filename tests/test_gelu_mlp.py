@@ -32,7 +32,7 @@ from kernels import gelu_mlp
 from kernels.tuning import LaunchConfig, architectures, configuration, configurations
 
 module = importlib.import_module("kernels.gelu_mlp")
-reference = module.gelu_mlp_reference
+reference, place = module.gelu_mlp_reference, module._place
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("y", "dx", "dw_fc", "db_fc", "dw_proj", "db_proj")
@@ -169,14 +169,25 @@ def test_gpt2s_channels_and_odd_rows(shape, way, monkeypatch) -> None:
     assert_right(ours, lambda seed: inputs(shape, seed=seed))
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter looks constants up when it runs, the compiler doesn't")
-def test_groups_of_row_tiles_change_nothing(way, monkeypatch) -> None:
-    """3 row tiles by 2 columns: the last group is cut."""
-    tensors = inputs((70, 24, 72, 16))
-    in_one_group = ours(*tensors)
-    monkeypatch.setattr(module, "GROUP", tl.constexpr(2))
-    for mine, theirs in zip(ours(*tensors), in_one_group, strict=True):
-        assert torch.equal(mine, theirs)
+@triton.jit
+def _note_place(places_ptr, M, HIDDEN):
+    row, column = place(tl.program_id(0), M, HIDDEN, 32, 64)
+    tl.store(places_ptr + 2 * tl.program_id(0), row)
+    tl.store(places_ptr + 2 * tl.program_id(0) + 1, column)
+
+
+@pytest.mark.parametrize("row_tiles", [1, 8, 9, 19])
+def test_groups_of_eight_row_tiles_take_all_columns(row_tiles) -> None:
+    """Every tile once, the last group cut."""
+    M, HIDDEN = 32 * row_tiles - 5, 150
+    places = torch.zeros((3 * row_tiles, 2), dtype=torch.int32, device=DEVICE)
+    _note_place[(len(places),)](places, M, HIDDEN)
+    assert places.tolist() == [
+        [row, column]
+        for first in range(0, M, 8 * 32)
+        for column in range(0, HIDDEN, 64)
+        for row in range(first, min(first + 8 * 32, M), 32)
+    ]
 
 
 @pytest.mark.parametrize("shape", [(150, 128, 576, 192), (150, 96, 528, 80)], ids=["aligned", "odd"])
