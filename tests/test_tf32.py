@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is published for Linux")
 
 from fastgpt2 import TrainConfig, run, train
+from fastgpt2.verify import Backend
 
 PRODUCTS = {
     "kernels.attention": {"_attend", "_gather_dq", "_gather_dkdv"},
@@ -21,7 +22,7 @@ PRODUCTS = {
 """The functions that multiply, by module."""
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter looks helpers up when it runs, the compiler doesn't")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the compiler doesn't look helpers up when a kernel runs")
 @pytest.mark.parametrize(("dtype", "products"), [("tf32", ("tf32", "high")), ("float32", ("ieee", "highest"))])
 def test_every_product_is_in_the_runs_precision(dtype, products, monkeypatch) -> None:
     """Triton's as they are told, PyTorch's by its global setting; a CPU is taken for a GPU that has tf32."""
@@ -45,3 +46,9 @@ def test_every_product_is_in_the_runs_precision(dtype, products, monkeypatch) ->
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 16, "vocab_size": 16, "batch_size": 1, "steps": 1}
     train(TrainConfig(**shape, device="cpu", dtype=dtype, attn="triton", mlp="triton"))
     assert seen == {(function, *products) for functions in PRODUCTS.values() for function in functions}
+
+
+@pytest.mark.parametrize("dtype", ["tf32", "float32"])
+def test_verify_tells_the_kernels(dtype) -> None:
+    ops = Backend("ours", {"attention": "triton", "mlp": "triton"}).ops("cpu", dtype)
+    assert ops.attention.keywords == ops.mlp.keywords == {"allow_tf32": dtype == "tf32"}
