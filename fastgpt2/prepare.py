@@ -32,6 +32,7 @@ from rich.table import Table
 from fastgpt2.config import ConfigError
 from fastgpt2.console import run_command
 from fastgpt2.data import META_NAME, count_tokens, unigram_entropy, write_shard
+from fastgpt2.durable import sync
 from fastgpt2.tokenizer import ByteTokenizer, Gpt2Tokenizer, Tokenizer, copy_bpe_files
 
 SHARD_TOKENS = 100_000_000
@@ -360,11 +361,15 @@ def _shard_files(out: Path) -> list[Path]:
 
 def _publish(aside: Path, out: Path) -> None:
     """Move the finished files into place, meta.json first: it lists the shards, so that a folder that still
-    lacks some is refused rather than trained on."""
+    lacks some is refused rather than trained on. That holds after a power cut, too."""
+    finished = sorted(aside.iterdir(), key=lambda p: p.name != META_NAME)
+    for path in finished:
+        sync(path)
     for old in _shard_files(out):
         old.unlink()
-    for path in sorted(aside.iterdir(), key=lambda p: p.name != META_NAME):
+    for path in finished:
         os.replace(path, out / path.name)
+        sync(out)
 
 
 def _progress(console: Console) -> Progress:

@@ -27,7 +27,7 @@ FASTGPT2 = {
     "checkpoint": {"config", "durable"},
     "metrics": {"config", "device", "durable"},
     "tokenizer": {"config", "data"},
-    "prepare": {"config", "console", "data", "tokenizer"},
+    "prepare": {"config", "console", "data", "durable", "tokenizer"},
     "device": {"config"},
     "pretrained": {"checkpoint", "model"},
     "evaluate": {"config", "console", "data", "device", "pretrained"},

@@ -213,6 +213,23 @@ def test_every_form_traces_whole(op, documents, monkeypatch) -> None:
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("op", [sdpa_attention, cudnn_attention], ids=lambda f: f.__name__)
+def test_pytorchs_own_kernels_are_told_mask_and_dropout(op, monkeypatch) -> None:
+    told = []
+
+    def answer(q: Tensor, k: Tensor, v: Tensor, **options: object) -> Tensor:
+        told.append(options)
+        return v
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", answer)
+    documents, qkv = document_bounds(tokens(40, *OPENINGS["several"]), END), torch.randn(2, 40, 3, 2, 16, device=DEVICE)
+    assert torch.equal(op(qkv, 0.25, documents), qkv[:, :, 2])
+    mask = told[0].pop("attn_mask")
+    assert torch.equal(mask, attention.visible(40, documents, qkv.device))
+    op(qkv)
+    assert told == [{"dropout_p": 0.25, "is_causal": False}, {"attn_mask": None, "dropout_p": 0.0, "is_causal": True}]
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="says what happens without a GPU")
 def test_cudnn_never_falls_back() -> None:
     with pytest.raises(RuntimeError, match=r"[Nn]o (available|viable)|kernel"):
@@ -239,6 +256,7 @@ def test_unsupported_says_what_works(monkeypatch) -> None:
     assert "no dropout, got 0.1" in str(unsupported("flex", cuda, bf16, 64, 0.1))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
     assert "cuDNN 91300 has no dropout" in str(unsupported("cudnn", cuda, bf16, 64, 0.1))
+    assert unsupported("cudnn", cuda, bf16, 64, 0.0) is None
     torch.use_deterministic_algorithms(True)
     try:
         assert "deterministic" in str(unsupported("cudnn", cuda, bf16, 64, 0.0))

@@ -112,6 +112,15 @@ def test_auto_is_what_was_faster_on_this_gpu_in_this_precision(gpu: Any) -> None
     assert make_ops(device="cpu", dtype=torch.bfloat16)[1] == {**PLAIN, "loss": "chunked"}
 
 
+def test_auto_tells_tf32_from_float32(gpu: Any, tmp_path: Path) -> None:
+    gpu([])
+    faster = {"float32": {"slots": {"mlp": ["triton"]}}, "tf32": {"slots": {"attention": ["triton"]}}}
+    (tmp_path / "auto.json").write_text(json.dumps({"devices": {GPU: faster}}))
+    chosen = {tf32: make_ops(device="cuda", dtype=torch.float32, tf32=tf32)[1] for tf32 in (False, True)}
+    loss = {"loss": "triton"}
+    assert chosen == {False: {**PLAIN, "mlp": "triton", **loss}, True: {**PLAIN, "attention": "triton", **loss}}
+
+
 def test_auto_falls_back_on_another_gpu_and_where_the_winner_cannot_run(gpu: Any) -> None:
     gpu([make_record()], name="NVIDIA H100 PCIe")
     assert make_ops(device="cuda", dtype=torch.bfloat16)[1] == {**PLAIN, "loss": "triton"}

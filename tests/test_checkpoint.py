@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 from fastgpt2 import ConfigError, TrainConfig, checkpoint, train
 from fastgpt2.durable import OutputError, write_text
@@ -176,6 +179,36 @@ def test_settings_that_are_not_the_saved_ones_are_named(out: Path) -> None:
     assert "not as it was saved: --steps 7 (was 6), --lr 0.03 (was 0.01)" in notes.texts
 
 
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"dropout": 0.25}, "--dropout 0.25 (was 0.1)"),
+        ({"document_mask": True, "end_of_text": 3}, "--document-mask True (was False), --end-of-text 3 (was None)"),
+    ],
+)
+def test_what_no_tensor_depends_on_may_be_changed(out: Path, changes: dict[str, object], note: str) -> None:
+    notes = Notes()
+    model = train(with_(out, steps=7, resume=True, **changes), notes).model
+    assert model.config.dropout == changes.get("dropout", 0.1)
+    assert model.config.end_of_text == changes.get("end_of_text")
+    assert any(text.startswith("not as it was saved: ") and note in text for text in notes.texts)
+
+
+def test_the_generator_of_the_runs_gpu_is_saved_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU's memory for a GPU's and a generator that is a table."""
+    gpu, generators = torch.device("cuda:1"), {}
+    run = build(with_(tmp_path))
+    run.step(0, run.next_tokens(0))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": torch.tensor([device == gpu, 7]).byte())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device="cuda": generators.update({device: state}))
+    monkeypatch.setattr(run.model, "parameters", lambda: iter([mock.Mock(device=gpu)]))
+    read = checkpoint._read_tensors
+    monkeypatch.setattr(checkpoint, "_read_tensors", lambda path, device: read(path, "cpu"))
+    saved = checkpoint.save(tmp_path, 1, run.config, run.model, run.optimizer, run.scaler)
+    checkpoint.restore(saved, run.model, run.optimizer, run.scaler, gpu)
+    assert {device: state.tolist() for device, state in generators.items()} == {gpu: [1, 7]}
+
+
 def test_a_checkpoint_from_before_there_were_sums_is_resumed_with_a_note(out: Path) -> None:
     state = step(out, 6) / "state.json"
     (step(out, 6) / checkpoint.SUMS).unlink()
@@ -313,6 +346,61 @@ def test_leftovers_are_removed_by_a_resume_and_by_a_save(out: Path) -> None:
     leave()
     train(with_(out, steps=7, resume=True))
     assert names(out) == ["step-00000006", "step-00000007"]
+
+
+# ---------------------------------------------------------------------------------------------- power cuts
+
+
+def save_a_checkpoint(folder: Path) -> None:
+    run = build(with_(folder / "run"))
+    run.step(0, run.next_tokens(0))
+    checkpoint.save(folder / "run", 1, run.config, run.model, run.optimizer, run.scaler)
+
+
+def prepare_shards(folder: Path) -> None:
+    prepare = pytest.importorskip("fastgpt2.prepare", reason="preparing data needs tyro and rich")
+    (folder / "text.txt").write_text("Some words. " * 100)
+    prepare.prepare(prepare.PrepareConfig(sources=(folder / "text.txt",), out=folder / "run", tokenizer="byte"))
+
+
+@pytest.mark.parametrize(
+    ("write", "names"),
+    [
+        (lambda folder: write_text(folder / "run" / "text", "text"), {"text"}),
+        (lambda folder: JsonLines(folder / "run" / "metrics.jsonl").close(), {"metrics.jsonl"}),
+        (save_a_checkpoint, {"step-00000001"}),
+        (prepare_shards, {"meta.json", "train_000000.bin", "val_000000.bin"}),
+    ],
+    ids=["text", "records", "checkpoint", "shards"],
+)
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    write: Callable[[Path], None], names: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its name before the call returns. Contents and entries are told by their inodes."""
+    out = tmp_path / "run"
+    out.mkdir()
+    named: dict[str, Path] = {}
+    on_disk: set[int] = set()
+    sync, replace = os.fsync, os.replace
+
+    def missing(*paths: Path) -> set[str]:
+        return {path.name for path in paths if path.stat().st_ino not in on_disk}
+
+    def fsync(descriptor: int) -> None:
+        sync(descriptor)
+        on_disk.add(os.fstat(descriptor).st_ino)
+
+    def rename(old: Path, new: Path) -> None:
+        assert missing(old, *old.rglob("*")) == set()
+        replace(old, new)
+        named[new.name] = new.parent
+        on_disk.discard(new.parent.stat().st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    write(tmp_path)
+    assert set(named) == names
+    assert missing(out, *named.values()) == set()
 
 
 # ---------------------------------------------------------------------------------------------- full disks

@@ -25,9 +25,9 @@ pytestmark = pytest.mark.numeric
 
 
 def text(*shape: int) -> Tensor:
-    """Tokens of which one is everywhere and some are nowhere, as in text."""
+    """Tokens of which one is everywhere and some are nowhere, as in text; token 0 is among them."""
     tokens = torch.randint(ROWS - 10, shape, generator=generator())
-    return torch.where(tokens % 3 == 0, 7, tokens).to(DEVICE)
+    return torch.where(tokens % 3 == 1, 7, tokens).to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -42,7 +42,7 @@ def test_the_same_bits_as_pytorchs(dtype: torch.dtype) -> None:
         results.append((y, leaf.grad))
     for theirs, ours in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
-    assert results[1][1][7].abs().sum() > 0 and results[1][1][-1].abs().sum() == 0
+    assert results[1][1][[0, 7]].abs().sum(-1).all() and results[1][1][-1].abs().sum() == 0
 
 
 def test_derivatives_of_both_orders() -> None:

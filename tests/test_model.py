@@ -15,7 +15,7 @@ from fastgpt2 import GPT, ModelConfig
 from fastgpt2.attention import naive_attention
 from fastgpt2.config import PRESETS
 from fastgpt2.model import FLOPS_PER_TOKEN, parameter_count, saved_bytes
-from fastgpt2.ops import NORM, Ops, make_ops
+from fastgpt2.ops import NORM, Ops, make_ops, torch_loss
 
 pytestmark = pytest.mark.numeric
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=101)
@@ -28,10 +28,10 @@ def place(attention: str) -> str:
     return "cuda" if attention == "triton" and torch.cuda.is_available() else "cpu"
 
 
-def make(config: ModelConfig = SMALL, attention: str = "naive", seed: int = 0) -> GPT:
+def make(config: ModelConfig = SMALL, attention: str = "naive", seed: int = 0, loss: str = "auto") -> GPT:
     torch.manual_seed(seeds.first + seed)
-    device = place(attention)
-    return GPT(config, make_ops({"attention": attention}, device=device, head_dim=config.head_dim)[0]).to(device)
+    device, choices = place(attention), {"attention": attention, "loss": loss}
+    return GPT(config, make_ops(choices, device=device, head_dim=config.head_dim)[0]).to(device)
 
 
 def batch(config: ModelConfig = SMALL, B: int = 3, T: int | None = None, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,8 @@ def test_initialisation() -> None:
             assert not p.any(), name
         else:
             expected = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
-            values = p[: config.vocab_size] if name == "wte.weight" else p
+            values, padding = p.split([config.vocab_size, 84]) if name == "wte.weight" else (p, p.new_zeros(1))
+            assert not padding.any()
             # The deviation of n draws is known to 1/sqrt(2n): n >= 16384 here, so 4% is over 7 sigma.
             assert abs(values.std().item() / expected - 1) < 0.04, name
             assert abs(values.mean().item()) < 6 * expected / math.sqrt(values.numel()), name
@@ -167,8 +168,9 @@ def test_a_document_at_the_start_of_a_row_is_what_it_is_alone() -> None:
     torch.testing.assert_close(model(tokens)[:, :9], alone, rtol=0, atol=1e-12)
 
 
-def test_loss_is_the_hand_computed_mean_over_the_real_vocabulary() -> None:
-    model = make().double()
+@pytest.mark.parametrize("loss", ["torch", "chunked"])
+def test_loss_is_the_hand_computed_mean_over_the_real_vocabulary(loss: str) -> None:
+    model = make(loss=loss).double()
     with torch.no_grad():  # what stands in the padding must not matter
         model.wte.weight[SMALL.vocab_size :] = 7.0
     inputs, targets = batch()
@@ -182,14 +184,27 @@ def test_loss_is_the_hand_computed_mean_over_the_real_vocabulary() -> None:
     assert model(inputs, targets).item() == pytest.approx(total / 72, rel=1e-12)
 
 
-def test_padded_rows_get_no_gradient() -> None:
-    model = make()
+@pytest.mark.parametrize("loss", ["torch", "chunked"])
+def test_padded_rows_get_no_gradient(loss: str) -> None:
+    model = make(loss=loss)
     assert SMALL.padded_vocab_size == 128
     model(*batch()).backward()
     gradient = model.wte.weight.grad
     assert gradient is not None
     assert not gradient[SMALL.vocab_size :].any()
     assert gradient[: SMALL.vocab_size].abs().sum(-1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_plain_loss_is_computed_in_float32_at_least(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, 16, generator=generator, dtype=torch.float64) for shape in ((2, 9), (40,)))
+    targets = torch.randint(40, (2, 9), generator=generator)
+    loss = torch_loss(hidden.to(dtype), weight.to(dtype), targets, vocab_size=40)
+    wide = torch.promote_types(dtype, torch.float32)
+    logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype)).to(wide)
+    expected = (logits.logsumexp(-1) - logits.gather(-1, targets[..., None])[..., 0]).mean()
+    torch.testing.assert_close(loss, expected)
 
 
 def test_dropout_in_training_only() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import math
 import os
 import resource
 import subprocess
@@ -29,6 +30,7 @@ from fastgpt2.optim import make_optimizer
 from fastgpt2.pretrained import load_run
 from fastgpt2.run import Run, activation_bytes, build, lean_inductor, numerics, settle
 from fastgpt2.train import Reporter, _notes, train
+from tests.played_cuda import PlayedCuda
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -194,6 +196,70 @@ def test_another_gpu_than_the_current_one_computes_the_same(slots: str) -> None:
     assert first == second and torch.cuda.current_device() == 0
 
 
+# ------------------------------------------------------------------------------------------------ float16
+
+
+@pytest.fixture
+def everything_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 and a CUDA graph, too, which the trainer refuses there."""
+    monkeypatch.setattr("fastgpt2.run.settle", lambda config: (config.resolve(cuda=False), torch.device("cpu")))
+
+
+class Overflow(Reporter):
+    """Makes a gradient infinite in one step, counted from 1 in this process; keeps scale and weights after each."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.scales, self.weights = at, [], []  # type: ignore[var-annotated]
+
+    def started(self, run: Run) -> None:
+        self.run, self.bias = run, run.parameters[-1]
+        self.bias.register_hook(lambda gradient: gradient * (math.inf if len(self.scales) + 1 == self.at else 1.0))
+
+    def stepped(self, done: int) -> None:
+        self.scales.append(self.run.scaler.get_scale())
+        self.weights.append(self.bias.detach().clone())
+
+
+@pytest.mark.usefixtures("everything_on_a_cpu")
+def test_float16_alone_is_scaled() -> None:
+    scales = {dtype: build(tiny(dtype=dtype)).scaler.get_scale() for dtype in ("float32", "bfloat16", "float16")}
+    assert scales == {"float32": 1.0, "bfloat16": 1.0, "float16": 2.0**16}
+
+
+@pytest.mark.usefixtures("everything_on_a_cpu")
+@pytest.mark.parametrize("grad_clip", [0.0, 0.05])
+def test_the_norm_and_the_gradients_of_float16_are_those_without_a_scale(grad_clip: float) -> None:
+    norms = []
+    for dtype in ("float32", "float16"):
+        run = build(tiny(dtype=dtype, grad_clip=grad_clip))
+        _, norm = run.step(0, run.next_tokens(0), want_norm=True)
+        assert norm is not None
+        norms.append((norm.item(), run._norm().item()))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2)
+
+
+@pytest.mark.usefixtures("everything_on_a_cpu")
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+def test_a_float16_step_that_overflows_is_skipped_and_counted_and_halves_the_scale(grad_clip: float) -> None:
+    watch = Overflow(at=2)
+    result = train(tiny(dtype="float16", grad_clip=grad_clip), watch)
+    assert watch.scales == [2.0**16] + 5 * [2.0**15]
+    assert [torch.equal(a, b) for a, b in pairwise(watch.weights)] == [True] + 4 * [False]
+    assert result.skipped_steps == 1
+
+
+@pytest.mark.usefixtures("everything_on_a_cpu")
+def test_a_resumed_float16_run_goes_on_with_its_scaler(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors", reason="checkpoints need safetensors")
+    config, whole, rest = tiny(dtype="float16", save_every=100), Overflow(at=2), Overflow(at=0)
+    uncut = train(dataclasses.replace(config, out=tmp_path / "whole"), whole)
+    train(dataclasses.replace(config, out=tmp_path / "cut", steps=3), Overflow(at=2))
+    result = train(dataclasses.replace(config, out=tmp_path / "cut", resume=True), rest)
+    assert rest.run.scaler.state_dict() == whole.run.scaler.state_dict()
+    assert result.losses == uncut.losses[3:]
+    assert result.skipped_steps == uncut.skipped_steps == 1
+
+
 # ------------------------------------------------------------------------------------------ document mask
 
 
@@ -258,6 +324,48 @@ def test_evaluation_of_a_masked_run_is_masked(tmp_path: Path) -> None:
 def test_what_a_cuda_graph_cannot_do_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(tiny(**changes))
+
+
+def test_a_played_graph_is_captured_once_on_the_stream_that_warmed_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = PlayedCuda(monkeypatch)
+    work = played.capturable(lambda tokens: (tokens.sum(), None))
+    step = CapturedStep(torch.device("cpu"))
+    results = [step(work, torch.full((2,), i)) for i in range(WARM_UP_STEPS + 3)]
+    # Losses are read long after the next replay.
+    assert [(loss.item(), norm) for loss, norm in results] == [(2 * i, None) for i in range(WARM_UP_STEPS + 3)]
+    warm_up = ["side waits for main", "work on side", "main waits for side"]
+    assert played.log == WARM_UP_STEPS * warm_up + ["capture on side"]
+
+
+@pytest.mark.usefixtures("everything_on_a_cpu")
+@pytest.mark.parametrize("grad_clip", [0.0, 0.05])
+def test_a_played_graph_gives_the_losses_and_norms_of_a_run_without(
+    monkeypatch: pytest.MonkeyPatch, grad_clip: float
+) -> None:
+    played = PlayedCuda(monkeypatch)
+    monkeypatch.setattr(Run, "_same_every_step", played.capturable(Run._same_every_step))
+    changes = {"grad_clip": grad_clip, "schedule": "cosine", "warmup_steps": 2, "dropout": 0.1, "grad_accum": 2}
+    logged, weights = [], []
+    for cuda_graph in (True, False):
+        run = build(tiny(cuda_graph=cuda_graph, **changes))
+        steps = [run.step(step, run.next_tokens(step), want_norm=True) for step in range(WARM_UP_STEPS + 3)]
+        logged.append([(loss.item(), None if norm is None else norm.item()) for loss, norm in steps])
+        weights.append(run.parameters)
+    assert played.log.count("work on side") == WARM_UP_STEPS
+    assert logged[0] == logged[1]
+    assert all(torch.equal(p, q) for p, q in zip(*weights, strict=True))
+
+
+@pytest.mark.usefixtures("everything_on_a_cpu")
+def test_a_played_graph_finds_what_changes_in_the_optimizers_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    PlayedCuda(monkeypatch)
+    run, plain = build(tiny(cuda_graph=True)), build(tiny())
+    rates = [group["lr"] for group in run.optimizer.param_groups]
+    for step in range(2):
+        run.step(step, run.next_tokens(step))
+    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+        assert isinstance(rate, torch.Tensor) and group["lr"] is rate and group["capturable"]
+    assert not any(group["capturable"] for group in plain.optimizer.param_groups)
 
 
 def graphed(**changes: Any) -> TrainConfig:

@@ -9,21 +9,25 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2 import ConfigError, TrainConfig, train
-from fastgpt2.data import split
+from fastgpt2 import ConfigError, TrainConfig, checkpoint, train
+from fastgpt2.data import DummyTokens, split
 from fastgpt2.device import peak_flops
 from fastgpt2.metrics import NonFiniteLossError, read_json_lines
+from fastgpt2.ops import Ops
 from fastgpt2.optim import learning_rate
-from fastgpt2.run import Run, build
+from fastgpt2.run import Run, build, lean_inductor, numerics
 from fastgpt2.train import Reporter, parse
 
 TINY = TrainConfig(
@@ -170,6 +174,163 @@ def test_defaults_suit_the_device() -> None:
     assert TrainConfig(model="gpt2").resolve(cuda=False, data_vocab_size=257).vocab_size == 257
 
 
+# ------------------------------------------------------------------------------------------------- settings
+
+
+def of_model(name: str) -> Callable[[TrainConfig], Any]:
+    return lambda config: getattr(build(config).model.config, name)
+
+
+def of_groups(name: str) -> Callable[[TrainConfig], Any]:
+    """Of the parameters that are decayed and of those that aren't."""
+    return lambda config: [group[name] for group in build(config).optimizer.param_groups]
+
+
+def asked_of_ops(name: str) -> Callable[[TrainConfig], Any]:
+    def asked(config: TrainConfig) -> Any:
+        with (
+            mock.patch("fastgpt2.run.settle", lambda c: (c.resolve(cuda=False), torch.device("cpu"))),
+            mock.patch("fastgpt2.run.make_ops", return_value=(Ops(), {})) as make,
+        ):
+            build(config)
+        return (make.call_args.args[0] | make.call_args.kwargs)[name]
+
+    return asked
+
+
+def rates(config: TrainConfig) -> list[float]:
+    run, used = build(config), []
+    for step in range(3):
+        run.step(step, run.next_tokens(step))
+        used.append(run.optimizer.param_groups[0]["lr"])
+    return used
+
+
+def norm_of_a_step(config: TrainConfig) -> float:
+    run = build(config)
+    run.step(0, run.next_tokens(0))
+    return run._norm().item()
+
+
+def batch_shape(config: TrainConfig) -> tuple[int, ...]:
+    return tuple(build(config).next_tokens(0).shape)
+
+
+def deterministic(config: TrainConfig) -> bool:
+    class Watch(Reporter):
+        def started(self, run: Run) -> None:
+            self.seen = torch.are_deterministic_algorithms_enabled()
+
+    watch = Watch()
+    train(config, watch)
+    return watch.seen
+
+
+def compiler(config: TrainConfig) -> Any:
+    """The compiler that a model on a GPU is given, played on the meta device; None where it is not compiled."""
+    with (
+        mock.patch("fastgpt2.run.settle", lambda c: (c.resolve(cuda=False), torch.device("meta"))),
+        mock.patch("fastgpt2.model.GPT.compile") as compile_,
+    ):
+        build(config)
+    return compile_.call_args and compile_.call_args.kwargs["backend"]
+
+
+def logged_steps(config: TrainConfig) -> list[int]:
+    class Watch(Reporter):
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def logged(self, record: dict[str, Any]) -> None:
+            self.steps.append(record["step"])
+
+    watch = Watch()
+    train(config, watch)
+    return watch.steps
+
+
+def saved_steps(config: TrainConfig) -> list[int]:
+    with tempfile.TemporaryDirectory() as folder:
+        train(dataclasses.replace(config, out=Path(folder) / "run"))
+        return [int(path.name.removeprefix("step-")) for path in checkpoint.checkpoints(Path(folder) / "run")]
+
+
+def validated_batches(config: TrainConfig) -> int:
+    """Batches that one validation draws."""
+    with mock.patch("fastgpt2.data.DummyTokens.tokens", autospec=True, side_effect=DummyTokens.tokens) as tokens:
+        train(config)
+    sources = [call.args[0] for call in tokens.call_args_list]
+    return sum(source.shape[0] for source in sources if source.stream == "val")
+
+
+ONE_EVALUATION = {"eval_every": 6, "grad_accum": 2, "steps": 6}
+REACHES: list[tuple[str, Any, Callable[[TrainConfig], Any], Any, dict[str, Any]]] = [
+    # a setting, a value, where it is to arrive, as what, and the settings beside it
+    ("model", "tiny", of_model("n_embd"), 64, {"n_embd": None}),
+    ("n_layer", 3, of_model("n_layer"), 3, {}),
+    ("n_head", 4, of_model("n_head"), 4, {}),
+    ("n_head", 4, asked_of_ops("head_dim"), 8, {}),
+    ("n_embd", 64, of_model("n_embd"), 64, {}),
+    ("block_size", 8, of_model("block_size"), 8, {}),
+    ("block_size", 8, batch_shape, (1, 3, 9), {}),
+    ("vocab_size", 80, of_model("vocab_size"), 80, {}),
+    ("vocab_size", 80, lambda config: build(config).source.vocab_size, 80, {}),  # type: ignore[attr-defined]
+    ("dropout", 0.2, of_model("dropout"), 0.2, {}),
+    ("dropout", 0.2, asked_of_ops("dropout"), 0.2, {}),
+    ("document_mask", True, of_model("end_of_text"), 3, {"end_of_text": 3}),
+    ("end_of_text", 5, of_model("end_of_text"), 5, {"end_of_text": 3, "document_mask": True}),
+    ("data", "dummy-fixed", lambda config: build(config).source.fixed, True, {}),  # type: ignore[attr-defined]
+    ("batch_size", 5, batch_shape, (1, 5, 17), {}),
+    ("grad_accum", 2, batch_shape, (2, 3, 17), {}),
+    ("steps", 4, lambda config: len(train(config).losses), 4, {}),
+    ("lr", 0.25, rates, [0.25, 0.25, 0.25], {}),
+    ("warmup_steps", 2, rates, [0.25, 0.5, 0.5], {"lr": 0.5}),
+    ("schedule", "linear", rates, pytest.approx([0.5, 0.41, 0.32]), {"lr": 0.5}),
+    ("schedule", "cosine", rates, pytest.approx([0.5, 0.4570288, 0.3445288]), {"lr": 0.5}),
+    ("optimizer", "adamw", lambda config: type(build(config).optimizer), torch.optim.AdamW, {}),
+    ("weight_decay", 0.5, of_groups("weight_decay"), [0.5, 0.0], {"optimizer": "adamw"}),
+    ("beta1", 0.5, of_groups("betas"), [(0.5, 0.999)] * 2, {}),
+    ("beta2", 0.5, of_groups("betas"), [(0.9, 0.5)] * 2, {}),
+    ("grad_clip", 0.05, norm_of_a_step, pytest.approx(0.05, rel=1e-4), {}),
+    ("seed", 1, lambda config: build(config).source.seed, 1, {}),  # type: ignore[attr-defined]
+    ("dtype", "float64", lambda config: build(config).parameters[0].dtype, torch.float64, {}),
+    ("dtype", "bfloat16", asked_of_ops("dtype"), torch.bfloat16, {}),
+    ("dtype", "tf32", asked_of_ops("tf32"), True, {}),
+    ("deterministic", False, deterministic, False, {}),
+    ("attn", "naive", asked_of_ops("attention"), "naive", {}),
+    ("mlp", "triton", asked_of_ops("mlp"), "triton", {}),
+    ("norm", "triton", asked_of_ops("norm"), "triton", {}),
+    ("loss", "chunked", asked_of_ops("loss"), "chunked", {}),
+    ("compile", True, compiler, "inductor", {}),
+    ("lean", True, compiler, lean_inductor, {"compile": True}),
+    ("recompute", True, lambda config: build(config).model.recompute, True, {}),
+    ("eval_every", 2, lambda config: [step for step, _ in train(config).val_losses], [2, 4, 6], {}),
+    ("eval_batches", 3, validated_batches, 3, ONE_EVALUATION),
+    ("save_every", 2, saved_steps, [4, 6], {}),
+    ("save_every", 0, saved_steps, [], {}),
+    ("keep", 3, saved_steps, [4, 5, 6], {"save_every": 1}),
+    ("keep", 0, saved_steps, [1, 2, 3, 4, 5, 6], {"save_every": 1}),
+    ("log_every", 2, logged_steps, [1, 2, 4, 6], {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "arrives", "expected", "beside"), [pytest.param(*r, id=f"{r[0]}={r[1]}") for r in REACHES]
+)
+def test_every_setting_arrives(
+    name: str, value: Any, arrives: Callable[[TrainConfig], Any], expected: Any, beside: dict[str, Any]
+) -> None:
+    without, with_it = tiny(**beside), tiny(**beside | {name: value})
+    assert arrives(with_it) == expected
+    assert arrives(without) != expected
+
+
+def test_no_setting_is_left_out() -> None:
+    elsewhere = {"device", "out", "resume", "cuda_graph"}
+    """What every test gives, what the tests of outputs and resuming give, and test_step's."""
+    assert {f.name for f in dataclasses.fields(TrainConfig)} == {name for name, *_ in REACHES} | elsewhere
+
+
 # ------------------------------------------------------------------------------------ optimizer and schedule
 
 
@@ -197,6 +358,24 @@ def test_a_rate_read_from_memory_gives_the_same_bits() -> None:
     for step in range(50):
         losses = [run.step(step, run.next_tokens(step))[0] for run in (number, memory)]
         assert losses[0].item() == losses[1].item(), step
+
+
+def test_the_rate_that_is_logged_is_the_one_that_the_step_had() -> None:
+    class Rates(Reporter):
+        def __init__(self) -> None:
+            self.rates: list[tuple[float, float]] = []
+
+        def started(self, run: Run) -> None:
+            self.run = run
+
+        def logged(self, record: dict[str, Any]) -> None:
+            self.rates.append((record["lr"], self.run.optimizer.param_groups[-1]["lr"]))
+
+    watch = Rates()
+    result = train(tiny(schedule="cosine", warmup_steps=2, log_every=1), watch)
+    expected = [learning_rate(step, result.config) for step in range(6)]
+    assert [logged for logged, _ in watch.rates] == expected
+    assert [used for _, used in watch.rates] == [float(np.float32(rate)) for rate in expected]
 
 
 def test_clipping_scales_to_the_norm_that_is_reported() -> None:
@@ -232,21 +411,45 @@ def test_bfloat16_is_autocast_over_float32_weights() -> None:
     run = build(tiny(dtype="bfloat16"))
     seen: list[torch.dtype] = []
     run.model.h[0].attn.c_attn.register_forward_hook(lambda m, i, output: seen.append(output.dtype))
+    streams: list[torch.dtype] = []
+    for block in run.model.h:
+        block.register_forward_hook(lambda m, i, output: streams.append(output[1].dtype))
     loss, _ = run.step(0, run.next_tokens(0))
     assert seen == [torch.bfloat16]
+    assert streams == [torch.float32] * 2
     assert loss.dtype == torch.float32
     assert {p.dtype for p in run.parameters} == {torch.float32}
     assert {s["exp_avg"].dtype for s in run.optimizer.state.values()} == {torch.float32}
 
 
-def test_numerics_are_put_back() -> None:
-    torch.set_float32_matmul_precision("high")
+def set_numerics(precision: str, deterministic: bool, warn_only: bool, fill: bool) -> None:
+    torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def get_numerics() -> tuple[str, bool, bool, bool]:
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "highest"), ("bfloat16", "highest"), ("tf32", "high")])
+def test_numerics_are_those_asked_for_and_put_back(dtype: str, precision: str, deterministic: bool) -> None:
+    original = get_numerics()
     try:
-        train(tiny(steps=1))
-        assert torch.get_float32_matmul_precision() == "high"
-        assert not torch.are_deterministic_algorithms_enabled()
+        for before in (("medium", not deterministic, False, True), ("high", True, True, False)):
+            set_numerics(*before)
+            with pytest.raises(KeyboardInterrupt), numerics(tiny(dtype=dtype, deterministic=deterministic)):
+                assert get_numerics() == (precision, deterministic, False, False)
+                raise KeyboardInterrupt
+            assert get_numerics() == before
     finally:
-        torch.set_float32_matmul_precision("highest")
+        set_numerics(*original)
 
 
 @pytest.mark.parametrize("users", [None, ":16:8"])
@@ -302,8 +505,9 @@ def test_metrics_are_complete(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [4, 7])
 def test_resuming_is_bitwise_the_uncut_run(tmp_path: Path, cut: int) -> None:
     config = tiny(
-        dropout=0.2, steps=12, grad_clip=1.0, optimizer="adamw", weight_decay=0.1, save_every=100, log_every=1
-    )
+        dropout=0.2, steps=12, grad_clip=1.0, optimizer="adamw", weight_decay=0.1, save_every=100, log_every=1,
+        warmup_steps=10,
+    )  # fmt: skip
     whole = train(dataclasses.replace(config, out=tmp_path / "whole"))
     train(dataclasses.replace(config, out=tmp_path / "cut", steps=cut))
     torch.manual_seed(99)  # the generator's state must come from the checkpoint
