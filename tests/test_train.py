@@ -9,25 +9,21 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fastgpt2 import ConfigError, TrainConfig, checkpoint, train
-from fastgpt2.data import DummyTokens, split
+from fastgpt2 import ConfigError, TrainConfig, train
+from fastgpt2.data import split
 from fastgpt2.device import peak_flops
-from fastgpt2.metrics import NonFiniteLossError, read_json_lines
-from fastgpt2.ops import Ops
+from fastgpt2.metrics import Meter, NonFiniteLossError, read_json_lines
 from fastgpt2.optim import learning_rate
-from fastgpt2.run import Run, build, lean_inductor, numerics
+from fastgpt2.run import Run, build, numerics
 from fastgpt2.train import Reporter, parse
 
 TINY = TrainConfig(
@@ -174,163 +170,6 @@ def test_defaults_suit_the_device() -> None:
     assert TrainConfig(model="gpt2").resolve(cuda=False, data_vocab_size=257).vocab_size == 257
 
 
-# ------------------------------------------------------------------------------------------------- settings
-
-
-def of_model(name: str) -> Callable[[TrainConfig], Any]:
-    return lambda config: getattr(build(config).model.config, name)
-
-
-def of_groups(name: str) -> Callable[[TrainConfig], Any]:
-    """Of the parameters that are decayed and of those that aren't."""
-    return lambda config: [group[name] for group in build(config).optimizer.param_groups]
-
-
-def asked_of_ops(name: str) -> Callable[[TrainConfig], Any]:
-    def asked(config: TrainConfig) -> Any:
-        with (
-            mock.patch("fastgpt2.run.settle", lambda c: (c.resolve(cuda=False), torch.device("cpu"))),
-            mock.patch("fastgpt2.run.make_ops", return_value=(Ops(), {})) as make,
-        ):
-            build(config)
-        return (make.call_args.args[0] | make.call_args.kwargs)[name]
-
-    return asked
-
-
-def rates(config: TrainConfig) -> list[float]:
-    run, used = build(config), []
-    for step in range(3):
-        run.step(step, run.next_tokens(step))
-        used.append(run.optimizer.param_groups[0]["lr"])
-    return used
-
-
-def norm_of_a_step(config: TrainConfig) -> float:
-    run = build(config)
-    run.step(0, run.next_tokens(0))
-    return run._norm().item()
-
-
-def batch_shape(config: TrainConfig) -> tuple[int, ...]:
-    return tuple(build(config).next_tokens(0).shape)
-
-
-def deterministic(config: TrainConfig) -> bool:
-    class Watch(Reporter):
-        def started(self, run: Run) -> None:
-            self.seen = torch.are_deterministic_algorithms_enabled()
-
-    watch = Watch()
-    train(config, watch)
-    return watch.seen
-
-
-def compiler(config: TrainConfig) -> Any:
-    """The compiler that a model on a GPU is given, played on the meta device; None where it is not compiled."""
-    with (
-        mock.patch("fastgpt2.run.settle", lambda c: (c.resolve(cuda=False), torch.device("meta"))),
-        mock.patch("fastgpt2.model.GPT.compile") as compile_,
-    ):
-        build(config)
-    return compile_.call_args and compile_.call_args.kwargs["backend"]
-
-
-def logged_steps(config: TrainConfig) -> list[int]:
-    class Watch(Reporter):
-        def __init__(self) -> None:
-            self.steps: list[int] = []
-
-        def logged(self, record: dict[str, Any]) -> None:
-            self.steps.append(record["step"])
-
-    watch = Watch()
-    train(config, watch)
-    return watch.steps
-
-
-def saved_steps(config: TrainConfig) -> list[int]:
-    with tempfile.TemporaryDirectory() as folder:
-        train(dataclasses.replace(config, out=Path(folder) / "run"))
-        return [int(path.name.removeprefix("step-")) for path in checkpoint.checkpoints(Path(folder) / "run")]
-
-
-def validated_batches(config: TrainConfig) -> int:
-    """Batches that one validation draws."""
-    with mock.patch("fastgpt2.data.DummyTokens.tokens", autospec=True, side_effect=DummyTokens.tokens) as tokens:
-        train(config)
-    sources = [call.args[0] for call in tokens.call_args_list]
-    return sum(source.shape[0] for source in sources if source.stream == "val")
-
-
-ONE_EVALUATION = {"eval_every": 6, "grad_accum": 2, "steps": 6}
-REACHES: list[tuple[str, Any, Callable[[TrainConfig], Any], Any, dict[str, Any]]] = [
-    # a setting, a value, where it is to arrive, as what, and the settings beside it
-    ("model", "tiny", of_model("n_embd"), 64, {"n_embd": None}),
-    ("n_layer", 3, of_model("n_layer"), 3, {}),
-    ("n_head", 4, of_model("n_head"), 4, {}),
-    ("n_head", 4, asked_of_ops("head_dim"), 8, {}),
-    ("n_embd", 64, of_model("n_embd"), 64, {}),
-    ("block_size", 8, of_model("block_size"), 8, {}),
-    ("block_size", 8, batch_shape, (1, 3, 9), {}),
-    ("vocab_size", 80, of_model("vocab_size"), 80, {}),
-    ("vocab_size", 80, lambda config: build(config).source.vocab_size, 80, {}),  # type: ignore[attr-defined]
-    ("dropout", 0.2, of_model("dropout"), 0.2, {}),
-    ("dropout", 0.2, asked_of_ops("dropout"), 0.2, {}),
-    ("document_mask", True, of_model("end_of_text"), 3, {"end_of_text": 3}),
-    ("end_of_text", 5, of_model("end_of_text"), 5, {"end_of_text": 3, "document_mask": True}),
-    ("data", "dummy-fixed", lambda config: build(config).source.fixed, True, {}),  # type: ignore[attr-defined]
-    ("batch_size", 5, batch_shape, (1, 5, 17), {}),
-    ("grad_accum", 2, batch_shape, (2, 3, 17), {}),
-    ("steps", 4, lambda config: len(train(config).losses), 4, {}),
-    ("lr", 0.25, rates, [0.25, 0.25, 0.25], {}),
-    ("warmup_steps", 2, rates, [0.25, 0.5, 0.5], {"lr": 0.5}),
-    ("schedule", "linear", rates, pytest.approx([0.5, 0.41, 0.32]), {"lr": 0.5}),
-    ("schedule", "cosine", rates, pytest.approx([0.5, 0.4570288, 0.3445288]), {"lr": 0.5}),
-    ("optimizer", "adamw", lambda config: type(build(config).optimizer), torch.optim.AdamW, {}),
-    ("weight_decay", 0.5, of_groups("weight_decay"), [0.5, 0.0], {"optimizer": "adamw"}),
-    ("beta1", 0.5, of_groups("betas"), [(0.5, 0.999)] * 2, {}),
-    ("beta2", 0.5, of_groups("betas"), [(0.9, 0.5)] * 2, {}),
-    ("grad_clip", 0.05, norm_of_a_step, pytest.approx(0.05, rel=1e-4), {}),
-    ("seed", 1, lambda config: build(config).source.seed, 1, {}),  # type: ignore[attr-defined]
-    ("dtype", "float64", lambda config: build(config).parameters[0].dtype, torch.float64, {}),
-    ("dtype", "bfloat16", asked_of_ops("dtype"), torch.bfloat16, {}),
-    ("dtype", "tf32", asked_of_ops("tf32"), True, {}),
-    ("deterministic", False, deterministic, False, {}),
-    ("attn", "naive", asked_of_ops("attention"), "naive", {}),
-    ("mlp", "triton", asked_of_ops("mlp"), "triton", {}),
-    ("norm", "triton", asked_of_ops("norm"), "triton", {}),
-    ("loss", "chunked", asked_of_ops("loss"), "chunked", {}),
-    ("compile", True, compiler, "inductor", {}),
-    ("lean", True, compiler, lean_inductor, {"compile": True}),
-    ("recompute", True, lambda config: build(config).model.recompute, True, {}),
-    ("eval_every", 2, lambda config: [step for step, _ in train(config).val_losses], [2, 4, 6], {}),
-    ("eval_batches", 3, validated_batches, 3, ONE_EVALUATION),
-    ("save_every", 2, saved_steps, [4, 6], {}),
-    ("save_every", 0, saved_steps, [], {}),
-    ("keep", 3, saved_steps, [4, 5, 6], {"save_every": 1}),
-    ("keep", 0, saved_steps, [1, 2, 3, 4, 5, 6], {"save_every": 1}),
-    ("log_every", 2, logged_steps, [1, 2, 4, 6], {}),
-]
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "arrives", "expected", "beside"), [pytest.param(*r, id=f"{r[0]}={r[1]}") for r in REACHES]
-)
-def test_every_setting_arrives(
-    name: str, value: Any, arrives: Callable[[TrainConfig], Any], expected: Any, beside: dict[str, Any]
-) -> None:
-    without, with_it = tiny(**beside), tiny(**beside | {name: value})
-    assert arrives(with_it) == expected
-    assert arrives(without) != expected
-
-
-def test_no_setting_is_left_out() -> None:
-    elsewhere = {"device", "out", "resume", "cuda_graph"}
-    """What every test gives, what the tests of outputs and resuming give, and test_step's."""
-    assert {f.name for f in dataclasses.fields(TrainConfig)} == {name for name, *_ in REACHES} | elsewhere
-
-
 # ------------------------------------------------------------------------------------ optimizer and schedule
 
 
@@ -422,6 +261,18 @@ def test_bfloat16_is_autocast_over_float32_weights() -> None:
     assert {s["exp_avg"].dtype for s in run.optimizer.state.values()} == {torch.float32}
 
 
+def test_validation_computes_in_the_runs_precision() -> None:
+    seen: list[tuple[bool, torch.dtype]] = []
+
+    class Watch(Reporter):
+        def started(self, run: Run) -> None:
+            product = run.model.h[0].attn.c_attn
+            product.register_forward_hook(lambda module, i, output: seen.append((module.training, output.dtype)))
+
+    train(tiny(dtype="bfloat16", steps=1, eval_every=1, eval_batches=1), Watch())
+    assert seen == [(True, torch.bfloat16), (False, torch.bfloat16)]
+
+
 def set_numerics(precision: str, deterministic: bool, warn_only: bool, fill: bool) -> None:
     torch.set_float32_matmul_precision(precision)
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
@@ -483,6 +334,32 @@ def test_same_bits_twice_on_the_gpu(attn: str, dtype: str) -> None:
 
 
 # ------------------------------------------------------------------------------------- outputs and resuming
+
+
+def test_the_clock_stands_still_outside_steps_and_the_first_interval_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("fastgpt2.metrics.time.perf_counter", lambda: now)
+    meter = Meter(torch.device("cpu"), 10, tokens_per_step=48)
+    assert meter.tokens_per_s() == 0.0
+    meter.add(torch.tensor(1.0))
+    now += 8.0
+    assert (meter.read(), meter.tokens_per_s()) == (8000.0, 6.0)
+    for between in (16.0, 0.0):
+        for loss in (2.0, 3.0):
+            meter.add(torch.tensor(loss))
+            now += 1.0
+        meter.pause()
+        now += between
+        meter.go_on()
+        assert meter.read() == 1000.0
+    assert meter.tokens_per_s() == 48.0
+    assert meter.losses == [1.0, 2.0, 3.0, 2.0, 3.0]
+    for loss in (4.0, math.inf, math.nan):
+        meter.add(torch.tensor(loss))
+    with pytest.raises(NonFiniteLossError, match="the loss of step 17 is inf"):
+        meter.read()
 
 
 def test_metrics_are_complete(tmp_path: Path) -> None:

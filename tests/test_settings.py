@@ -1,0 +1,226 @@
+"""Every setting of TrainConfig arrives where it acts, and a device settles those that were left open."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from fastgpt2 import ConfigError, TrainConfig, checkpoint, train
+from fastgpt2.data import DummyTokens
+from fastgpt2.ops import Ops
+from fastgpt2.run import Run, build, lean_inductor, settle
+from fastgpt2.train import Reporter
+
+
+def tiny(**changes: Any) -> TrainConfig:
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 65, "batch_size": 3}
+    return TrainConfig(**{**shape, "steps": 6, "device": "cpu", "dtype": "float32", "lr": 1e-2, **changes})
+
+
+def of_model(name: str) -> Callable[[TrainConfig], Any]:
+    return lambda config: getattr(build(config).model.config, name)
+
+
+def of_groups(name: str) -> Callable[[TrainConfig], Any]:
+    """Of the parameters that are decayed and of those that aren't."""
+    return lambda config: [group[name] for group in build(config).optimizer.param_groups]
+
+
+def asked_of_ops(name: str) -> Callable[[TrainConfig], Any]:
+    def asked(config: TrainConfig) -> Any:
+        with (
+            mock.patch("fastgpt2.run.settle", lambda c: (c.resolve(cuda=False), torch.device("cpu"))),
+            mock.patch("fastgpt2.run.make_ops", return_value=(Ops(), {})) as make,
+        ):
+            build(config)
+        return (make.call_args.args[0] | make.call_args.kwargs)[name]
+
+    return asked
+
+
+def rates(config: TrainConfig) -> list[float]:
+    run, used = build(config), []
+    for step in range(3):
+        run.step(step, run.next_tokens(step))
+        used.append(run.optimizer.param_groups[0]["lr"])
+    return used
+
+
+def norm_of_a_step(config: TrainConfig) -> float:
+    run = build(config)
+    run.step(0, run.next_tokens(0))
+    return run._norm().item()
+
+
+def batch_shape(config: TrainConfig) -> tuple[int, ...]:
+    return tuple(build(config).next_tokens(0).shape)
+
+
+def deterministic(config: TrainConfig) -> bool:
+    class Watch(Reporter):
+        def started(self, run: Run) -> None:
+            self.seen = torch.are_deterministic_algorithms_enabled()
+
+    watch = Watch()
+    train(config, watch)
+    return watch.seen
+
+
+def compiler(config: TrainConfig) -> Any:
+    """The compiler that a model on a GPU is given, played on the meta device; None where it is not compiled."""
+    with (
+        mock.patch("fastgpt2.run.settle", lambda c: (c.resolve(cuda=False), torch.device("meta"))),
+        mock.patch("fastgpt2.model.GPT.compile") as compile_,
+    ):
+        build(config)
+    return compile_.call_args and compile_.call_args.kwargs["backend"]
+
+
+def logged_steps(config: TrainConfig) -> list[int]:
+    class Watch(Reporter):
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def logged(self, record: dict[str, Any]) -> None:
+            self.steps.append(record["step"])
+
+    watch = Watch()
+    train(config, watch)
+    return watch.steps
+
+
+def saved_steps(config: TrainConfig) -> list[int]:
+    with tempfile.TemporaryDirectory() as folder:
+        train(dataclasses.replace(config, out=Path(folder) / "run"))
+        return [int(path.name.removeprefix("step-")) for path in checkpoint.checkpoints(Path(folder) / "run")]
+
+
+def validated_batches(config: TrainConfig) -> int:
+    """Batches that one validation draws."""
+    with mock.patch("fastgpt2.data.DummyTokens.tokens", autospec=True, side_effect=DummyTokens.tokens) as tokens:
+        train(config)
+    sources = [call.args[0] for call in tokens.call_args_list]
+    return sum(source.shape[0] for source in sources if source.stream == "val")
+
+
+ONE_EVALUATION = {"eval_every": 6, "grad_accum": 2, "steps": 6}
+ARRIVALS: list[tuple[str, Any, Callable[[TrainConfig], Any], Any, dict[str, Any]]] = [
+    # setting, value, where it must arrive, as what, other settings
+    ("model", "tiny", of_model("n_embd"), 64, {"n_embd": None}),
+    ("n_layer", 3, of_model("n_layer"), 3, {}),
+    ("n_head", 4, of_model("n_head"), 4, {}),
+    ("n_head", 4, asked_of_ops("head_dim"), 8, {}),
+    ("n_embd", 64, of_model("n_embd"), 64, {}),
+    ("block_size", 8, of_model("block_size"), 8, {}),
+    ("block_size", 8, batch_shape, (1, 3, 9), {}),
+    ("vocab_size", 80, of_model("vocab_size"), 80, {}),
+    ("vocab_size", 80, lambda config: build(config).source.vocab_size, 80, {}),  # type: ignore[attr-defined]
+    ("dropout", 0.2, of_model("dropout"), 0.2, {}),
+    ("dropout", 0.2, asked_of_ops("dropout"), 0.2, {}),
+    ("document_mask", True, of_model("end_of_text"), 3, {"end_of_text": 3}),
+    ("end_of_text", 5, of_model("end_of_text"), 5, {"end_of_text": 3, "document_mask": True}),
+    ("data", "dummy-fixed", lambda config: build(config).source.fixed, True, {}),  # type: ignore[attr-defined]
+    ("batch_size", 5, batch_shape, (1, 5, 17), {}),
+    ("grad_accum", 2, batch_shape, (2, 3, 17), {}),
+    ("steps", 4, lambda config: len(train(config).losses), 4, {}),
+    ("lr", 0.25, rates, [0.25, 0.25, 0.25], {}),
+    ("warmup_steps", 2, rates, [0.25, 0.5, 0.5], {"lr": 0.5}),
+    ("schedule", "linear", rates, pytest.approx([0.5, 0.41, 0.32]), {"lr": 0.5}),
+    ("schedule", "cosine", rates, pytest.approx([0.5, 0.4570288, 0.3445288]), {"lr": 0.5}),
+    ("optimizer", "adamw", lambda config: type(build(config).optimizer), torch.optim.AdamW, {}),
+    ("weight_decay", 0.5, of_groups("weight_decay"), [0.5, 0.0], {"optimizer": "adamw"}),
+    ("beta1", 0.5, of_groups("betas"), [(0.5, 0.999)] * 2, {}),
+    ("beta2", 0.5, of_groups("betas"), [(0.9, 0.5)] * 2, {}),
+    ("grad_clip", 0.05, norm_of_a_step, pytest.approx(0.05, rel=1e-4), {}),
+    ("seed", 1, lambda config: build(config).source.seed, 1, {}),  # type: ignore[attr-defined]
+    ("dtype", "float64", lambda config: build(config).parameters[0].dtype, torch.float64, {}),
+    ("dtype", "bfloat16", asked_of_ops("dtype"), torch.bfloat16, {}),
+    ("dtype", "tf32", asked_of_ops("tf32"), True, {}),
+    ("deterministic", False, deterministic, False, {}),
+    ("attn", "naive", asked_of_ops("attention"), "naive", {}),
+    ("mlp", "triton", asked_of_ops("mlp"), "triton", {}),
+    ("norm", "triton", asked_of_ops("norm"), "triton", {}),
+    ("loss", "chunked", asked_of_ops("loss"), "chunked", {}),
+    ("compile", True, compiler, "inductor", {}),
+    ("lean", True, compiler, lean_inductor, {"compile": True}),
+    ("recompute", True, lambda config: build(config).model.recompute, True, {}),
+    ("eval_every", 2, lambda config: [step for step, _ in train(config).val_losses], [2, 4, 6], {}),
+    ("eval_batches", 3, validated_batches, 3, ONE_EVALUATION),
+    ("save_every", 2, saved_steps, [4, 6], {}),
+    ("save_every", 0, saved_steps, [], {}),
+    ("keep", 3, saved_steps, [4, 5, 6], {"save_every": 1}),
+    ("keep", 0, saved_steps, [1, 2, 3, 4, 5, 6], {"save_every": 1}),
+    ("log_every", 2, logged_steps, [1, 2, 4, 6], {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "arrived", "expected", "others"),
+    [pytest.param(*row, id=f"{row[0]}={row[1]}") for row in ARRIVALS],
+)
+def test_every_setting_arrives(
+    name: str, value: Any, arrived: Callable[[TrainConfig], Any], expected: Any, others: dict[str, Any]
+) -> None:
+    assert arrived(tiny(**others | {name: value})) == expected
+    assert arrived(tiny(**others)) != expected
+
+
+def test_no_setting_is_left_out() -> None:
+    # settle, the tests of outputs and resuming, and test_step have these.
+    elsewhere = {"device", "out", "resume", "cuda_graph"}
+    assert {f.name for f in dataclasses.fields(TrainConfig)} == {name for name, *_ in ARRIVALS} | elsewhere
+
+
+# -------------------------------------------------------------------------------------------------- devices
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
+    """Play two GPUs of 80 GiB and of a compute capability."""
+
+    def install(capability: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: mock.Mock(total_memory=80 << 30))
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("changes", "capability", "dtype", "device"),
+    [
+        ({}, (9, 0), "bfloat16", "cuda"),
+        ({}, (7, 5), "float32", "cuda"),
+        ({"dtype": "tf32", "device": "cuda:1"}, (8, 0), "tf32", "cuda:1"),
+        ({"dtype": "bfloat16"}, (8, 0), "bfloat16", "cuda"),
+        ({"dtype": "float16"}, (7, 5), "float16", "cuda"),
+    ],
+)
+def test_a_gpu_settles_what_was_left_open(two_gpus, changes, capability, dtype, device) -> None:
+    two_gpus(capability)
+    config, on = settle(TrainConfig(**changes))
+    assert (config.model, config.batch_size, config.dtype, config.device) == ("gpt2", 32, dtype, device)
+    assert on == torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "bfloat16"}, r"bfloat16 needs compute capability 8.0, this GPU has \(7, 5\): use --dtype float16"),
+        ({"dtype": "tf32"}, "--dtype tf32 needs an NVIDIA GPU of compute capability 8.0 or newer: use --dtype float32"),
+        ({"device": "cuda:2"}, "--device cuda:2: there are 2 CUDA GPUs, numbered from 0"),
+        ({"device": "cpu", "dtype": "tf32"}, "--dtype tf32 needs an NVIDIA GPU"),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_refused(two_gpus, changes, message) -> None:
+    two_gpus((7, 5))
+    with pytest.raises(ConfigError, match=message):
+        settle(TrainConfig(**changes))
