@@ -462,6 +462,7 @@ def test_small_files_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
             with pytest.raises(OutputError, match=r"can't write .*metrics\.jsonl: File too large"):
                 write()
     assert read_json_lines(path) == [{"step": 1}]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_records_that_a_disk_has_damaged_are_left_out(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fastgpt2 import ConfigError, TrainConfig, checkpoint, train
+from fastgpt2 import ConfigError, ModelConfig, TrainConfig, checkpoint, train
 from fastgpt2.data import DummyTokens
 from fastgpt2.ops import Ops
 from fastgpt2.run import Run, build, lean_inductor, settle
@@ -176,6 +176,31 @@ def test_no_setting_is_left_out() -> None:
     # settle, the tests of outputs and resuming, and test_step have these.
     elsewhere = {"device", "out", "resume", "cuda_graph"}
     assert {f.name for f in dataclasses.fields(TrainConfig)} == {name for name, *_ in ARRIVALS} | elsewhere
+
+
+LEAST = [
+    *((ModelConfig, name, 1) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")),
+    *((TrainConfig, name, 1) for name in ("batch_size", "grad_accum", "steps", "eval_batches", "log_every")),
+    *((TrainConfig, name, 0) for name in ("eval_every", "save_every", "keep", "warmup_steps", "seed")),
+    *((TrainConfig, name, 0) for name in ("lr", "weight_decay", "grad_clip")),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "least"), LEAST)
+def test_a_number_has_a_least_value(kind: Callable[..., Any], name: str, least: int) -> None:
+    others = {"n_head": 1} if name == "n_embd" else {}
+    assert getattr(kind(**others, **{name: least}), name) == least
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} must be at least {least}, got {least - 1}"):
+        kind(**others, **{name: least - 1})
+
+
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+def test_a_decay_is_below_1(name: str) -> None:
+    for good in (0.0, 0.9999):
+        TrainConfig(**{name: good})
+    for bad in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ConfigError, match=rf"--{name} must be in \[0, 1\), got {bad}"):
+            TrainConfig(**{name: bad})
 
 
 # -------------------------------------------------------------------------------------------------- devices

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,9 +23,10 @@ from fastgpt2 import ConfigError, TrainConfig, train
 from fastgpt2.data import split
 from fastgpt2.device import peak_flops
 from fastgpt2.metrics import Meter, NonFiniteLossError, read_json_lines
+from fastgpt2.model import FLOPS_PER_TOKEN
 from fastgpt2.optim import learning_rate
 from fastgpt2.run import Run, build, numerics
-from fastgpt2.train import Reporter, parse
+from fastgpt2.train import Reporter, main, parse
 
 TINY = TrainConfig(
     n_layer=2,
@@ -46,6 +48,25 @@ def tiny(**changes: Any) -> TrainConfig:
 
 def weights(config: TrainConfig) -> dict[str, Tensor]:
     return {name: t.clone() for name, t in build(config).model.state_dict().items()}
+
+
+class Watch(Reporter):
+    """Keeps the run and what it told."""
+
+    run: Run
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+
+    def started(self, run: Run) -> None:
+        self.run = run
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def logged(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
 
 
 # -------------------------------------------------------------------------------- the published procedure
@@ -118,19 +139,14 @@ def test_gradients_do_not_accumulate_across_steps() -> None:
 
 
 def test_the_model_is_in_train_mode_and_evaluation_puts_it_back() -> None:
-    class Watch(Reporter):
-        def __init__(self) -> None:
-            self.modes: list[bool] = []
+    modes = []
 
-        def started(self, run: Any) -> None:
-            self.run = run
-
+    class Modes(Watch):
         def stepped(self, done: int) -> None:
-            self.modes.append(self.run.model.training)
+            modes.append(self.run.model.training)
 
-    watch = Watch()
-    result = train(tiny(dropout=0.1, eval_every=2, eval_batches=2), watch)
-    assert watch.modes == [True] * 6
+    result = train(tiny(dropout=0.1, eval_every=2, eval_batches=2), Modes())
+    assert modes == [True] * 6
     assert [step for step, _ in result.val_losses] == [2, 4, 6]
 
 
@@ -200,21 +216,15 @@ def test_a_rate_read_from_memory_gives_the_same_bits() -> None:
 
 
 def test_the_rate_that_is_logged_is_the_one_that_the_step_had() -> None:
-    class Rates(Reporter):
-        def __init__(self) -> None:
-            self.rates: list[tuple[float, float]] = []
-
-        def started(self, run: Run) -> None:
-            self.run = run
-
+    class Rates(Watch):
         def logged(self, record: dict[str, Any]) -> None:
-            self.rates.append((record["lr"], self.run.optimizer.param_groups[-1]["lr"]))
+            self.records.append(record | {"used": self.run.optimizer.param_groups[-1]["lr"]})
 
     watch = Rates()
     result = train(tiny(schedule="cosine", warmup_steps=2, log_every=1), watch)
     expected = [learning_rate(step, result.config) for step in range(6)]
-    assert [logged for logged, _ in watch.rates] == expected
-    assert [used for _, used in watch.rates] == [float(np.float32(rate)) for rate in expected]
+    assert [record["lr"] for record in watch.records] == expected
+    assert [record["used"] for record in watch.records] == [float(np.float32(rate)) for rate in expected]
 
 
 def test_clipping_scales_to_the_norm_that_is_reported() -> None:
@@ -264,12 +274,12 @@ def test_bfloat16_is_autocast_over_float32_weights() -> None:
 def test_validation_computes_in_the_runs_precision() -> None:
     seen: list[tuple[bool, torch.dtype]] = []
 
-    class Watch(Reporter):
+    class Hook(Reporter):
         def started(self, run: Run) -> None:
             product = run.model.h[0].attn.c_attn
             product.register_forward_hook(lambda module, i, output: seen.append((module.training, output.dtype)))
 
-    train(tiny(dtype="bfloat16", steps=1, eval_every=1, eval_batches=1), Watch())
+    train(tiny(dtype="bfloat16", steps=1, eval_every=1, eval_batches=1), Hook())
     assert seen == [(True, torch.bfloat16), (False, torch.bfloat16)]
 
 
@@ -377,6 +387,33 @@ def test_metrics_are_complete(tmp_path: Path) -> None:
         assert r["memory_bytes"] > 50 << 20
     assert [r["step"] for r in records if "val_loss" in r] == [20, 25]
     assert parse(["--config", str(tmp_path / "run" / "config.toml")]) == result.config
+
+
+def test_a_record_tells_the_share_of_a_known_gpus_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    # fastgpt2.train is the function as well.
+    monkeypatch.setattr(sys.modules["fastgpt2.train"], "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    watch = Watch()
+    result = train(tiny(log_every=2), watch)
+    flops = FLOPS_PER_TOKEN["llm.c"](result.model.config)
+    for record in watch.records:
+        assert record["mfu"] == pytest.approx(record["tokens_per_s"] * flops / 66.9e12)
+        assert record["grad_norm"] > 0.0
+    assert result.mfu == pytest.approx(result.tokens_per_s * flops / 66.9e12)
+
+
+def test_the_notes_of_a_run(tmp_path: Path) -> None:
+    floor = "the loss stays at ln 65 = 4.1744 nats, its floor"
+    expected = [
+        (tiny(steps=2, mlp="torch", out=tmp_path), ["auto chose --attn sdpa, --norm torch, --loss chunked", floor]),
+        (tiny(steps=2, mlp="torch", out=tmp_path, resume=True),
+         ["auto chose", "continuing after step 2", "nothing to do: --steps 2 is no more than the 2 already", floor]),
+        (tiny(steps=1, data="dummy-fixed"), ["--mlp torch", "dummy-fixed repeats one batch"]),
+    ]  # fmt: skip
+    for config, texts in expected:
+        watch = Watch()
+        train(config, watch)
+        assert len(watch.notes) == len(texts)
+        assert all(text in note for text, note in zip(texts, watch.notes, strict=True)), watch.notes
 
 
 @pytest.mark.parametrize("cut", [4, 7])
@@ -534,6 +571,29 @@ def test_the_step_of_a_non_finite_loss_is_exact(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Run, "step", poisoned)
     with pytest.raises(NonFiniteLossError, match="the loss of step 13 is nan: no checkpoint had been saved"):
         train(tiny(steps=30, log_every=10))
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    class Poison(Watch):
+        def stepped(self, done: int) -> None:
+            if done == 4:
+                self.run.parameters[-1].data[0] = math.inf
+
+    good = tmp_path / "checkpoints" / "step-00000002"
+    message = rf"the loss of step 5 is nan: the last good checkpoint is {good} \(continue from it with --resume --out "
+    with pytest.raises(NonFiniteLossError, match=message):
+        train(tiny(out=tmp_path, save_every=2), Poison())
+    assert list((tmp_path / "checkpoints").iterdir()) == [good]
+
+
+def test_a_run_that_does_not_fit_on_the_gpu_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Run, "step", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    assert main([*SMALL, "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == (
+        "error: out of GPU memory: halve --batch-size and double --grad-accum for the same step in less\n"
+    )
 
 
 def test_interrupted_once_it_saves_and_resumes(tmp_path: Path) -> None:
