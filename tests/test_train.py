@@ -356,13 +356,14 @@ def test_the_clock_stands_still_outside_steps_and_the_first_interval_is_left_out
     meter.add(torch.tensor(1.0))
     now += 8.0
     assert (meter.read(), meter.tokens_per_s()) == (8000.0, 6.0)
-    for between in (16.0, 0.0):
+    for pauses in ((16.0, 4.0), ()):
         for loss in (2.0, 3.0):
             meter.add(torch.tensor(loss))
             now += 1.0
-        meter.pause()
-        now += between
-        meter.go_on()
+        for seconds in pauses:
+            meter.pause()
+            now += seconds
+            meter.go_on()
         assert meter.read() == 1000.0
     assert meter.tokens_per_s() == 48.0
     assert meter.losses == [1.0, 2.0, 3.0, 2.0, 3.0]
