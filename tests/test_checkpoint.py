@@ -156,8 +156,9 @@ def test_without_an_intact_checkpoint_nothing_is_resumed_or_moved(out: Path) -> 
     assert names(out) == ["step-00000004", "step-00000006"]
 
 
-def test_what_only_reads_a_checkpoint_names_one_that_is_intact(out: Path) -> None:
-    path = step(out, 6) / "model.safetensors"
+@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.STATE])
+def test_what_only_reads_a_checkpoint_names_one_that_is_intact(out: Path, name: str) -> None:
+    path = step(out, 6) / name
     path.write_bytes(flip(0.5)(path.read_bytes()))
     with pytest.raises(ConfigError) as error:
         checkpoint.load_model(out)
@@ -207,6 +208,15 @@ def test_the_generator_of_the_runs_gpu_is_saved_and_restored(tmp_path: Path, mon
     saved = checkpoint.save(tmp_path, 1, run.config, run.model, run.optimizer, run.scaler)
     checkpoint.restore(saved, run.model, run.optimizer, run.scaler, gpu)
     assert {device: state.tolist() for device, state in generators.items()} == {gpu: [1, 7]}
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(out: Path) -> None:
+    run = build(with_(out.parent / "other"))
+    run.step(0, run.next_tokens(0))
+    before = (step(out, 6) / checkpoint.MODEL).read_bytes()
+    checkpoint.save(out, 6, run.config, run.model, run.optimizer, run.scaler)
+    assert names(out) == ["step-00000004", "step-00000006"] and checkpoint.damage(step(out, 6)) is None
+    assert (step(out, 6) / checkpoint.MODEL).read_bytes() != before
 
 
 def test_a_checkpoint_from_before_there_were_sums_is_resumed_with_a_note(out: Path) -> None:
@@ -428,8 +438,8 @@ def test_a_save_without_room_is_one_line_and_leaves_everything_as_it_was(out: Pa
         assert str(error.value).startswith(f"can't save the checkpoint of step 7 in {out / 'checkpoints'}: ")
         assert "File too large" in str(error.value) and "\n" not in str(error.value)
         assert f"the last good one is {step(out, 6)}: continue with --resume --out {out} " in str(error.value)
-        assert checkpoint.to_resume(out) == (step(out, 6), [])
         assert names(out) == ["step-00000004", "step-00000006"]
+        assert checkpoint.to_resume(out) == (step(out, 6), [])
     with room_for(largest + 4096):
         checkpoint.save(out, 7, run.config, run.model, run.optimizer, run.scaler)
     assert checkpoint.to_resume(out) == (step(out, 7), [])

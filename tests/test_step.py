@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend
 
 from fastgpt2.attention import CUDNN
 from fastgpt2.config import ConfigError, TrainConfig
+from fastgpt2.device import keep_freed_memory
 from fastgpt2.graph import WARM_UP_STEPS, CapturedStep
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import FLAGS, SLOTS, Ops, make_ops
@@ -519,6 +520,15 @@ def test_what_a_run_on_a_cpu_freed_goes_back_to_the_system() -> None:
     pages = kept_and_given_back(RESIDENT)
     # The logits, their gradient and what the loss makes of them are 51 MB each, what is made after the run 134.
     assert (pages["kept"] - pages["given back"]) * resource.getpagesize() > 2 * 51e6, pages
+
+
+def test_what_the_user_says_of_large_pages_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    for users, expected in (("0", "0"), ("", ""), (None, "1")):
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+        if users is not None:
+            monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", users)
+        keep_freed_memory()
+        assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected
 
 
 # ------------------------------------------------------------------------------------------------ compiled

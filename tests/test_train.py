@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import mmap
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from fastgpt2 import ConfigError, TrainConfig, train
 from fastgpt2.data import split
-from fastgpt2.device import peak_flops
+from fastgpt2.device import peak_flops, peak_memory_bytes
 from fastgpt2.metrics import Meter, NonFiniteLossError, read_json_lines
 from fastgpt2.model import FLOPS_PER_TOKEN
 from fastgpt2.optim import learning_rate
@@ -374,7 +375,8 @@ def test_the_clock_stands_still_outside_steps_and_the_first_interval_is_left_out
 
 
 def test_metrics_are_complete(tmp_path: Path) -> None:
-    result = train(tiny(out=tmp_path / "run", steps=25, log_every=10, save_every=0, eval_every=20, eval_batches=1))
+    schedule = {"log_every": 10, "save_every": 0, "eval_every": 20, "eval_batches": 1}
+    result = train(tiny(out=tmp_path / "run", steps=25, grad_accum=2, **schedule))
     records = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     assert [r["step"] for r in records] == [1, 10, 20, 25]
     for r in records:
@@ -384,10 +386,18 @@ def test_metrics_are_complete(tmp_path: Path) -> None:
         assert r["loss"] == result.losses[r["step"] - 1]  # every digit
         assert r["mfu"] is None
         assert r["mfu_formula"] == "llm.c"
-        assert r["tokens_per_s"] == pytest.approx(48 / r["step_ms"] * 1e3)
+        assert r["tokens_per_s"] == pytest.approx(96 / r["step_ms"] * 1e3)
         assert r["memory_bytes"] > 50 << 20
     assert [r["step"] for r in records if "val_loss" in r] == [20, 25]
     assert parse(["--config", str(tmp_path / "run" / "config.toml")]) == result.config
+
+
+def test_the_peak_of_memory_stays_when_memory_is_given_back() -> None:
+    with mmap.mmap(-1, 64 << 20) as memory:
+        memory[::4096] = b"x" * (len(memory) // 4096)
+        peak = peak_memory_bytes(torch.device("cpu"))
+    # The kernel counts in batches of pages.
+    assert peak_memory_bytes(torch.device("cpu")) > peak - (8 << 20) > 64 << 20
 
 
 def test_a_record_tells_the_share_of_a_known_gpus_peak(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -561,7 +571,7 @@ def test_a_diverged_run_names_the_step_the_checkpoint_and_what_to_try(tmp_path: 
     assert "Traceback" not in done.stderr
 
 
-def test_the_step_of_a_non_finite_loss_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_of_a_non_finite_loss_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found at the next logging step, from losses kept on the device."""
     real = Run.step
 
@@ -572,6 +582,9 @@ def test_the_step_of_a_non_finite_loss_is_exact(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Run, "step", poisoned)
     with pytest.raises(NonFiniteLossError, match="the loss of step 13 is nan: no checkpoint had been saved"):
         train(tiny(steps=30, log_every=10))
+    train(tiny(steps=5, out=tmp_path))
+    with pytest.raises(NonFiniteLossError, match=r"loss of step 13 is nan: the last good checkpoint is .*-00000005 "):
+        train(tiny(steps=30, out=tmp_path, resume=True))
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
