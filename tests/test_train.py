@@ -185,6 +185,9 @@ def test_defaults_suit_the_device() -> None:
     sizes = {gib: TrainConfig().resolve(cuda=True, memory_bytes=gib << 30).batch_size for gib in (4, 8, 16, 24, 48)}
     assert sizes == {4: 1, 8: 4, 16: 8, 24: 16, 48: 32}
     assert TrainConfig(model="gpt2").resolve(cuda=False, data_vocab_size=257).vocab_size == 257
+    assert TrainConfig(vocab_size=300).resolve(cuda=False, data_vocab_size=257).vocab_size == 300
+    with pytest.raises(ConfigError, match="--vocab-size 256 is smaller than the vocabulary of dummy: 257"):
+        TrainConfig(vocab_size=256).resolve(cuda=False, data_vocab_size=257)
 
 
 # ------------------------------------------------------------------------------------ optimizer and schedule
