@@ -222,9 +222,22 @@ class Overflow(Reporter):
 
 
 @pytest.mark.usefixtures("everything_on_a_cpu")
-def test_float16_alone_is_scaled() -> None:
-    scales = {dtype: build(tiny(dtype=dtype)).scaler.get_scale() for dtype in ("float32", "bfloat16", "float16")}
-    assert scales == {"float32": 1.0, "bfloat16": 1.0, "float16": 2.0**16}
+@pytest.mark.parametrize(
+    ("dtype", "products", "scale"),
+    [
+        ("float64", torch.float64, 1.0),
+        ("float32", torch.float32, 1.0),
+        ("bfloat16", torch.bfloat16, 1.0),
+        ("float16", torch.float16, 2.0**16),
+    ],
+)
+def test_products_have_the_precision_asked_for_and_float16_alone_is_scaled(
+    dtype: str, products: torch.dtype, scale: float
+) -> None:
+    run = build(tiny(dtype=dtype))
+    with run.autocast():
+        assert run.model.h[0].attn.c_attn(run.model.wte.weight).dtype == products
+    assert run.scaler.get_scale() == scale
 
 
 @pytest.mark.usefixtures("everything_on_a_cpu")

@@ -501,6 +501,9 @@ def test_an_unwritable_folder_a_used_one_and_another_shape(tmp_path: Path) -> No
     train(tiny(out=tmp_path / "run"))
     with pytest.raises(ConfigError, match="already holds a run: continue it with --resume"):
         train(tiny(out=tmp_path / "run"))
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(ConfigError, match="already holds a run: continue it with --resume"):
+        train(tiny(out=tmp_path / "run"))
     with pytest.raises(ConfigError, match="checkpoint of another shape: it has n_layer 2 not 3, vocab_size 65 not 80"):
         train(tiny(out=tmp_path / "run", resume=True, n_layer=3, vocab_size=80))
     with pytest.raises(ConfigError, match="no checkpoint under"):
