@@ -74,13 +74,13 @@ def deterministic(config: TrainConfig) -> bool:
 
 
 def compiler(config: TrainConfig) -> Any:
-    """The compiler that a model on a GPU is given, played on the meta device; None where it is not compiled."""
+    """How a model on a GPU is compiled, played on the meta device; None where it isn't."""
     with (
         mock.patch("fastgpt2.run.settle", lambda c: (c.resolve(cuda=False), torch.device("meta"))),
         mock.patch("fastgpt2.model.GPT.compile") as compile_,
     ):
         build(config)
-    return compile_.call_args and compile_.call_args.kwargs["backend"]
+    return compile_.call_args and compile_.call_args.kwargs
 
 
 def logged_steps(config: TrainConfig) -> list[int]:
@@ -148,8 +148,8 @@ ARRIVALS: list[tuple[str, Any, Callable[[TrainConfig], Any], Any, dict[str, Any]
     ("mlp", "triton", asked_of_ops("mlp"), "triton", {}),
     ("norm", "triton", asked_of_ops("norm"), "triton", {}),
     ("loss", "chunked", asked_of_ops("loss"), "chunked", {}),
-    ("compile", True, compiler, "inductor", {}),
-    ("lean", True, compiler, lean_inductor, {"compile": True}),
+    ("compile", True, compiler, {"dynamic": False, "fullgraph": True, "backend": "inductor"}, {}),
+    ("lean", True, compiler, {"dynamic": False, "fullgraph": True, "backend": lean_inductor}, {"compile": True}),
     ("recompute", True, lambda config: build(config).model.recompute, True, {}),
     ("eval_every", 2, lambda config: [step for step, _ in train(config).val_losses], [2, 4, 6], {}),
     ("eval_every", 4, logged_steps, [1, 4, 6], {}),

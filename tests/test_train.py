@@ -166,6 +166,7 @@ def test_micro_steps_average_to_the_large_batch() -> None:
     loss, _ = run.step(0, tokens)
     large_loss, _ = large.step(0, tokens.reshape(1, 12, 17))
     assert loss.item() == pytest.approx(large_loss.item(), rel=1e-14)
+    assert not loss.requires_grad  # or the meter would keep every step's graph
     for p, q in zip(run.parameters, large.parameters, strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-16)
     assert train(micro).losses[0] == loss.item()
