@@ -16,7 +16,7 @@ import pytest
 from bench.bench_train_step import LIMITS
 from bench.lockstep import Worker, WorkerError
 from bench.shapes import CUDA, DEVICE
-from bench.steps import STEPS, StepShape
+from bench.steps import STEPS, Kernels, StepShape
 from bench.timing import REPLAY, Timed, replay
 from bench.worker import FAILED
 
@@ -27,12 +27,14 @@ NAMES = ("ours-auto", "ours-triton", "plain", "transformers")
 @pytest.mark.benchmark(timer=REPLAY)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
-def test_first_step(benchmark: Any, record: Callable[[dict[str, Any]], None], compiled: bool, name: str) -> None:
+def test_first_step(
+    benchmark: Any, record: Callable[[dict[str, Any]], None], kernels: Kernels, compiled: bool, name: str
+) -> None:
     if reason := STEPS[name].cuda * (not CUDA):
         pytest.skip(reason)
     benchmark.group = f"first step, {SHAPE.model}, {'compiled' if compiled else 'eager'}"
     with tempfile.TemporaryDirectory() as caches:
-        seconds = {state: seconds_to_first(name, compiled, caches) for state in ("cold", "cached")}
+        seconds = {state: seconds_to_first(name, compiled, caches, kernels) for state in ("cold", "cached")}
     record(
         {
             "contest": uuid.uuid4().hex,
@@ -50,9 +52,9 @@ def test_first_step(benchmark: Any, record: Callable[[dict[str, Any]], None], co
     replay(benchmark, Timed(cached_ms, cached_ms, None, "wall clock of one process"))
 
 
-def seconds_to_first(name: str, compiled: bool, caches: str) -> float:
+def seconds_to_first(name: str, compiled: bool, caches: str, kernels: Kernels) -> float:
     """Run one process to its first step, with its caches of compiled code in a folder."""
-    candidate = STEPS[name].on(SHAPE, DEVICE, compiled=compiled, threads=None if CUDA else 1)
+    candidate = STEPS[name].on(SHAPE, DEVICE, compiled=compiled, threads=None if CUDA else 1, kernels=kernels)
     candidate.environment.update(TORCHINDUCTOR_CACHE_DIR=f"{caches}/inductor", TRITON_CACHE_DIR=f"{caches}/triton")
     with Worker(name, candidate) as worker:
         try:

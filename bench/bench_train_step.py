@@ -4,6 +4,7 @@ Each contest is a set of candidates of bench.steps, every one in a process of it
 once their losses and gradients are seen to agree with those of plain PyTorch, eager:
 
     peers       ours as it comes, and with every kernel of ours, beside plain PyTorch and transformers
+    first       65,536 tokens, the first figures that a GPU gives; `tuned`: again with the table that was tuned there
     ablation    PyTorch's forms, one slot's implementation changed at a time, and all; what equal bits cost
     graph       small batches, where launching takes longer than computing: with CUDA graphs, ours and PyTorch's
     recompute   what a block keeps for the backward: less by the compiler's choice, or its inputs alone
@@ -11,6 +12,7 @@ once their losses and gradients are seen to agree with those of plain PyTorch, e
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import uuid
@@ -23,7 +25,7 @@ import pytest
 from bench.device_state import make_state_query
 from bench.lockstep import Candidate, Finished, Limits, Lost, contest
 from bench.shapes import CUDA, DEVICE
-from bench.steps import REFERENCES, STEPS, StepShape, agree_in, result
+from bench.steps import REFERENCES, STEPS, TUNED, Kernels, StepShape, agree_in, result
 from bench.timing import REPLAY, replay, stage_ends
 from fastgpt2.ops import SLOTS
 
@@ -37,7 +39,7 @@ BUILT_WITHIN = 0.75
 LIMITS = Limits(build=240.0, round=30.0)
 ENDING_S = 15.0
 """Before the stage that it is in is stopped, for a contest's last round, the workers' ends and the results."""
-AT_ONCE = 8 if CUDA else 1
+AT_ONCE = min(8, max(1, len(os.sched_getaffinity(0)) // 2)) if CUDA else 1
 """Candidates that are built at the same time: each is traced by one thread, and compiled by processes of its own."""
 
 
@@ -49,6 +51,10 @@ class StepContest:
     shape: StepShape
     compiled: bool
     names: tuple[str, ...]
+    rounds: int = ROUNDS
+    at_once: int = AT_ONCE
+    eager: bool = True
+    """Whether the losses are compared with those of an eager step as well, which takes time and memory."""
 
     @property
     def title(self) -> str:
@@ -64,6 +70,7 @@ class Held:
     device_state: dict[str, dict[str, str]]
 
 
+FIRST = ("ours-triton", "plain", "plain-flash")
 PEERS = ("ours-auto", "ours-auto-attn", "ours-triton", "plain", "plain-cudnn", "transformers")
 FEWER = ("ours-auto", "ours-triton", "plain", "plain-cudnn", "transformers")
 ABLATION = (
@@ -79,9 +86,16 @@ def _gpt2(B: int) -> StepShape:
     return StepShape("gpt2", B, "bfloat16")
 
 
+def _at_64(kind: str, names: Sequence[str], rounds: int = ROUNDS, *, eager: bool = True) -> StepContest:
+    """A step of 65,536 tokens, of which a card of 80 GB holds two at once."""
+    return StepContest(kind, _gpt2(64), True, tuple(names), rounds, at_once=min(2, AT_ONCE), eager=eager)
+
+
 # By importance.
 ON_A_GPU = [
-    StepContest("peers", _gpt2(64), True, PEERS),
+    _at_64("first", FIRST, rounds=5, eager=False),
+    _at_64("tuned", (TUNED, *FIRST[1:]), rounds=5, eager=False),
+    _at_64("peers", PEERS),
     StepContest("peers", _gpt2(32), True, (*PEERS, "plain-flash", "plain-efficient")),
     StepContest("ablation", _gpt2(32), True, ABLATION),
     StepContest("graph", _gpt2(1), True, GRAPH),
@@ -120,6 +134,7 @@ def test_train_step(
     record: Callable[[dict[str, Any]], None],
     measured_ceilings: Callable[[], dict[str, Any]],
     selected: list[str],
+    kernels: Kernels,
     held: dict[StepContest, Held],
     entered: StepContest,
     name: str,
@@ -128,13 +143,13 @@ def test_train_step(
     if reason := STEPS[name].cuda * (not CUDA):
         pytest.skip(reason)
     if not benchmark.enabled:
-        (outcome,) = hold(entered, [name], rounds=1).outcomes.values()
+        (outcome,) = hold(entered, [name], rounds=1, kernels=kernels).outcomes.values()
         if isinstance(outcome, Lost):
             _stop(outcome)
         benchmark.pedantic(lambda: None)
         return
     if entered not in held:
-        held[entered] = hold(entered, selected, rounds=ROUNDS)
+        held[entered] = hold(entered, selected, entered.rounds, kernels)
     outcome = held[entered].outcomes[name]
     if isinstance(outcome, Lost):
         _stop(outcome)
@@ -154,28 +169,28 @@ def _stop(lost: Lost) -> NoReturn:
     pytest.skip(lost.reason)
 
 
-def hold(entered: StepContest, names: Sequence[str], rounds: int) -> Held:
+def hold(entered: StepContest, names: Sequence[str], rounds: int, kernels: Kernels) -> Held:
     """Run a contest with those of its candidates that are named and can run here."""
     names = [name for name in names if CUDA or not STEPS[name].cuda]
     threads = None if CUDA else 1
 
     def candidate(name: str, compiled: bool) -> Candidate:
-        return STEPS[name].on(entered.shape, DEVICE, compiled=compiled, threads=threads)
+        return STEPS[name].on(entered.shape, DEVICE, compiled=compiled, threads=threads, kernels=kernels)
 
-    # Nothing of ours and no compiler is in it.
+    # Nothing of ours and no compiler is in it. It comes first: it is done with the device while the others compile.
     reference = f"{REFERENCES[0]}, eager"
+    eager = {reference: candidate(REFERENCES[0], False)} if entered.eager else {}
     state = make_state_query() if CUDA else dict
     before, now = state(), time.monotonic()
     until = min(now + CONTEST_S, stage_ends() - ENDING_S)
     outcomes = contest(
-        # The reference first: it is done with the device while the others still compile.
-        {reference: candidate(REFERENCES[0], False), **{name: candidate(name, entered.compiled) for name in names}},
+        {**eager, **{name: candidate(name, entered.compiled) for name in names}},
         rounds=rounds,
         seconds=rounds * ROUND_S,
         limits=LIMITS,
         references=(reference, *REFERENCES),
         agree=agree_in(entered.shape),
-        at_once=AT_ONCE,
+        at_once=entered.at_once,
         untimed=[reference],
         built_by=now + BUILT_WITHIN * (until - now),
         until=until,

@@ -14,7 +14,10 @@ from bench import contests
 from bench.contests import Contest, Measured, Missing, call_once, free_memory
 from bench.roofline import read_or_measure
 from bench.shapes import DEVICE
+from bench.steps import STEPS, TUNED, Kernels
 from bench.timing import append_json_line, commit, environment, replay
+from fastgpt2.ops import SLOTS
+from kernels.tuning import use_table
 
 if not torch.cuda.is_available():
     # A thread that waits for another spins; on cores shared with other work that costs a hundredfold, by chance.
@@ -28,12 +31,53 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastgpt2")
     group.addoption("--bench-commit", help="commit that is measured, where there is no git repository to ask")
     group.addoption("--bench-jsonl", type=Path, help="append each result to this file as soon as it is there")
+    group.addoption("--bench-without", action="append", choices=list(SLOTS), default=[], help="PyTorch's form there")
+    group.addoption("--bench-table", type=Path, help="launch configurations, named by the architecture (sm_90.json)")
     group.addoption("--bench-ceilings", type=Path, help="file of the device's ceilings; measured if it isn't there")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.has_plugin("benchmark"):
         raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install pytest-benchmark")
+    if table := config.getoption("--bench-table"):
+        use_table(table)
+
+
+SLOT = {
+    "bench_attention": "attention",
+    "bench_gelu_mlp": "mlp",
+    "bench_layer_norm": "norm",
+    "bench_linear_cross_entropy": "loss",
+}
+"""Whose kernel is the candidate "triton" of a file."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out who would launch a kernel of --bench-without, be another candidate without it, or lacks its table."""
+    known = _kernels(config)
+
+    def left_out(item: Any) -> bool:
+        name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+        if name == "triton":
+            return SLOT[item.path.stem] in known.without
+        if name not in STEPS:
+            return False
+        same = STEPS[name].with_kernels(known).settings == STEPS["ours-torch"].settings and name != "ours-torch"
+        return same or (name == TUNED and known.table is None)
+
+    out = [item for item in items if left_out(item)]
+    items[:] = [item for item in items if item not in out]
+    config.hook.pytest_deselected(items=out)
+
+
+def _kernels(config: pytest.Config) -> Kernels:
+    return Kernels(tuple(config.getoption("--bench-without")), config.getoption("--bench-table"))
+
+
+@pytest.fixture(scope="session")
+def kernels(pytestconfig: pytest.Config) -> Kernels:
+    """What --bench-without and --bench-table say of ours."""
+    return _kernels(pytestconfig)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,13 +1,20 @@
-"""`python -m bench.gpu`: everything that needs a GPU, in one command, for a machine that is had for minutes.
+"""`python -m bench.gpu`: what a GPU that is lent for minutes has to show, in two commands.
 
-Run from the root of a checkout: torch, triton, numpy, pytest and pytest-benchmark are enough, nothing of ours
-need be installed. The device's state is read and never changed. Stages run by importance, each in a process of
-its own with a limit, so that one that hangs or crashes costs only itself; after each, what is known is in
-OUT/<gpu>/<date>-<commit>.json, and what the stages printed in the .log beside it. The tests are first and may use
-TESTS_SHARE of the minutes, so that something is measured, too. No stage starts once the minutes are used; what was
-not done is listed.
+    python -m bench.gpu --part 1 --minutes 9.3 --out OUT
+    python -m bench.gpu --part 2 --minutes 3 --out OUT
 
-Exit status: 0; 1 where a stage failed, or the tests or the verification did not end; 2 without a GPU.
+Run from the root of a checkout: torch, triton, numpy, pytest and pytest-benchmark are enough, nothing of ours need be
+installed. The device's state is read and never changed. Stages run by importance, each in a process of its own with a
+limit, so that one that hangs or crashes costs only itself; none starts that can't end in time.
+
+Part 1 begins with a smoke of each kernel against float64: a slot that is not right is PyTorch's from then on. It times
+the step, says where its time goes, runs the tests, tunes, times again with the table, and measures what `auto` chooses
+by. Part 2 has the rest, and a smoke of its own: it needs nothing of part 1's. Without --part both run.
+
+In OUT are a record for each run, <gpu>/<date>-<commit>.json, whole at any time, what the stages printed in the .log
+beside it, and the tuned table, <architecture>.json. A table that is there already is used.
+
+Exit status: 0; 1 where a stage failed, or the smoke, the tests or the verification did not end well; 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -18,146 +25,314 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from bench import targets
+from bench import kernel_profile, smoke, targets
 from bench.device_state import FIXED_FIELDS, find_tool, make_state_query, query_gpu
-from bench.results import align, summary
-from bench.stages import Files, Stage, exit_status, new_record, read_environment, record_file, run_stages
+from bench.results import Record, align, summary
+from bench.stages import Files, NotNow, Stage, exit_status, new_record, read_environment, record_file, run_stages
+from bench.steps import TUNED, Kernels
 from bench.timing import ROOT, commit
+from fastgpt2.ops import SLOTS
 
-TESTS_SHARE = 0.6
+PARTS = {1: 9.3, 2: 3.0}
+"""The minutes that each part's limits are made for; with more minutes the limits grow."""
 SESSIONS = {
     "operations": (
         *("attention", "gelu_mlp", "layer_norm", "linear_cross_entropy", "embedding", "dropout", "attention_forms"),
     ),
     "trajectories": ("trajectory",),
-    "training": ("step", "train"),
+    "graphs and equal bits": ("step", "train"),
 }
 """The test files that run together, in several processes; the others measure, and run after them, in one."""
 ALONE = "measuring"
+LARGE = "that fill the card"
+"""Tests of the operations that are marked so, one after the other."""
 PROCESSES = 12
 """At the most: hundreds of kernels are compiled for the tests, at a second each, and each process holds a context."""
+TUNING_S = 60.0
+"""After which no further kernel is tuned."""
+TUNED_OPS = {"attention": "attention", "mlp": "gelu_mlp", "loss": "cross_entropy"}
+"""By slot: how the names of the kernels begin that are worth tuning on the day."""
 
 
-def all_stages(scratch: Path, results: Path, commit_id: str) -> list[Stage]:
-    """By importance: is it right, how fast is the step, what is each kernel worth, and then the rest."""
+@dataclass(frozen=True)
+class Run:
+    """What the stages of a run share: where they write, and what they find out for those after them.
+
+    Args:
+        scratch: a folder.
+        results: JSON lines that stages append to.
+        table: the tuned table, used from when it is there.
+        without: slots whose kernel is known to fail; more may follow from the smoke.
+        pace: by what the stages' limits are multiplied.
+    """
+
+    scratch: Path
+    results: Path
+    commit: str
+    table: Path
+    without: tuple[str, ...] = ()
+    pace: float = 1.0
+
+    @property
+    def ceilings(self) -> Path:
+        return self.scratch / "ceilings.json"
+
+    @property
+    def failed(self) -> Path:
+        return self.scratch / "failed.json"
+
+    def kernels(self) -> Kernels:
+        """As known so far."""
+        failed = {*self.without, *smoke.read_failed(self.failed)}
+        return Kernels(tuple(slot for slot in SLOTS if slot in failed), self.table if self.table.exists() else None)
+
+    def options(self, prefix: str) -> list[str]:
+        """What is known of the kernels, as options of a command."""
+        known = self.kernels()
+        table = [] if known.table is None else [f"{prefix}table={known.table}"]
+        return [*(f"{prefix}without={slot}" for slot in known.without), *table]
+
+
+def part_1(run: Run) -> list[Stage]:
+    """In the order in which a cut leaves most: after 4 minutes what planning needs, after 8 the tuned step."""
+    attention, large = "C768-T1024-B64", "N65536-C768"
+    return [
+        _ceilings(run),
+        _smoke(run, 60, "--warm", "ours-triton", "plain"),
+        _step(run, "step, B=64", "gpt2-B64-compiled-first", 120, seconds_needed=45),
+        _kernels(run, "the step's kernels: ours", "ours-triton", 40),
+        _kernels(run, "the step's kernels: plain", "plain", 40),
+        _bench(run, "attention", "attention T=1024", f"{attention} and ({_FAST})", 30, seconds_needed=12),
+        _bench(run, "gelu_mlp", "gelu_mlp, 64k tokens", _MLP, 30, seconds_needed=12),
+        _bench(run, "linear_cross_entropy", "loss, 64k tokens", f"{large} and {_LOSS}", 30, seconds_needed=12),
+        # Minute 4.
+        _tests(run, "operations", 80, seconds_needed=40),
+        _tests(run, "trajectories", 30, seconds_needed=20),
+        Stage("tune", lambda: _tune(run), TUNING_S + 15, seconds_needed=30),
+        _step(run, "step, B=64, tuned", "gpt2-B64-compiled-tuned", 75, seconds_needed=40, tuned=True),
+        _kernels(run, "the step's kernels: ours, tuned", TUNED, 40, tuned=True),
+        # Minute 8.
+        _step(run, "step, one slot changed", f"{_ABLATION} and not ({_RARE})", 110, seconds_needed=80),
+        _tests(run, "graphs and equal bits", 40, seconds_needed=20),
+        _tests(run, LARGE, 40, seconds_needed=20),
+    ]
+
+
+def part_2(run: Run) -> list[Stage]:
+    """What is left, by importance."""
+    attention, large = "C768-T1024-B64", "C768 and (N65536 or B64)"
 
     def bench(name: str, file: str, keyword: str, seconds_limit: float) -> Stage:
-        options = ["--bench-jsonl", str(results), "--bench-commit", commit_id, "--tb=short"]
-        options += ["--bench-ceilings", str(ceilings)]
-        return Stage(name, [*_PYTEST, f"bench/{file}", "-k", keyword, *options], seconds_limit)
+        return _bench(run, file, name, keyword, seconds_limit, seconds_needed=min(20.0, seconds_limit))
 
-    roofline, ceilings = [sys.executable, "-m", "bench.roofline"], scratch / "ceilings.json"
-    attention, step = "bench_attention.py", "bench_train_step.py"
-    head, mlp, norm = "bench_linear_cross_entropy.py", "bench_gelu_mlp.py", "bench_layer_norm.py"
-    large = "C768 and (N65536 or B64)"
+    def step(name: str, keyword: str, seconds_limit: float = 300) -> Stage:
+        return _step(run, name, keyword, seconds_limit, seconds_needed=40)
+
+    mlp, loss = "gelu_mlp", "linear_cross_entropy"
     return [
-        Stage("ceilings", [*roofline, "--out", str(ceilings), "--jsonl", str(results)], 60),
-        *(_tests(name, files, scratch) for name, files in gpu_test_sessions().items()),
-        replace(_tool("gpu tests: memory and races", "sanitize", "compute-sanitizer", 300), until=TESTS_SHARE),
-        # What bench.targets judges.
-        bench("attention T=1024", attention, "C768-T1024-B64", 150),
-        bench("step, B=64", step, "gpt2-B64-compiled-peers", 300),
-        bench("linear cross-entropy, 64k tokens", head, large, 150),
-        bench("gelu_mlp, 64k tokens", mlp, large, 150),
-        bench("step, CUDA graphs, eager", step, "eager-graph", 150),
-        bench("step, CUDA graphs, B=1", step, "gpt2-B1-compiled-graph", 300),
-        bench("attention T=2048 and up", attention, "T2048 or T4096 or T8192", 240),
-        bench("step, CUDA graphs, B=4", step, "gpt2-B4-compiled-graph", 300),
-        bench("step, B=32", step, "gpt2-B32-compiled-peers", 300),
-        # What `auto` chooses by.
-        bench("step, one slot changed", step, "gpt2-B32-compiled-ablation", 300),
-        bench("layer norm, 64k tokens", norm, large, 120),
+        _ceilings(run),
+        _smoke(run, 40),
+        step("step, CUDA graphs, B=1, eager", "gpt2-B1-eager-graph", 60),
+        step("step, CUDA graphs, B=1", "gpt2-B1-compiled-graph", 90),
+        bench("attention T=2048 and up", "attention", "T2048 or T4096 or T8192", 60),
         # Its checks are among the tests; this is their table.
-        Stage("verify", [sys.executable, "-m", "fastgpt2.verify"], 240, required=True),
-        _tool("attention's counters", "profile", "ncu", 150, "--jsonl", str(results)),
-        bench("step, eager", step, "gpt2-B32-eager-peers", 180),
-        bench("step, recomputed", step, "gpt2-B32-compiled-recompute", 300),
-        bench("optimizer step", "bench_optimizer.py", "test", 120),
-        bench("data loading", "bench_data.py", "test", 60),
-        *(bench(f"step, {model}", step, f"gpt2-{model}", 300) for model in ("medium", "large", "xl")),
-        bench("attention, other sizes", attention, "T1024 and not C768-T1024-B64", 240),
-        bench("linear cross-entropy, other sizes", head, f"not ({large})", 120),
+        Stage("verify", [*_PYTHON, "fastgpt2.verify"], 240, seconds_needed=40, required=True),
+        _tool("gpu tests: memory and races", "sanitize", "compute-sanitizer", 300),
+        _tests(run, ALONE, 120, seconds_needed=30),
+        step("step, B=64, all peers", "gpt2-B64-compiled-peers"),
+        step("step, one slot changed, the others", f"{_ABLATION} and (ours-torch or {_RARE})"),
+        step("step, CUDA graphs, B=4", "gpt2-B4 and graph"),
+        step("step, B=32", "gpt2-B32-compiled-peers"),
+        _tool("attention's counters", "profile", "ncu", 150, "--jsonl", str(run.results)),
+        bench("attention T=1024, the others", "attention", f"{attention} and not ({_FAST})", 150),
+        bench("gelu_mlp, 64k tokens, the others", mlp, f"{large} and not ({_MLP})", 150),
+        bench("loss, 64k tokens, the others", loss, f"{large} and not {_LOSS}", 150),
+        bench("layer norm, 64k tokens", "layer_norm", large, 120),
+        step("step, eager", "gpt2-B32-eager-peers", 180),
+        step("step, recomputed", "gpt2-B32-compiled-recompute"),
+        bench("optimizer step", "optimizer", "test", 120),
+        bench("data loading", "data", "test", 60),
+        *(step(f"step, {model}", f"gpt2-{model}") for model in ("medium", "large", "xl")),
+        bench("attention, other sizes", "attention", f"T1024 and not {attention}", 240),
+        bench("loss, other sizes", loss, f"not ({large})", 120),
         bench("gelu_mlp, other sizes", mlp, f"not ({large})", 120),
-        bench("layer norm, other sizes", norm, f"not ({large})", 120),
-        bench("step, few tokens", step, "(gpt2-B16 or gpt2-B8 or gpt2-B4 or gpt2-B1) and compiled-peers", 300),
-        bench("first step", "bench_first_step.py", "compiled", 300),
-        bench("first step, eager", "bench_first_step.py", "eager", 120),
+        bench("layer norm, other sizes", "layer_norm", f"not ({large})", 120),
+        step("step, few tokens", "(gpt2-B16 or gpt2-B8 or gpt2-B4 or gpt2-B1) and compiled-peers"),
+        bench("first step", "first_step", "compiled", 300),
+        bench("first step, eager", "first_step", "eager", 120),
         # The same again: differences between candidates that are smaller than these are noise.
-        bench("attention T=1024, repeated", attention, "C768-T1024-B64", 90),
+        bench("attention T=1024, repeated", "attention", attention, 90),
+    ]
+
+
+_PYTHON = [sys.executable, "-m"]
+_PYTEST = [*_PYTHON, "pytest", "-p", "no:cacheprovider"]
+_FAST = "triton or sdpa-flash or sdpa-cudnn"
+_MLP = "C768-B64 and forward+backward and (triton or torch)"
+_LOSS = "(training and (triton or matmuls or torch))"
+"""The candidates that the targets compare."""
+_ABLATION = "gpt2-B32-compiled-ablation"
+_RARE = "flex or chunked or triton-any-order"
+"""What `auto` hardly becomes on a GPU: the others compile in one go."""
+
+
+def _ceilings(run: Run) -> Stage:
+    argv = [*_PYTHON, "bench.roofline", "--out", str(run.ceilings), "--jsonl", str(run.results)]
+    return Stage("ceilings", argv, 30, seconds_needed=5)
+
+
+def _smoke(run: Run, seconds_limit: float, *options: str) -> Stage:
+    argv = [*_PYTHON, "bench.smoke", "--failed", str(run.failed), "--jsonl", str(run.results), *options]
+    return Stage("smoke", argv, seconds_limit, seconds_needed=15, required=True)
+
+
+def _bench(run: Run, file: str, name: str, keyword: str, seconds_limit: float, seconds_needed: float) -> Stage:
+    """The benchmarks of a file that are selected, without kernels that failed."""
+
+    def argv() -> list[str]:
+        options = ["--bench-jsonl", str(run.results), "--bench-commit", run.commit, *run.options("--bench-")]
+        options += ["--bench-ceilings", str(run.ceilings), "--tb=short"]
+        return [*_PYTEST, f"bench/bench_{file}.py", "-k", keyword, *options]
+
+    return Stage(name, argv, seconds_limit, seconds_needed)
+
+
+def _step(
+    run: Run, name: str, keyword: str, seconds_limit: float, seconds_needed: float, *, tuned: bool = False
+) -> Stage:
+    stage = _bench(run, "train_step", name, keyword, seconds_limit, seconds_needed=seconds_needed)
+    return _after_tuning(run, stage) if tuned else stage
+
+
+def _kernels(run: Run, name: str, step: str, seconds_limit: float, *, tuned: bool = False) -> Stage:
+    """torch.profiler's table of a step of 65,536 tokens."""
+
+    def argv() -> list[str]:
+        return [*_PYTHON, "bench.kernel_profile", step, "--jsonl", str(run.results), *run.options("--")]
+
+    stage = Stage(name, argv, seconds_limit, seconds_needed=15)
+    return _after_tuning(run, stage) if tuned else stage
+
+
+def _after_tuning(run: Run, stage: Stage) -> Stage:
+    """The stage, if there is a table to use."""
+
+    def argv() -> list[str]:
+        if run.kernels().table is None:
+            raise NotNow("nothing was tuned")
+        return stage.argv() if callable(stage.argv) else stage.argv
+
+    return replace(stage, argv=argv)
+
+
+def _tune(run: Run) -> list[str]:
+    """kernels.tune of the slots that are right, at GPT-2's sizes."""
+    ops = [op for slot, op in TUNED_OPS.items() if slot not in run.kernels().without]
+    if not ops:
+        raise NotNow("no kernel that is worth tuning is right")
+    options = ["--op", *ops, "--precision", "bfloat16", "--size", "64", "768", "50304"]
+    return [
+        *_PYTHON,
+        "kernels.tune",
+        *options,
+        "--seconds",
+        "3",
+        "--minutes",
+        str(run.pace * TUNING_S / 60),
+        "--out",
+        str(run.table),
     ]
 
 
 def _tool(name: str, module: str, tool: str, seconds_limit: float, *options: str) -> Stage:
     """A command of ours around a program of CUDA's toolkit, which need not be there."""
     missing = None if find_tool(tool) else f"{tool} is not installed: it comes with CUDA's toolkit"
-    return Stage(name, [sys.executable, "-m", f"bench.{module}", *options], seconds_limit, missing=missing)
+    return Stage(name, [*_PYTHON, f"bench.{module}", *options], seconds_limit, seconds_needed=40, missing=missing)
 
 
-def _tests(name: str, files: Sequence[Path], scratch: Path) -> Stage:
-    """The files' tests marked gpu, with pytest-xdist and pytest-timeout, which need not be there, by several processes
-    of which one that hangs is replaced."""
-    junit = scratch / f"{name}.xml"
-    parallel: list[str] = []
-    if importlib.util.find_spec("xdist") and name != ALONE:
-        # What fills the card is of one group, and so runs one after the other.
-        parallel = ["-n", str(min(PROCESSES, os.cpu_count() or 1)), "--dist", "loadgroup"]
-        if importlib.util.find_spec("pytest_timeout"):
-            parallel += ["--timeout", "150", "--timeout-method", "thread"]
+def _tests(run: Run, name: str, seconds_limit: float, seconds_needed: float) -> Stage:
+    """A session's tests marked gpu; with pytest-xdist, which need not be there, by several processes. One that crashes
+    is replaced, and one that hangs leaves the tests to the others."""
+    junit, files = run.scratch / f"{name}.xml", gpu_test_sessions()[name]
+    in_parallel = importlib.util.find_spec("xdist") and name not in (ALONE, LARGE)
     # Every test of the trajectories computes on the GPU where there is one.
-    marked = [] if name == "trajectories" else ["-m", "gpu"]
-    options = ["-v", *marked, "--continue-on-collection-errors", f"--junitxml={junit}", *parallel]
+    marks = {"trajectories": [], LARGE: ["-m", "gpu and xdist_group"]}.get(name, ["-m", "gpu and not xdist_group"])
+    options = ["-v", *marks, "--continue-on-collection-errors", f"--junitxml={junit}"]
+    options += processes(min(PROCESSES, os.cpu_count() or 1)) if in_parallel else []
     argv = [*_PYTEST, *options, *(str(file.relative_to(ROOT)) for file in files)]
-    return Stage(f"gpu tests: {name}", argv, 300, required=True, junit=junit, until=TESTS_SHARE)
+    return Stage(f"gpu tests: {name}", argv, seconds_limit, seconds_needed, required=True, junit=junit)
 
 
-_PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+def processes(count: int) -> list[str]:
+    """pytest-xdist's options; by --dist loadgroup (3.8) two processes that crash at once end the session."""
+    return ["-n", str(count), "--dist", "load"]
 
 
 def gpu_test_sessions() -> dict[str, list[Path]]:
     """The test files with tests marked gpu, by session; the others may import what isn't installed here."""
-    sessions: dict[str, list[Path]] = {name: [] for name in (*SESSIONS, ALONE)}
+    sessions: dict[str, list[Path]] = {name: [] for name in (*SESSIONS, ALONE, LARGE)}
     for path in sorted((ROOT / "tests").glob("test_*.py")):
-        if "mark.gpu" in path.read_text(encoding="utf-8"):
+        text = path.read_text(encoding="utf-8")
+        if "mark.xdist_group" in text:
+            sessions[LARGE].append(path)
+        if "mark.gpu" in text:
             stem = path.stem.removeprefix("test_")
             sessions[next((name for name, stems in SESSIONS.items() if stem in stems), ALONE)].append(path)
     return sessions
 
 
-def chosen(stages: list[Stage], only: list[str] | None) -> list[Stage]:
-    """Those whose name contains one of the texts; all without any. Tests that nothing follows may use all the time."""
-    found = [stage for stage in stages if any(text in stage.name for text in only or [""])]
-    nothing_follows = bool(found) and found[-1].until < 1.0
-    return [replace(stage, until=1.0) for stage in found] if nothing_follows else found
+def programme(run: Run, part: int | None, only: Sequence[str] | None = None) -> list[Stage]:
+    """A part's stages, or both parts', whose name contains one of the texts; what both have is done once."""
+    parts: dict[int, Callable[[Run], list[Stage]]] = {1: part_1, 2: part_2}
+    stages: dict[str, Stage] = {}
+    for number in PARTS if part is None else (part,):
+        for stage in parts[number](run):
+            stages.setdefault(stage.name, replace(stage, seconds_limit=run.pace * stage.seconds_limit))
+    return [stage for name, stage in stages.items() if any(text in name for text in only or [""])]
+
+
+def findings(record: Record) -> str:
+    """What a run prints beside the results: the smoke, and the kernels that a step spends its time in."""
+    smokes = [f"smoke: {smoke.words(found['slot'], found)}" for found in record["smokes"]]
+    return "\n".join([*smokes, *(kernel_profile.table(found) for found in record["step_kernels"])])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="Test, verify and measure on a GPU.")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no stage runs for longer (default: 8)")
+    parser.add_argument("--part", type=int, choices=list(PARTS), help="default: both, in order")
+    parser.add_argument("--minutes", type=float, help="for all stages; default: 9.3 for part 1, 3 for part 2")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="default: bench/results")
     parser.add_argument("--commit", help="what is measured, where there is no git repository to ask")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only the stages whose name contains one of these")
+    parser.add_argument("--without", nargs="+", default=[], choices=list(SLOTS), help="kernels known to fail: not run")
+    parser.add_argument("--table", type=Path, help="tuned table to use and go on with (default: OUT's)")
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print(f"error: python -m bench.gpu needs a CUDA GPU, torch {torch.__version__} sees none here", file=sys.stderr)
         return 2
     began = time.monotonic()
+    usual = PARTS[given.part] if given.part else sum(PARTS.values())
+    minutes = given.minutes or usual
     source, state = commit(given.commit), make_state_query()
-    record = new_record(given.minutes, source, read_environment())
+    record = new_record(minutes, source, read_environment())
     record |= {"nvidia_smi": query_gpu(FIXED_FIELDS), "device_state_at_start": state()}
     file = record_file(given.out, record)
+    architecture = f"sm_{record['environment']['compute_capability'].replace('.', '')}"
+    table = (given.table or given.out / f"{architecture}.json").resolve()
     with tempfile.TemporaryDirectory() as scratch:
         files = Files(file, file.with_suffix(".log"), Path(scratch) / "results.jsonl")
-        stages = all_stages(Path(scratch), files.results, source["id"])
-        stages = chosen(stages, given.only)
-        run_stages(stages, record, files, seconds=60 * given.minutes - (time.monotonic() - began), state=state)
-    print(f"\n{file}\n{summary(record)}")
+        pace = max(1.0, minutes / usual)
+        run = Run(Path(scratch), files.results, source["id"], table, tuple(given.without), pace)
+        stages = programme(run, given.part, given.only)
+        run_stages(stages, record, files, seconds=60 * minutes - (time.monotonic() - began), state=state)
+    print(f"\n{file}\n{summary(record)}\n{findings(record)}")
     if rows := targets.rows(record):
         print(align(rows))
     return exit_status(record, [stage.name for stage in stages if stage.required])

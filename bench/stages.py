@@ -1,5 +1,7 @@
-"""Stages by importance, each in a process of its own with a limit, so that one that hangs or crashes costs only
-itself; after each, what is known is on disk. Nothing here needs a GPU.
+"""Stages by importance, each in a process of its own with a limit: one that hangs or crashes costs only itself.
+
+What is known is on disk after each stage, and each second while one runs, so that a run may be killed at any time. A
+stage ends with this process (bench.tied), and none starts that can't end. Nothing here needs a GPU.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,14 @@ TAIL_CHARACTERS = 8_000
 """The end of it that is kept in the JSON."""
 GRACE_S = 3.0
 """For a stage that is stopped to print where it stands."""
+KEEP_EVERY_S = 1.0
+"""Between two looks at what a running stage has measured."""
+KINDS = {"benchmark": "results", "profile": "profiles", "smoke": "smokes", "kernels": "step_kernels"}
+"""Where the record keeps a line, by its `kind`."""
+
+
+class NotNow(Exception):
+    """A stage has nothing to do, as its command says when it is asked for; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +49,15 @@ class Stage:
     """One process."""
 
     name: str
-    argv: list[str]
+    argv: list[str] | Callable[[], list[str]]
+    """A function where it depends on what earlier stages found; it may raise NotNow."""
     seconds_limit: float
+    seconds_needed: float = 0.0
+    """With less time left it does not start: it would be stopped before it had anything to show."""
     required: bool = False
     """Whether the run counts as failed unless this stage passes."""
     junit: Path | None = None
     """Where it writes its tests' results."""
-    until: float = 1.0
-    """The fraction of the run's time after which it does not start and is stopped."""
     missing: str | None = None
     """What it needs and isn't there: it is not run, and the record says so."""
 
@@ -57,7 +69,7 @@ class Files:
     record: Path
     log: Path
     results: Path
-    """JSON lines that the stages append to: `kind` is "ceilings", "benchmark" or "profile"."""
+    """JSON lines that the stages append to: `kind` is "ceilings" or one of KINDS."""
 
 
 def new_record(minutes: float, source: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
@@ -77,8 +89,7 @@ def new_record(minutes: float, source: dict[str, Any], environment: dict[str, An
         "device_state_at_start": {},
         "ceilings": None,
         "stages": [],
-        "results": [],
-        "profiles": [],
+        **{place: [] for place in KINDS.values()},
         "not_done": [],
     }
 
@@ -103,8 +114,8 @@ def run_stages(
     """Run stages in order until the time is used up; the record is on disk before the first and after each.
 
     Args:
-        record: what is known so far; gains `stages`, `results`, `ceilings`, `profiles` (what counters say of a kernel)
-            and `not_done`, a list of {name, reason}.
+        record: what is known so far; gains `stages`, `ceilings`, a list for each of KINDS, and `not_done`, a list of
+            {name, reason}.
         seconds: for all stages together; one that is running when they end is stopped.
         state: reads the device's state, every few seconds while a stage runs.
 
@@ -113,46 +124,67 @@ def run_stages(
     """
     # A stage that is stopped with SIGABRT, so that it prints where it hung, is not to leave gigabytes behind.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    began = time.monotonic()
+    ends = time.monotonic() + seconds
     stages = list(stages)
-    waiting = {stage.name: "not reached" for stage in stages}
-    record.update(stages=[], results=[], ceilings=None, profiles=[])
-    _write_record(files.record, record, waiting)
+    record.update(stages=[], ceilings=None, **{place: [] for place in KINDS.values()})
+    kept = _Kept(files, record, {stage.name: "not reached" for stage in stages})
     for stage in stages:
-        if stage.missing is not None:
-            waiting[stage.name] = stage.missing
-            continue
-        left = began + stage.until * seconds - time.monotonic()
-        if left <= 0:
-            share = "" if stage.until == 1.0 else f"its {stage.until:.0%} of "
-            waiting[stage.name] = f"{share}the minutes were used up"
+        left = ends - time.monotonic()
+        try:
+            argv = _command(stage, left)
+        except NotNow as reason:
+            kept.waiting[stage.name] = str(reason)
             continue
         print(f"{stage.name} ...", flush=True)
-        outcome = run_stage(stage, min(stage.seconds_limit, left), files.log, state)
+        ready = replace(stage, argv=argv, seconds_limit=min(stage.seconds_limit, left))
+        outcome = run_stage(ready, files.log, state, partial(kept.collect, stage.name))
         record["stages"].append(outcome)
-        _collect(files.results, stage.name, record)
         if outcome["status"] == "timed out":
-            waiting[stage.name] = f"stopped after {outcome['seconds']:.0f} s; results it had made are kept"
+            kept.waiting[stage.name] = f"stopped after {outcome['seconds']:.0f} s; results it had made are kept"
         else:
-            del waiting[stage.name]
-        _write_record(files.record, record, waiting)
+            del kept.waiting[stage.name]
+        kept.collect(stage.name, ended=True)
         print(f"{stage.name}: {outcome['status']} in {outcome['seconds']:.0f} s", flush=True)
         if outcome["status"] != "passed":
             print(outcome["output_tail"][-1500:], flush=True)
-    _write_record(files.record, record, waiting)
+    kept.write()
     return record
 
 
+def _command(stage: Stage, left: float) -> list[str]:
+    """What to run, with that many seconds left.
+
+    Raises:
+        NotNow: it can't run, can't end in time, or has nothing to do.
+    """
+    if stage.missing is not None:
+        raise NotNow(stage.missing)
+    if left <= 0:
+        raise NotNow("the minutes were used up")
+    if left < stage.seconds_needed:
+        raise NotNow(f"it needs {stage.seconds_needed:.0f} s, and {left:.0f} s were left")
+    return stage.argv() if callable(stage.argv) else stage.argv
+
+
 def run_stage(
-    stage: Stage, seconds_limit: float, log: Path, state: Callable[[], dict[str, str]] | None = None
+    stage: Stage,
+    log: Path,
+    state: Callable[[], dict[str, str]] | None = None,
+    collect: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Run one process to its end or its limit, and say how it went; its output goes to the log."""
-    began, states = time.monotonic(), States(state)
+    """Run one process to its end or its limit, and say how it went; its output goes to the log.
+
+    Args:
+        collect: called each KEEP_EVERY_S while it runs.
+    """
+    assert not callable(stage.argv)
+    began, states, seconds_limit = time.monotonic(), States(state), stage.seconds_limit
+    look_again = began
     # A Triton that interprets would be neither the kernels nor their time.
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            stage.argv,
+            [sys.executable, "-m", "bench.tied", str(os.getpid()), *stage.argv],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -170,6 +202,9 @@ def run_stage(
         try:
             while process.poll() is None and time.monotonic() - began < seconds_limit:
                 states.look()
+                if time.monotonic() >= look_again:
+                    collect()
+                    look_again = time.monotonic() + KEEP_EVERY_S
                 time.sleep(0.05)
         finally:
             timed_out = _stop(process)
@@ -198,41 +233,60 @@ def run_stage(
 
 
 def _stop(process: subprocess.Popen) -> bool:
-    """End a process that still runs, and all it started; whether there was one."""
+    """End a process if it still runs, and all it started; whether it ran."""
     running = process.poll() is None
     if running:
-        process.send_signal(signal.SIGABRT)  # Python's fault handler prints every thread's stack
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGABRT)  # Python's fault handler prints every thread's stack
             process.wait(GRACE_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its session, made for it alone
-        process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # its session, made for it alone
+    process.wait()
     return running
 
 
-def _collect(results: Path, stage: str, record: dict[str, Any]) -> None:
-    """Move the lines that a stage wrote into the record; the last one may be cut off."""
-    if not results.exists():
-        return
-    for line in results.read_text(encoding="utf-8").splitlines():
-        try:
-            result = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        kind = result.pop("kind")
+class _Kept:
+    """A run's record, kept on disk.
+
+    Args:
+        waiting: the stages that are not done, by name, with the reason.
+    """
+
+    def __init__(self, files: Files, record: dict[str, Any], waiting: dict[str, str]) -> None:
+        self._files, self._record, self.waiting = files, record, waiting
+        self._read = 0
+        self.write()
+
+    def collect(self, stage: str, *, ended: bool = False) -> None:
+        """Move the lines that a stage has written into the record; the last one may be cut off."""
+        results, found = self._files.results, b""
+        if results.exists():
+            with results.open("rb") as file:
+                file.seek(self._read)
+                found = file.read()
+        whole = found[: found.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.splitlines():
+            self._keep(stage, json.loads(line))
+        if ended:
+            results.unlink(missing_ok=True)
+            self._read = 0
+        if whole or ended:
+            self.write()
+
+    def _keep(self, stage: str, line: dict[str, Any]) -> None:
+        kind = line.pop("kind")
         if kind == "ceilings":
-            record["ceilings"] = result
+            self._record["ceilings"] = line
         else:
-            record["profiles" if kind == "profile" else "results"].append({"stage": stage, **result})
-    results.unlink()
+            self._record[KINDS[kind]].append({"stage": stage, **line})
 
-
-def _write_record(path: Path, record: dict[str, Any], waiting: dict[str, str]) -> None:
-    """Written aside and renamed, so that the file is whole whenever the machine goes away."""
-    record["not_done"] = [{"name": name, "reason": reason} for name, reason in waiting.items()]
-    aside = path.with_suffix(".writing")
-    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    def write(self) -> None:
+        """Aside, and renamed, so that the file is whole whenever the machine goes away."""
+        self._record["not_done"] = [{"name": name, "reason": reason} for name, reason in self.waiting.items()]
+        aside = self._files.record.with_suffix(".writing")
+        aside.write_text(json.dumps(self._record, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, self._files.record)
 
 
 _OUTCOME = "(PASSED|FAILED|ERROR|SKIPPED)"

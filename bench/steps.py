@@ -13,12 +13,14 @@ algorithms; the peers run without that request, which is PyTorch at its fastest.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ from fastgpt2.data import open_data, split
 from fastgpt2.model import FLOPS_PER_TOKEN, GPT
 from fastgpt2.ops import FLAGS, SLOTS
 from fastgpt2.run import TORCH_DTYPE, build, numerics, settle
+from kernels.tuning import use_table
 
 # ------------------------------------------------------------------------------------------------ candidates
 
@@ -59,6 +62,19 @@ class StepShape:
 
 
 @dataclass(frozen=True)
+class Kernels:
+    """What was found out about our kernels on this machine.
+
+    Args:
+        without: slots whose kernel is not to run: PyTorch's form takes its place.
+        table: launch configurations in place of an architecture's, by whose name it is called.
+    """
+
+    without: tuple[str, ...] = ()
+    table: Path | None = None
+
+
+@dataclass(frozen=True)
 class StepCandidate:
     """One way to train.
 
@@ -74,12 +90,31 @@ class StepCandidate:
     options: dict[str, Any] = field(default_factory=dict)
     cuda: str = ""
 
-    def on(self, shape: StepShape, device: torch.device, *, compiled: bool, threads: int | None = None) -> Candidate:
+    def with_kernels(self, kernels: Kernels) -> StepCandidate:
+        """Ours with what is known of our kernels: also a slot left at auto might become one that is not to run."""
+        if self.role != "ours":
+            return self
+        flags = {FLAGS[slot].removeprefix("--"): TORCH[slot] for slot in kernels.without}
+        plain = {flag: form for flag, form in flags.items() if self.settings.get(flag, "auto") in ("auto", "triton")}
+        table = {} if kernels.table is None else {"table": str(kernels.table)}
+        return dataclasses.replace(self, settings=self.settings | plain, options=self.options | table)
+
+    def on(
+        self,
+        shape: StepShape,
+        device: torch.device,
+        *,
+        compiled: bool,
+        threads: int | None = None,
+        kernels: Kernels | None = None,
+    ) -> Candidate:
         """As a worker's work.
 
         Args:
             threads: of PyTorch on a CPU; None leaves them as they are.
         """
+        if kernels is not None:
+            return self.with_kernels(kernels).on(shape, device, compiled=compiled, threads=threads)
         settings = {
             "model": shape.model,
             "n_layer": shape.n_layer,
@@ -121,6 +156,8 @@ def _plain(cuda: str = "", **options: Any) -> StepCandidate:
 
 
 _ALL = dict.fromkeys(SLOTS, "triton")
+TUNED = "ours-triton-tuned"
+"""All of our kernels, launched by a table that was just tuned; only where there is one."""
 STEPS: dict[str, StepCandidate] = {
     "ours-auto": _ours(None),
     "ours-auto-attn": _ours(None, attn="triton"),
@@ -134,6 +171,7 @@ STEPS: dict[str, StepCandidate] = {
         if name not in (TORCH[slot], "naive")
     },
     "ours-triton-any-order": _ours(_ALL, deterministic=False),
+    TUNED: _ours(_ALL),
     "ours-auto-lean": _ours(None, lean=True),
     "ours-auto-recompute": _ours(None, recompute=True),
     "ours-triton-recompute": _ours(_ALL, recompute=True),
@@ -197,8 +235,10 @@ class Step:
         return values
 
 
-def make_ours(settings: dict[str, Any]) -> Step:
-    """The trainer's step. Its numerics hold from here to the end of the process."""
+def make_ours(settings: dict[str, Any], table: str | None = None) -> Step:
+    """The trainer's step. Its numerics, and a table of launch configurations, hold to the end of the process."""
+    if table is not None:
+        use_table(Path(table))
     config, device = settle(TrainConfig(**settings))
     _for_good(numerics(config))
     run = build(config)
@@ -325,6 +365,7 @@ def initial_weights(config: TrainConfig) -> dict[str, Tensor]:
 
 
 _entered = contextlib.ExitStack()
+atexit.register(_entered.close)  # while what they put back is still there
 
 
 def _for_good(context: contextlib.AbstractContextManager) -> None:

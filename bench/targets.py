@@ -153,29 +153,29 @@ def _steps(record: Record, *, compiled: bool) -> list[Result]:
     return [r for r in found if (r["shape"]["model"], r["shape"]["T"]) == ("gpt2", 1024)]
 
 
-def _best_step(record: Record, B: int | None = None) -> tuple[Result | None, list[Result]]:
-    """The most tokens a second of a step with our attention that stands beside plain PyTorch, and all steps."""
+def _best_step(record: Record, peers: Sequence[str], B: int | None = None) -> tuple[Result | None, list[Result]]:
+    """The most tokens a second of a step with our attention that stands beside one of these peers, and all steps."""
     steps = _steps(record, compiled=True)
     ours = [r for r in steps if r["role"] == "ours" and r["slots"]["attention"] == "triton"]
-    ours = [r for r in ours if B in (None, r["shape"]["B"]) and _beside(r, steps, PLAIN + TRANSFORMERS)]
+    ours = [r for r in ours if B in (None, r["shape"]["B"]) and _beside(r, steps, peers)]
     return max(ours, key=lambda r: r["tokens_per_s"], default=None), steps
 
 
 def _step_speed(record: Record) -> Found | None:
-    mine, _ = _best_step(record)
+    mine, _ = _best_step(record, PLAIN + TRANSFORMERS)
     return Found(mine["tokens_per_s"], f"{mine['tokens_per_s']:,.0f}", _name(mine)) if mine is not None else None
 
 
 def _step_ratio(peers: Sequence[str]) -> Callable[[Record], Found | None]:
     def find(record: Record) -> Found | None:
-        mine, steps = _best_step(record)
+        mine, steps = _best_step(record, peers)
         return _faster(mine, _beside(mine, steps, peers))
 
     return find
 
 
 def _step_memory(record: Record) -> Found | None:
-    mine, steps = _best_step(record, B=TOKENS // 1024)
+    mine, steps = _best_step(record, TRANSFORMERS, B=TOKENS // 1024)
     return _share(mine, _beside(mine, steps, TRANSFORMERS))
 
 

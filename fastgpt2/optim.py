@@ -21,13 +21,19 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     a tensor on the device.
     """
     parameters = list(model.parameters())
-    lr = torch.tensor(config.lr, device=parameters[0].device) if config.cuda_graph else config.lr
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    return _OPTIMIZERS[config.optimizer](groups, lr=lr, betas=betas, fused=True, capturable=config.cuda_graph)
+    make = _OPTIMIZERS[config.optimizer]
+    optimizer = make(groups, lr=config.lr, betas=betas, fused=True, capturable=config.cuda_graph)
+    if config.cuda_graph:
+        # Only now: the optimizer checks what it is given, and would wait for the device.
+        lr = torch.tensor(config.lr, device=parameters[0].device)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+    return optimizer
 
 
 def _constant(progress: float) -> float:

@@ -218,7 +218,7 @@ class Gradients:
         """The worst of a backend's errors as a multiple of the yardstick's."""
         began = time.perf_counter()
         yardstick = self.yardstick(dtype)
-        ratios = {parameter: error / yardstick[parameter] for parameter, error in self.errors(ops, dtype).items()}
+        ratios = {name: over(error, yardstick[name]) for name, error in self.errors(ops, dtype).items()}
         # max() would pass over a NaN that isn't first.
         worst = max(ratios, key=lambda parameter: ratios[parameter] if ratios[parameter] == ratios[parameter] else 1e9)
         label = f"gradients, x yardstick: {worst}"
@@ -250,6 +250,11 @@ class Checks:
         return self._made[check, short]
 
 
+def over(error: float, allowed: float) -> float:
+    """Error by allowance; nothing is allowed where the peers happen to be exact."""
+    return error / max(allowed, 1e-300)
+
+
 # --------------------------------------------------------------------------------------------- command
 
 
@@ -261,7 +266,7 @@ def error_row(
     began = time.perf_counter()
     with numerics(TrainConfig(dtype=dtype, deterministic=False)):  # in tf32 the peers multiply in TF32, too
         table = error_and_budget(getattr(ops, problem.slot), problem, TORCH_DTYPE[dtype], device, seeds)
-    worst = max(table, key=lambda key: table[key][0] / table[key][1])
+    worst = max(table, key=lambda key: over(*table[key]))
     return Row(f"{form} {problem.shape}, {worst}", name, dtype, *table[worst], time.perf_counter() - began)
 
 

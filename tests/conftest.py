@@ -47,6 +47,7 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
     try:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # other processes' tests need the memory
     except RuntimeError as error:
         if "PYTEST_XDIST_WORKER" in os.environ:
             os._exit(1)

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from bench.gpu import ALONE, SESSIONS, all_stages, gpu_test_sessions
-from bench.results import summary
-from bench.stages import Files, Stage, exit_status, run_stages
+from bench import gpu, kernel_profile, smoke
+from bench.gpu import ALONE, SESSIONS, Run, gpu_test_sessions, programme
+from bench.results import load, summary
+from bench.smoke import CHANGES
+from bench.stages import Files, NotNow, Stage, exit_status, run_stages
+from bench.steps import STEPS, Kernels
 from bench.timing import ROOT
+from fastgpt2.ops import torch_norm
+from kernels import tuning
 
 BLOCKED = ("tyro", "rich", "safetensors", "matplotlib", "tiktoken", "transformers")
 
@@ -77,6 +90,7 @@ def test_stages_that_crash_or_hang_cost_only_themselves(tmp_path: Path) -> None:
     ]
     record = run_stages(stages[:4], {"format": 1}, files, seconds=60.0)
     assert [s["status"] for s in record["stages"]] == ["passed", "failed", "timed out", "passed"]
+    assert record["stages"][1]["returncode"] == 128 + signal.SIGABRT
     assert "['passed', 'failed', 'timed out']" in record["stages"][3]["output_tail"]
     assert "Fatal Python error" in record["stages"][2]["output_tail"], "a hang says where it hung"
     assert [r["backend"] for r in record["results"]] == ["sdpa"], "what it had measured is kept"
@@ -112,9 +126,33 @@ def test_tests_that_are_stopped_leave_the_results_of_those_that_ran(tmp_path: Pa
         assert skipped.endswith("test_slow.py::test_skipped") and failed.endswith("::test_fails[of words]"), parallel
 
 
+CRASHES = """
+import os, pathlib, time, pytest
+@pytest.mark.parametrize("n", range(12))
+def test_one(n):
+    if n < 4:
+        here = pathlib.Path(__file__).parent
+        (here / f"{n}.here").touch()
+        ends = time.monotonic() + 3
+        while len(list(here.glob("*.here"))) < 2 and time.monotonic() < ends:
+            time.sleep(0.01)
+        os._exit(1)
+"""
+
+
+def test_processes_that_crash_at_once_cost_only_their_tests(tmp_path: Path) -> None:
+    (tmp_path / "test_crashes.py").write_text(CRASHES)
+    argv = [sys.executable, "-m", "pytest", "-c", os.devnull, "-v", *gpu.processes(2), str(tmp_path)]
+    stage = Stage("tests", argv, 100.0, junit=tmp_path / "tests.xml")
+    (outcome,) = run_stages([stage], {}, files_in(tmp_path), seconds=100.0)["stages"]
+    tests = outcome["tests"]
+    assert tests["run"] == 12 and len(tests["failure"] + tests["error"]) == 4, outcome["output_tail"]
+
+
 def test_every_gpu_test_is_in_one_session() -> None:
     sessions = gpu_test_sessions()
-    files = [path for session in sessions.values() for path in session]
+    files = [path for name, session in sessions.items() if name != gpu.LARGE for path in session]
+    assert set(sessions[gpu.LARGE]) < set(sessions["operations"])
     assert len(files) == len(set(files)) >= 14
     for name, stems in (SESSIONS | {ALONE: ("bench_step", "gpu_tools", "timing", "tune")}).items():
         assert {path.stem.removeprefix("test_") for path in sessions[name]} == set(stems), name
@@ -143,12 +181,52 @@ def test_a_stage_knows_when_it_is_stopped(tmp_path: Path) -> None:
     assert 0.0 < float(outcome["output_tail"].split("left")[1]) < 250.0
 
 
-def test_a_stage_may_have_a_share_of_the_time_alone(tmp_path: Path) -> None:
-    tests = [python(name, "import time; time.sleep(600)", until=0.25) for name in ("tests", "more tests")]
-    record = run_stages([*tests, python("measures", "")], {}, files_in(tmp_path), seconds=4.0)
-    assert [(s["name"], s["status"]) for s in record["stages"]] == [("tests", "timed out"), ("measures", "passed")]
+def test_none_starts_that_cannot_end_or_has_nothing_to_do(tmp_path: Path) -> None:
+    def nothing() -> list[str]:
+        raise NotNow("nothing was tuned")
+
+    stages = [python("long", "", seconds_needed=90.0), Stage("tuned", nothing, 30.0), python("short", "")]
+    record = run_stages(stages, {}, files_in(tmp_path), seconds=60.0)
+    assert [stage["name"] for stage in record["stages"]] == ["short"]
     reasons = {missing["name"]: missing["reason"] for missing in record["not_done"]}
-    assert reasons.keys() == {"tests", "more tests"} and reasons["more tests"] == "its 25% of the minutes were used up"
+    assert reasons == {"long": "it needs 90 s, and 60 s were left", "tuned": "nothing was tuned"}
+
+
+KILLED = """
+import json, sys
+from pathlib import Path
+from bench.stages import Files, Stage, run_stages
+
+folder = Path(sys.argv[1])
+line = json.dumps({"kind": "smoke", "slot": "norm"}) + chr(10)
+write = f"open({str(folder / 'lines')!r}, 'a').write({line!r})"
+sleep = f"import os, time; open({str(folder)!r} + '/' + str(os.getpid()) + '.pid', 'w'); time.sleep(600)"
+child = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleep!r}])"
+programs = {"first": "", "second": f"{write}; {child}; {sleep}"}
+stages = [Stage(name, [sys.executable, "-c", program], 600.0) for name, program in programs.items()]
+run_stages(stages, {}, Files(folder / "run.json", folder / "run.log", folder / "lines"), seconds=600.0)
+"""
+
+
+def test_a_killed_run_leaves_its_record_and_no_process(tmp_path: Path) -> None:
+    def until(done: Callable[[], object]) -> None:
+        ends = time.monotonic() + 60
+        while not done():
+            assert time.monotonic() < ends
+            time.sleep(0.05)
+
+    run = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT)
+    record = tmp_path / "run.json"
+    try:
+        until(lambda: record.exists() and json.loads(record.read_text())["smokes"])
+        until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    finally:
+        run.kill()
+        run.wait()
+    until(lambda: not any(Path("/proc", path.stem).exists() for path in tmp_path.glob("*.pid")))
+    left = json.loads(record.read_text())
+    assert [stage["name"] for stage in left["stages"]] == ["first"]
+    assert left["smokes"] == [{"stage": "second", "slot": "norm"}], "what a stage has measured so far is kept"
 
 
 def test_stages_record_tests_and_the_state_of_the_device(tmp_path: Path) -> None:
@@ -174,60 +252,308 @@ def test_tests_that_were_all_skipped_have_not_passed(tmp_path: Path) -> None:
     assert outcome["status"] == "failed"
 
 
-def test_every_stage_finds_what_it_runs(tmp_path: Path) -> None:
-    for stage in all_stages(tmp_path, tmp_path / "lines", "abc"):
-        for part in stage.argv:
+def run_in(folder: Path, **what: Any) -> Run:
+    return Run(folder, folder / "lines", "abc", folder / "sm_90.json", **what)
+
+
+def commands(run: Run, part: int | None = None) -> dict[str, list[str]]:
+    """Each stage's command, where it has one now."""
+    found = {}
+    for stage in programme(run, part):
+        with contextlib.suppress(NotNow):
+            found[stage.name] = stage.argv() if callable(stage.argv) else stage.argv
+    return found
+
+
+def test_every_stage_finds_what_it_runs_and_can_end(tmp_path: Path) -> None:
+    run = run_in(tmp_path)
+    run.table.touch()
+    stages = programme(run, None)
+    assert commands(run).keys() == {stage.name for stage in stages}
+    for name, argv in commands(run).items():
+        for part in argv:
             if part.endswith(".py"):
-                assert (ROOT / part).is_file(), f"{stage.name}: {part}"
-        assert 0 < stage.seconds_limit <= 300
-
-
-COLLECT = """
-import sys, pytest, torch
-torch.cuda.is_available = lambda: True
-sys.exit(pytest.main(["bench", "--collect-only", "-q", "-p", "no:cacheprovider"]))
-"""
-
-
-def test_the_stages_run_every_benchmark_that_there_is_on_a_gpu(tmp_path: Path) -> None:
-    from _pytest.mark.expression import Expression
-
-    listed = run("-c", COLLECT)
-    names = [line for line in listed.stdout.splitlines() if line.startswith("bench/") and "::" in line]
-    assert len(names) > 300, listed.stdout[-1000:]
-    times_run = dict.fromkeys(names, 0)
-    for stage in all_stages(tmp_path, tmp_path / "lines", "abc"):
-        files = [part for part in stage.argv if part.startswith("bench/")]
-        if not files:
-            continue
-        chosen = Expression.compile(stage.argv[stage.argv.index("-k") + 1])
-        found = [
-            name
-            for name in names
-            if name.startswith(f"{files[0]}::")
-            and chosen.evaluate(lambda text, name=name, **_: text.lower() in name.lower())
-        ]
-        assert found, stage.name
-        for name in found:
-            times_run[name] += "repeated" not in stage.name
-    assert set(times_run.values()) == {1}, [name for name, times in times_run.items() if times != 1]
-
-
-BENCHMARKS = [f"bench.{path.stem}" for path in sorted((ROOT / "bench").glob("bench_*.py"))]
+                assert (ROOT / part).is_file(), f"{name}: {part}"
+    for stage in stages:
+        assert 0 < stage.seconds_needed <= stage.seconds_limit <= 300, stage.name
+    slower = programme(run_in(tmp_path, pace=2.0), None)
+    assert [stage.seconds_limit for stage in slower] == [2.0 * stage.seconds_limit for stage in stages]
 
 
 @pytest.mark.parametrize(
-    "modules", ["bench.gpu, bench.roofline", ", ".join(["fastgpt2.verify, bench.worker", *BENCHMARKS])]
+    ("before", "after"),
+    [
+        ("ceilings", "smoke"),
+        ("smoke", "step, B=64"),
+        # Minute 4.
+        ("the step's kernels: plain", "gpu tests: operations"),
+        ("loss, 64k tokens", "gpu tests: operations"),
+        # Minute 8.
+        ("tune", "step, B=64, tuned"),
+        ("the step's kernels: ours, tuned", "step, one slot changed"),
+        # Minute 12.
+        ("gpu tests: graphs and equal bits", "step, CUDA graphs, B=1, eager"),
+        ("step, CUDA graphs, B=1", "verify"),
+    ],
 )
-def test_a_gpu_machine_needs_only_torch_triton_numpy_and_pytest(modules: str) -> None:
-    program = f"""
+def test_a_cut_leaves_what_is_worth_most(tmp_path: Path, before: str, after: str) -> None:
+    names = [stage.name for stage in programme(run_in(tmp_path), None)]
+    assert names.index(before) < names.index(after)
+    needed = sum(stage.seconds_needed for stage in programme(run_in(tmp_path), 1))
+    assert needed < 60 * gpu.PARTS[1], "part 1 can end"
+
+
+def test_a_part_has_a_smoke_of_its_own_and_both_have_one(tmp_path: Path) -> None:
+    for part in (1, 2, None):
+        names = [stage.name for stage in programme(run_in(tmp_path), part)]
+        assert names[:2] == ["ceilings", "smoke"] and len(names) == len(set(names))
+    assert [stage.name for stage in programme(run_in(tmp_path), 1, ["B=64", "tests: op"])] == [
+        "step, B=64", "gpu tests: operations", "step, B=64, tuned",
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------- a kernel that is not right
+
+
+def attempts(right: dict[tuple[str, str | None], str]) -> tuple[list[tuple[str, str | None]], Any]:
+    """A smoke's comparisons by stand-ins, which are wrong where `right` doesn't say otherwise; and those made."""
+    made: list[tuple[str, str | None]] = []
+
+    def attempt(slot: str, change: str | None) -> dict[str, Any]:
+        made.append((slot, change))
+        return {"status": right.get((slot, change), "wrong")}
+
+    return made, attempt
+
+
+def test_a_slot_that_is_not_right_is_tried_otherwise() -> None:
+    right = {("norm", None): "ok", ("mlp", "pointers"): "ok", ("mlp", "4 warps"): "ok", ("loss", None): "timed out"}
+    made, attempt = attempts(right)
+    reports: dict[str, list[dict[str, Any]]] = {}
+    smoke.examine(smoke.SLOTS, attempt, lambda slot, found: reports.setdefault(slot, []).append(found))
+    plain = [name for name in CHANGES if name != "pointers"]
+    tried = {slot: {change for s, change in made if s == slot} for slot in smoke.SLOTS}
+    assert tried == {"norm": {None}, "mlp": {None, *CHANGES}, "attention": {None, *plain}, "loss": {None, *plain}}
+    assert reports["norm"] == [{"status": "ok"}]
+    first, final = reports["mlp"]
+    assert first == {"status": "wrong"}, "known at once"
+    assert final["right_with"] == "4 warps" and final["changes"]["1 stage"] == {"status": "wrong"}
+    assert reports["attention"][1]["right_with"] is None and reports["loss"][1]["status"] == "timed out"
+
+
+@pytest.mark.parametrize("failed", [(), ("mlp",), smoke.SLOTS])
+def test_pytorchs_form_takes_the_place_of_a_slot_that_is_not_right(tmp_path: Path, failed: tuple[str, ...]) -> None:
+    run = run_in(tmp_path)
+    before = commands(run)
+    assert not any("without" in part for argv in before.values() for part in argv)
+    smoke.write_failed(run.failed, failed)
+    for name, argv in commands(run).items():
+        given = [part.partition("without=")[2] for part in argv if "without=" in part]
+        kernels = any(name.startswith(prefix) for prefix in ("step", "the step's", "attention T", "first"))
+        assert set(given) == set(failed) or not kernels, name
+    assert ("gelu_mlp" in commands(run).get("tune", [])) == ("mlp" not in failed)
+    assert ("tune" in commands(run)) == (failed != smoke.SLOTS)
+    for name in ("ours-triton", "ours-auto"):
+        settings = STEPS[name].with_kernels(run.kernels()).settings
+        assert settings.get("mlp") == ("torch" if "mlp" in failed else STEPS[name].settings.get("mlp"))
+    assert STEPS["plain"].with_kernels(run.kernels()) == STEPS["plain"]
+
+
+def test_a_kernel_that_is_known_to_fail_is_not_run(tmp_path: Path) -> None:
+    run = run_in(tmp_path, without=("loss",))
+    smoke.write_failed(run.failed, ["attention"])
+    assert run.kernels() == Kernels(("attention", "loss"))
+    run.table.touch()
+    assert run.kernels().table == run.table
+    assert run.options("--") == ["--without=attention", "--without=loss", f"--table={run.table}"]
+
+
+def test_a_smoke_finds_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("at the size for Triton's interpreter")
+    found = smoke.compare("norm", "1 stage", device="cpu")
+    assert found["status"] == "ok", found
+
+    def wrong(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, total = torch_norm(*inputs)
+        return 1.05 * y, total
+
+    module = import_module("kernels.layer_norm")
+    monkeypatch.setattr(module, "add_layer_norm", wrong)
+    found = smoke.compare("norm", device="cpu")
+    assert found["status"] == "wrong" and found["error"] > found["budget"]
+    monkeypatch.delattr(module, "add_layer_norm")
+    assert smoke.compare("norm", device="cpu")["status"] == "failed"
+
+
+def test_a_change_is_every_configurations() -> None:
+    was = tuning.configuration("sm_90", "gelu_mlp_forward", "bfloat16", 768)
+    with smoke._changed(CHANGES["4 warps"]):
+        changed = tuning.configuration("sm_90", "gelu_mlp_forward", "bfloat16", 768)
+    assert changed.num_warps == 4 != was.num_warps and changed.block_m == was.block_m
+    assert tuning.configuration("sm_90", "gelu_mlp_forward", "bfloat16", 768) == was
+
+
+USES = """
+import json, sys
+from pathlib import Path
+from kernels import tuning
+
+key = ("sm_90", "attention_forward", "bfloat16", 64)
+print(tuning.configuration(*key).block_m)
+table = tuning.read_table("sm_90")
+for entry in table["entries"]:
+    entry["config"]["block_m"] = 7
+path = Path(sys.argv[1]) / "sm_90.json"
+path.write_text(json.dumps(table))
+tuning.use_table(path)
+print(tuning.configuration(*key).block_m, tuning.configuration("sm_80", *key[1:]).block_m)
+"""
+
+
+def test_a_tuned_table_takes_the_place_of_the_architectures_own(tmp_path: Path) -> None:
+    done = run("-c", USES, str(tmp_path))
+    own, tuned, other = done.stdout.split()
+    assert tuned == "7" != own and other != "7", done.stderr
+
+
+# --------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_leaves_few_files_and_says_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command on a GPU that isn't there, with stages that write what real ones would."""
+
+    def stages(run: Run, part: int | None, only: object) -> list[Stage]:
+        smoked = {"kind": "smoke", "slot": "mlp", "status": "wrong", "right_with": "1 stage", "changes": {}}
+        seen = {"kind": "kernels", "step": "plain", "ms": 2.0, "kernels": [["a_kernel", 12.0, 1.5]]}
+        lines = "".join(json.dumps(line) + "\n" for line in (smoked, seen))
+        write = f"open({str(run.results)!r}, 'a').write({lines!r})"
+        return [
+            python("smoke", write),
+            Stage("tune", lambda: [sys.executable, "-c", f"open({str(run.table)!r}, 'w')"], 30.0),
+            Stage("tuned", lambda: [sys.executable, "-c", f"print({run.kernels().table is not None})"], 30.0),
+        ]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "programme", stages)
+    environment = {"device": "A GPU", "compute_capability": "9.0"}
+    monkeypatch.setattr(gpu, "read_environment", lambda: environment)
+    assert gpu.main(["--part", "1", "--minutes", "1", "--out", str(tmp_path), "--commit", "abc"]) == 0
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(path.suffix for path in files) == [".json", ".json", ".log"] and tmp_path / "sm_90.json" in files
+    record = load(next(path for path in files if path.parent.name == "a-gpu" and path.suffix == ".json"))
+    assert record["stages"][2]["output_tail"] == "True\n"
+    assert record["smokes"][0]["slot"] == "mlp" and record["step_kernels"][0]["ms"] == 2.0
+    out = capsys.readouterr().out
+    assert "smoke: mlp: wrong; right with 1 stage" in out and "a_kernel" in out and "75.0%" in out
+
+
+def test_a_steps_kernels_are_the_devices_own() -> None:
+    def event(key: str, where: DeviceType, ms: float, count: int, *, note: bool = False) -> SimpleNamespace:
+        times = {"self_device_time_total": 1e3 * ms, "self_cpu_time_total": 1e3 * ms}
+        return SimpleNamespace(key=key, device_type=where, count=count, is_user_annotation=note, **times)
+
+    events = [
+        event("short", DeviceType.CUDA, 3.0, 3),
+        event("long", DeviceType.CUDA, 30.0, 36),
+        event("Torch-Compiled Region: 0/0", DeviceType.CUDA, 33.0, 3, note=True),
+        event("cudaLaunchKernel", DeviceType.CPU, 9.0, 39),
+    ]
+    found = kernel_profile.longest(events, DeviceType.CUDA)
+    assert found == {"ms": 11.0, "kernels": [["long", 12.0, 10.0], ["short", 1.0, 1.0]]}
+    table = kernel_profile.table({"step": "ours", **found})
+    assert "11.00 ms" in table and "90.9%" in table
+
+
+BLOCKER = f"""
 import importlib.abc, sys
 class Blocker(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {BLOCKED}:
             raise ModuleNotFoundError("not installed on a GPU machine: " + name, name=name)
 sys.meta_path.insert(0, Blocker())
-import {modules}
 """
-    done = run("-c", program)
-    assert done.returncode == 0, done.stderr[-2000:]
+"""A sitecustomize: it is in every Python process of a run."""
+
+
+def test_the_stages_processes_need_only_torch_triton_numpy_and_pytest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    files = files_in(tmp_path)
+    modules: dict[str, list[str]] = {}
+    for argv in commands(run_in(tmp_path)).values():
+        modules.setdefault(argv[2], argv[:3])
+    tests = [*modules.pop("pytest"), "bench", "--collect-only", "-q"]
+    tiny = ["--model", "tiny", "--n-layer", "1", "--B", "1", "--T", "16", "--dtype", "float32", "--eager"]
+    ours = [*modules["bench.kernel_profile"], "ours-torch", *tiny, "--jsonl", str(files.results)]
+    modules["bench.gpu"] = [sys.executable, "-m", "bench.gpu"]
+    stages = [Stage(name, [*argv, "--help"], 100.0) for name, argv in modules.items()]
+    stages += [Stage("collects", tests, 100.0), Stage("a step of ours", ours, 100.0), python("blocked", "import tyro")]
+    record = run_stages(stages, {}, files, seconds=900.0)
+    outcomes = {stage["name"]: (stage["status"], stage["output_tail"][-1500:]) for stage in record["stages"]}
+    assert outcomes.pop("blocked")[0] == "failed" and {"bench.smoke", "fastgpt2.verify"} <= outcomes.keys()
+    assert all(status == "passed" for status, _ in outcomes.values()), outcomes
+    (seen,) = record["step_kernels"]
+    assert seen["stage"] == "a step of ours" and seen["slots"]["attention"] == "sdpa" and not seen["compiled"]
+    milliseconds = [ms for _, _, ms in seen["kernels"]]
+    assert 0 < len(milliseconds) <= kernel_profile.KEPT and milliseconds == sorted(milliseconds, reverse=True)
+    assert sum(milliseconds) <= seen["ms"] * 1.001 and any("mm" in name for name, _, _ in seen["kernels"])
+
+
+COLLECT = """
+import sys, pytest, torch
+torch.cuda.is_available = lambda: True
+sys.exit(pytest.main(["bench", "--collect-only", "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+@functools.cache
+def collected(option: str) -> list[str]:
+    """The benchmarks that there are on a GPU."""
+    listed = run("-c", COLLECT, option).stdout
+    return [line for line in listed.splitlines() if line.startswith("bench/") and "::" in line]
+
+
+TUNED = "--bench-table=sm_90.json"
+
+
+def test_benchmarks_leave_out_a_kernel_that_fails() -> None:
+    every, left = collected(TUNED), collected("--bench-without=mlp")
+    assert any("ours-triton-tuned" in name for name in every)
+    assert not any("ours-triton-tuned" in name for name in left), "nothing was tuned"
+    out = {name.rsplit("::")[-1] for name in set(every) - set(left) if "tuned" not in name}
+    assert out and all("gelu_mlp" in name or "ours-mlp-triton" in name for name in out)
+    assert not any("gelu_mlp" in name and name.endswith("-triton]") for name in left)
+    assert any(name.endswith("compiled-first-ours-triton]") for name in left), "with PyTorch's form for that slot"
+
+
+def test_the_stages_run_every_benchmark_that_there_is_on_a_gpu(tmp_path: Path) -> None:
+    from _pytest.mark.expression import Expression
+
+    day = run_in(tmp_path)
+    day.table.touch()
+    names = collected(TUNED)
+    assert len(names) > 300
+    times_run = dict.fromkeys(names, 0)
+    for stage, argv in commands(day).items():
+        files = [part for part in argv if part.startswith("bench/")]
+        if not files:
+            continue
+        chosen = Expression.compile(argv[argv.index("-k") + 1])
+        found = [
+            name
+            for name in names
+            if name.startswith(f"{files[0]}::")
+            and chosen.evaluate(lambda text, name=name, **_: text.lower() in name.lower())
+        ]
+        assert found, stage
+        for name in found:
+            times_run[name] += "repeated" not in stage
+    # What the others of an ablation are compared with stands in both of its parts.
+    expected = {name: 2 if "ablation-ours-torch" in name else 1 for name in names}
+    assert times_run == expected

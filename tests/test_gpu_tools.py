@@ -16,7 +16,6 @@ import torch
 
 from bench import profile, sanitize
 from bench.device_state import find_tool
-from bench.gpu import all_stages, chosen
 from bench.stages import Files, Stage, run_stages
 from bench.timing import ROOT
 from kernels.inspect import all_kernels
@@ -192,14 +191,6 @@ def test_a_stage_whose_tool_is_missing_is_listed(tmp_path: Path) -> None:
     assert [stage["name"] for stage in record["stages"]] == ["counters"]
     assert record["not_done"] == [{"name": "checked", "reason": "no such tool"}]
     assert record["profiles"] == [{"stage": "counters", "op": "x"}] and record["results"] == []
-
-
-def test_tests_may_use_all_the_time_where_nothing_follows_them(tmp_path: Path) -> None:
-    stages = all_stages(tmp_path, tmp_path / "lines", "abc")
-    assert {stage.until for stage in chosen(stages, ["gpu tests", "ceilings"])} == {1.0}
-    assert {stage.until for stage in chosen(stages, None) if "gpu tests" in stage.name} == {0.6}
-    assert {stage.until for stage in chosen(stages, ["gpu tests", "verify"]) if "gpu tests" in stage.name} == {0.6}
-    assert "gpu tests: memory and races" in [stage.name for stage in chosen(stages, ["gpu tests"])]
 
 
 FAULTY = """

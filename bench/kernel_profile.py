@@ -1,0 +1,100 @@
+"""`python -m bench.kernel_profile STEP`: where the time of a training step goes, kernel by kernel, by torch.profiler.
+
+python -m bench.kernel_profile ours-triton              GPT-2 124M at B = 64, compiled, in bfloat16
+python -m bench.kernel_profile plain --B 8 --eager
+python -m bench.kernel_profile plain --warm             takes one step, so that its compiled code is in the caches
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+from bench.results import align
+from bench.shapes import DEVICE
+from bench.steps import STEPS, Kernels, StepShape
+from bench.timing import append_json_line
+from fastgpt2.device import synchronize
+from fastgpt2.ops import SLOTS
+
+STEPS_BEFORE, STEPS_SEEN = 4, 3
+KEPT, SHOWN = 60, 15
+"""Kernels in the record, and in the log: those that take longest."""
+
+
+def profile(step: Callable[[int], object], device: torch.device) -> dict[str, Any]:
+    """Milliseconds a step of all kernels (on a CPU: operators), and of the longest: [name, launches a step, ms a step].
+
+    Args:
+        step: launches the step of an index.
+    """
+    for index in range(STEPS_BEFORE):
+        step(index)
+    synchronize(device)
+    cuda = device.type == "cuda"
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+        for index in range(STEPS_BEFORE, STEPS_BEFORE + STEPS_SEEN):
+            step(index)
+        synchronize(device)
+    return longest(seen.key_averages(), DeviceType.CUDA if cuda else DeviceType.CPU)
+
+
+def longest(events: Iterable[Any], where: DeviceType) -> dict[str, Any]:
+    """The events of a device by their own time; an annotation covers kernels that are there themselves."""
+    here = [event for event in events if event.device_type == where and not event.is_user_annotation]
+    time = "self_device_time_total" if where == DeviceType.CUDA else "self_cpu_time_total"
+    rows = [[event.key[:120], event.count / STEPS_SEEN, getattr(event, time) / STEPS_SEEN / 1e3] for event in here]
+    rows.sort(key=lambda row: -row[2])
+    return {"ms": sum(row[2] for row in rows), "kernels": rows[:KEPT]}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The longest kernels, a line each."""
+    rows = [
+        {">ms": f"{ms:.3f}", ">of all": f"{ms / found['ms']:.1%}", ">launches": f"{count:g}", "<kernel": name[:90]}
+        for name, count, ms in found["kernels"][:SHOWN]
+        if ms
+    ]
+    return f"{found['step']}: {found['ms']:.2f} ms a step in kernels\n{align(rows) if rows else 'none was seen'}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.kernel_profile", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("step", choices=list(STEPS))
+    parser.add_argument("--model", default="gpt2")
+    parser.add_argument("--B", type=int, default=64)
+    parser.add_argument("--T", type=int)
+    parser.add_argument("--n-layer", type=int)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--warm", action="store_true", help="one step, and no profile")
+    parser.add_argument("--without", action="append", choices=list(SLOTS), default=[], help="PyTorch's form there")
+    parser.add_argument("--table", type=Path, help="launch configurations, named by the architecture (sm_90.json)")
+    parser.add_argument("--jsonl", type=Path, help="file of JSON lines to append the profile to")
+    given = parser.parse_args(arguments)
+    shape = StepShape(given.model, given.B, given.dtype, given.T, given.n_layer)
+    kernels = Kernels(tuple(given.without), given.table)
+    candidate = STEPS[given.step].on(shape, DEVICE, compiled=not given.eager, kernels=kernels)
+    module, function = candidate.make.split(":")
+    step = getattr(import_module(module), function)(**candidate.arguments)
+    if given.warm:
+        step(0)
+        synchronize(DEVICE)
+        return
+    what = {"step": given.step, "shape": shape.info(), "compiled": not given.eager, "table": given.table is not None}
+    found = what | {"slots": step.facts.get("slots")} | profile(step, DEVICE)
+    if given.jsonl is not None:
+        append_json_line(given.jsonl, {"kind": "kernels", **found})
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

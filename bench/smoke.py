@@ -1,0 +1,235 @@
+"""`python -m bench.smoke`: which of our kernels are right on this GPU, in seconds.
+
+Each slot is compared with float64 at GPT-2's width in bfloat16, in a process of its own, all at once. A slot that is
+wrong, fails or hangs is tried again with other launch configurations, again all at once: fewer stages, four warps,
+pointers in place of descriptors. The first that is right is recorded, for whoever mends the kernel; until then
+PyTorch's form takes its place.
+
+    python -m bench.smoke --failed FILE --warm ours-triton plain     what bench.gpu runs
+    python -m bench.smoke --slot mlp --change "1 stage"              one comparison, in this process
+
+Exit status: 0; 1 where a slot is not right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from bench.timing import append_json_line, stage_ends
+
+SLOTS = ("attention", "mlp", "norm", "loss")
+SECONDS = 60.0
+"""For everything, where nobody says when it must end."""
+SHARE = 0.6
+"""Of the time that is left: for the first comparison, so that some is left for the changes."""
+ENDING_S = 5.0
+"""Before the stage is stopped, for what was found to be written."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Another way to launch a slot's kernels.
+
+    Args:
+        config: fields of every launch configuration.
+        pointers: no descriptors, where the slot's kernels have both forms.
+        slots: that it makes sense for.
+    """
+
+    config: dict[str, int] = field(default_factory=dict)
+    pointers: bool = False
+    slots: tuple[str, ...] = SLOTS
+
+
+CHANGES = {
+    "1 stage": Change({"num_stages": 1}),
+    "2 stages": Change({"num_stages": 2}),
+    "4 warps": Change({"num_warps": 4}),
+    "pointers": Change(pointers=True, slots=("mlp",)),
+}
+"""By importance: the first that makes a slot right is its `right_with`."""
+
+Found = dict[str, Any]
+"""`status` is "ok", "wrong", "failed", "timed out" or "died"; with the first two the worst tensor, its error and
+budget."""
+Try = Callable[[str, str | None], Found]
+"""(slot, a key of CHANGES or None) -> what came of it."""
+
+
+def compare(slot: str, change: str | None = None, device: str = "cuda:0") -> Found:
+    """One comparison, in this process; on a CPU at a size for Triton's interpreter."""
+    import torch
+
+    from fastgpt2 import compare as problems
+    from fastgpt2.ops import make_ops
+
+    sizes = {
+        "attention": [problems.attention_problem((2, 1024, 12, 64))],
+        "mlp": [problems.mlp_problem((2048, 768))],
+        "norm": [problems.norm_problem((2048, 768), last=last) for last in (False, True)],
+        "loss": [problems.loss_problem((2048, 768, 50257))],
+    }
+    on_cpu = [problem for problem in problems.problems(device).values() if problem.slot == slot]
+    forms = sizes[slot] if device.startswith("cuda") else on_cpu
+    try:
+        with _changed(CHANGES[change] if change else Change()):
+            op = getattr(make_ops({slot: "triton"}, device=device, dtype=torch.bfloat16)[0], slot)
+            tables = [problems.error_and_budget(op, form, torch.bfloat16, device) for form in forms]
+    except Exception as error:
+        traceback.print_exc()
+        return {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    rows = [(tensor, off, budget) for table in tables for tensor, (off, budget) in table.items()]
+    worst, off, budget = max(rows, key=lambda row: row[1] / max(row[2], 1e-30))
+    return {"status": "ok" if off <= budget else "wrong", "worst": worst, "error": off, "budget": budget}
+
+
+def _changed(change: Change) -> ExitStack:
+    """Launch configurations and forms other than the table's, until it is closed."""
+    from kernels import gelu_mlp, tuning
+
+    stack, configuration = ExitStack(), tuning.configuration
+    if change.config:
+        other = lambda *key: replace(configuration(*key), **change.config)  # noqa: E731
+        stack.enter_context(mock.patch.object(tuning, "configuration", other))
+    if change.pointers:
+        stack.enter_context(mock.patch.object(gelu_mlp, "_descriptors", lambda *matrices: False))
+    return stack
+
+
+# ------------------------------------------------------------------------------------------------- all of them
+
+
+def examine(slots: Sequence[str], attempt: Try, report: Callable[[str, Found], None]) -> None:
+    """Try all slots at once, and the changes of one that isn't right at once; each is reported as soon as it is known.
+
+    A slot that is not right is reported a second time, with `right_with` (None where no change helps) and `changes`.
+    """
+
+    def one(slot: str) -> None:
+        found = attempt(slot, None)
+        report(slot, found)
+        if found["status"] == "ok":
+            return
+        names = [name for name, change in CHANGES.items() if slot in change.slots]
+        with ThreadPoolExecutor(len(names)) as pool:
+            tried = dict(zip(names, pool.map(lambda name: attempt(slot, name), names), strict=True))
+        right = next((name for name in names if tried[name]["status"] == "ok"), None)
+        report(slot, found | {"right_with": right, "changes": tried})
+
+    with ThreadPoolExecutor(len(slots)) as pool:
+        list(pool.map(one, slots))
+
+
+def in_a_process(slot: str, change: str | None) -> Found:
+    """A comparison in a process of its own, for as long as this one may take; its errors go where this one's do."""
+    limit = max(1.0, _left() * (SHARE if change is None else 1.0))
+    argv = [sys.executable, "-m", "bench.smoke", "--slot", slot, *(["--change", change] if change else [])]
+    began = time.monotonic()
+    # It is of this process's group, which is ended as a whole.
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    try:
+        said, _ = process.communicate(timeout=limit)
+        found = _last_line(said) or {"status": "died", "reason": f"exit status {process.returncode}"}
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # Python's fault handler prints where it hangs
+        process.communicate()
+        found = {"status": "timed out", "reason": f"no result within {limit:.0f} s"}
+    return found | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def _left() -> float:
+    """Seconds."""
+    ends = stage_ends()
+    return SECONDS if math.isinf(ends) else max(0.0, ends - ENDING_S - time.monotonic())
+
+
+def _last_line(said: str) -> Found | None:
+    try:
+        return json.loads(said.splitlines()[-1])
+    except (IndexError, ValueError):
+        return None
+
+
+def write_failed(path: Path | None, failed: Sequence[str]) -> None:
+    """The slots that are not known to be right, whole whenever it is read."""
+    if path is not None:
+        aside = path.with_suffix(".writing")
+        aside.write_text(json.dumps(list(failed)), encoding="utf-8")
+        os.replace(aside, path)
+
+
+def read_failed(path: Path) -> tuple[str, ...]:
+    """What write_failed wrote; nothing where no smoke was run."""
+    return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m bench.smoke", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--failed", type=Path, help="file for the slots that are not right")
+    parser.add_argument("--jsonl", type=Path, help="file of JSON lines to append what was found to")
+    parser.add_argument("--warm", nargs="+", default=[], metavar="STEP", help="steps to compile meanwhile, for later")
+    parser.add_argument("--slot", choices=SLOTS, help="compare this one alone, in this process")
+    parser.add_argument("--change", choices=list(CHANGES), help="with --slot: launched otherwise")
+    given = parser.parse_args(arguments)
+    if given.slot:
+        found = compare(given.slot, given.change)
+        print(json.dumps(found), flush=True)
+        return int(found["status"] != "ok")
+    profiler = [sys.executable, "-m", "bench.kernel_profile"]
+    warm = {name: subprocess.Popen([*profiler, name, "--warm"]) for name in given.warm}
+    failed, lock = dict.fromkeys(SLOTS), threading.Lock()
+    write_failed(given.failed, list(failed))
+
+    def report(slot: str, found: Found) -> None:
+        with lock:
+            if found["status"] == "ok":
+                del failed[slot]
+                write_failed(given.failed, list(failed))
+            final = found["status"] == "ok" or "changes" in found
+            if final and given.jsonl is not None:
+                append_json_line(given.jsonl, {"kind": "smoke", "slot": slot, **found})
+            print(words(slot, found), flush=True)
+
+    examine(SLOTS, in_a_process, report)
+    _end(warm, changed="ours" if failed else None)
+    return int(bool(failed))
+
+
+def words(slot: str, found: Found) -> str:
+    """A line for the log and the summary."""
+    error = f": {found['worst']} off by {found['error']:.2e} of {found['budget']:.2e}" if "worst" in found else ""
+    reason = f": {found['reason']}" if "reason" in found else ""
+    right = f"; right with {found['right_with'] or 'none of the changes'}" if "right_with" in found else ""
+    return f"{slot}: {found['status']}{error}{reason}{right}"
+
+
+def _end(warm: Mapping[str, subprocess.Popen], changed: str | None) -> None:
+    """Wait for the steps that still compile, but for those whose name begins with `changed`: others will be timed."""
+    for name, process in warm.items():
+        useless = changed is not None and name.startswith(changed)
+        try:
+            process.wait(0.0 if useless else _left())
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
