@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, H heads, D head size, C = H D channels, V vocabulary.
     flash_attention_qkv(qkv (B, T, 3, H, D)) -> (B, T, H, D)
     flash_attention(q, k, v (B, T, H, D)) -> (B, T, H, D)
     gelu_mlp(x (..., C), w_fc (4C, C), b_fc (4C,), w_proj (C, 4C), b_proj (C,)) -> (..., C)
-    layer_norm(x (..., C), weight (C,), bias (C,)) -> (..., C)
+    layer_norm(x (..., C), weight (C,), bias (C,), residual=None or (..., C)) -> (..., C)
     add_layer_norm(x (..., C), residual (..., C), weight (C,), bias (C,)) -> (y (..., C), x + residual (..., C))
     linear_cross_entropy(hidden (..., C), weight (V, C), targets (...)) -> the mean loss
 
