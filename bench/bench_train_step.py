@@ -12,6 +12,7 @@ once their losses and gradients are seen to agree with those of plain PyTorch, e
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -33,7 +34,7 @@ ROUNDS = 10 if CUDA else 3
 ROUND_S = 0.4 if CUDA else 0.05
 """About how long a candidate is timed in a round."""
 CONTEST_S = 300.0
-"""No round starts when a contest has taken so long: what was timed until then is kept."""
+"""No round starts when a contest has taken so long, or as its stage ends: what was timed until then is kept."""
 BUILT_WITHIN = 0.75
 """Of a contest's time: who is built later takes no part, and costs the others no round."""
 LIMITS = Limits(build=240.0, round=30.0)
@@ -182,7 +183,7 @@ def hold(entered: StepContest, names: Sequence[str], rounds: int, kernels: Kerne
     eager = {reference: candidate(REFERENCES[0], False)} if entered.eager else {}
     state = make_state_query() if CUDA else dict
     before, now = state(), time.monotonic()
-    until = min(now + CONTEST_S, stage_ends() - ENDING_S)
+    until = now + CONTEST_S if math.isinf(stage_ends()) else stage_ends() - ENDING_S
     outcomes = contest(
         {**eager, **{name: candidate(name, entered.compiled) for name in names}},
         rounds=rounds,
