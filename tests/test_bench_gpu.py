@@ -154,7 +154,7 @@ def test_every_gpu_test_is_in_one_session() -> None:
     files = [path for name, session in sessions.items() if name != gpu.LARGE for path in session]
     assert set(sessions[gpu.LARGE]) < set(sessions["operations"])
     assert len(files) == len(set(files)) >= 14
-    for name, stems in (SESSIONS | {ALONE: ("bench_step", "gpu_tools", "timing", "tune")}).items():
+    for name, stems in (SESSIONS | {ALONE: ("bench_gpu", "bench_step", "gpu_tools", "timing", "tune")}).items():
         assert {path.stem.removeprefix("test_") for path in sessions[name]} == set(stems), name
 
 
@@ -467,6 +467,24 @@ def test_a_steps_kernels_are_the_devices_own() -> None:
     assert "11.00 ms" in table and "90.9%" in table
 
 
+TINY = ["--model", "tiny", "--n-layer", "1", "--B", "1", "--T", "16", "--dtype", "float32", "--eager"]
+
+
+@pytest.mark.gpu
+def test_a_gpus_kernels_are_seen(tmp_path: Path) -> None:
+    done = run("-m", "bench.kernel_profile", "ours-torch", *TINY, "--jsonl", str(tmp_path / "lines"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads((tmp_path / "lines").read_text())
+    assert seen["ms"] > 0 and len(seen["kernels"]) > 10
+    assert not any(name.startswith(("aten::", "cuda")) for name, _, _ in seen["kernels"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("slot", smoke.SLOTS)
+def test_a_smoke_on_a_gpu(slot: str) -> None:
+    assert smoke.in_a_process(slot, None)["status"] == "ok"
+
+
 BLOCKER = f"""
 import importlib.abc, sys
 class Blocker(importlib.abc.MetaPathFinder):
@@ -489,8 +507,7 @@ def test_the_stages_processes_need_only_torch_triton_numpy_and_pytest(
     for argv in commands(run_in(tmp_path)).values():
         modules.setdefault(argv[2], argv[:3])
     tests = [*modules.pop("pytest"), "bench", "--collect-only", "-q"]
-    tiny = ["--model", "tiny", "--n-layer", "1", "--B", "1", "--T", "16", "--dtype", "float32", "--eager"]
-    ours = [*modules["bench.kernel_profile"], "ours-torch", *tiny, "--jsonl", str(files.results)]
+    ours = [*modules["bench.kernel_profile"], "ours-torch", *TINY, "--jsonl", str(files.results)]
     modules["bench.gpu"] = [sys.executable, "-m", "bench.gpu"]
     stages = [Stage(name, [*argv, "--help"], 100.0) for name, argv in modules.items()]
     stages += [Stage("collects", tests, 100.0), Stage("a step of ours", ours, 100.0), python("blocked", "import tyro")]
