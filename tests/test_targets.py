@@ -99,6 +99,14 @@ def test_where_no_target_was_measured_there_is_no_table(results: list[dict[str, 
     assert targets.rows({"results": results}) == []
 
 
+def test_a_step_is_compared_with_a_peer_that_stood_beside_it() -> None:
+    first = [step(64, name, ms, contest="first") for name, ms in (("ours-triton", 90), ("plain", 120))]
+    peers = [step(64, name, ms, contest="peers") for name, ms in (("ours-auto-attn", 100), ("transformers", 150))]
+    found = {row["<target"]: row["<of"] for row in targets.rows({"results": [*first, *peers]})}
+    assert found["step over plain PyTorch, compiled"] == "ours-triton at B=64 over plain"
+    assert found["step over transformers, compiled"] == "ours-auto-attn at B=64 over transformers"
+
+
 def test_a_gelu_mlp_that_auto_uses_has_no_excuse() -> None:
     ablation = [step(32, name, ms, contest="an ablation") for name, ms in (("ours-torch", 60), ("ours-mlp-triton", 59))]
     rows = targets.rows({"results": [*RESULTS, *ablation]})
