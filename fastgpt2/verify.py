@@ -21,8 +21,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -271,13 +273,21 @@ def error_row(
 
 
 def verify(device: str, steps: int = 100) -> list[Row]:
-    """All three checks of every backend in every precision of a device; prints a line as each is done."""
+    """All three checks of every backend in every precision of a device; prints a line as each is done.
+
+    A check that raises is a row with an infinite error: the others are still made.
+    """
     cuda = torch.device(device).type == "cuda"
     precisions: tuple[Dtype, ...] = ("float32", "tf32", "bfloat16", "float16") if cuda else ("float32", "bfloat16")
     checks = Checks(device, steps)
     rows: list[Row] = []
 
-    def add(row: Row) -> None:
+    def add(name: str, dtype: Dtype, check: Callable[[], Row]) -> None:
+        try:
+            row = check()
+        except Exception as error:
+            traceback.print_exc()
+            row = Row(f"raised {type(error).__name__}", name, dtype, float("inf"), 0.0)
         verdict = "ok" if row.passed else "OUT OF BUDGET"
         figures = f"{row.error:>9.2e} of {row.budget:>8.2e} {row.seconds:>7.1f} s"
         print(f"{row.check:<52} {row.backend:<17} {row.dtype:<9} {figures}  {verdict}", flush=True)
@@ -290,14 +300,21 @@ def verify(device: str, steps: int = 100) -> list[Row]:
             except ConfigError as error:
                 print(f"{name}, {dtype}: not checked: {error}", flush=True)
                 continue
-            for form, problem in problems(device).items():
-                if [problem.slot] == list(backend.choices):
-                    add(error_row(name, form, ops, dtype, device))
-            add(checks.gradients(backend).check(name, ops, dtype))
-            add(checks.losses(backend).check(backend, dtype))
-            if cuda and dtype == "bfloat16":  # the precision that is trained in; compiling takes long
-                add(checks.losses(backend).check(backend, dtype, compile=True))
+            for check in _each(checks, name, backend, ops, dtype):
+                add(name, dtype, check)
     return rows
+
+
+def _each(checks: Checks, name: str, backend: Backend, ops: Ops, dtype: Dtype) -> Iterator[Callable[[], Row]]:
+    """The checks of a backend in a precision."""
+    device = checks.device
+    for form, problem in problems(device).items():
+        if [problem.slot] == list(backend.choices):
+            yield partial(error_row, name, form, ops, dtype, device)
+    yield lambda: checks.gradients(backend).check(name, ops, dtype)
+    yield lambda: checks.losses(backend).check(backend, dtype)
+    if torch.device(device).type == "cuda" and dtype == "bfloat16":  # trained in; compiling takes long
+        yield lambda: checks.losses(backend).check(backend, dtype, compile=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

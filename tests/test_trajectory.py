@@ -15,7 +15,7 @@ import seeds
 import torch
 from torch import Tensor
 
-from fastgpt2 import config
+from fastgpt2 import config, verify
 from fastgpt2.attention import naive_attention, sdpa_attention
 from fastgpt2.compare import problems
 from fastgpt2.ops import AUTO, SLOTS, Ops, torch_loss, torch_mlp, torch_norm
@@ -246,6 +246,16 @@ def test_every_implementation_of_the_tables_is_checked() -> None:
 
 
 @pytest.mark.skipif(CUDA, reason="on a GPU it compiles every backend one after the other: a stage of bench.gpu")
+def test_a_check_that_raises_is_a_failed_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def explode(*_: object) -> Row:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(verify, "_each", lambda *_: [explode, lambda: Row("fine", "plain", "float32", 0.0, 1.0)])
+    rows = verify.verify(DEVICE, steps=1)
+    assert {row.passed for row in rows[::2]} == {False} and {row.passed for row in rows[1::2]} == {True}
+    assert "raised RuntimeError" in capsys.readouterr().out
+
+
 def test_verify_prints_the_table_and_passes() -> None:
     """The command, with few steps; it starts an interpreter process of its own where CUDA is missing."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
