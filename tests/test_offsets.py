@@ -83,17 +83,24 @@ def test_attention(shape, strides, tile, moved, monkeypatch) -> None:
     assert_strides_change_nothing(flash_attention, [q, k, v], [do], strides, moved)
 
 
+def last_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return layer_norm(x, weight, bias, residual=residual)
+
+
 @pytest.mark.parametrize(
     ("rows", "stride", "tile"), [(193, CLOSE, 64), (128, FAR, 128)], ids=["tiles", "rows of a tile"]
 )
-@pytest.mark.parametrize(("function", "streams"), [(layer_norm, 1), (add_layer_norm, 2)], ids=["alone", "add"])
-def test_layer_norm(function, streams, rows, stride, tile, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("function", "streams", "results"),
+    [(layer_norm, 1, 1), (add_layer_norm, 2, 2), (last_norm, 2, 1)],
+    ids=["alone", "add", "last"],
+)
+def test_layer_norm(function, streams, results, rows, stride, tile, monkeypatch) -> None:
     monkeypatch.setattr(norm, "lookup", lambda *_: LaunchConfig(tile))
-    weight, bias, *args = draw((20,), (20,), *4 * [(rows, 20)])
+    weight, bias, *args = draw((20,), (20,), *(streams + results) * [(rows, 20)])
     function = functools.partial(function, weight=weight, bias=bias)
-    for moved in range(2 * streams):
-        inputs, upstream = args[:streams], args[streams : 2 * streams]
-        assert_strides_change_nothing(function, inputs, upstream, (stride, 1), moved)
+    for moved in range(streams + results):
+        assert_strides_change_nothing(function, args[:streams], args[streams:], (stride, 1), moved)
 
 
 def test_rows_of_the_loss() -> None:
