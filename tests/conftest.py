@@ -6,8 +6,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import seeds
 import torch
+
+from tests import seeds
 
 if not torch.cuda.is_available():
     # Triton reads this at its import: nothing may have imported it before.

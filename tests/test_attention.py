@@ -21,13 +21,13 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
 import triton
 import triton.language as tl
 from guards import guarded
-from seeds import generator
 
 from fastgpt2.compare import maximum, named, pooled
 from kernels import attention, flash_attention, flash_attention_qkv, launch
 from kernels.attention import attention_backward, attention_forward, attention_reference, why_unsupported
 from kernels.tiles import dot, load_tile, store_tile
 from kernels.tuning import LaunchConfig, architectures, configurations
+from tests.seeds import generator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {"aot_eager": {"rtol": 1e-5, "atol": 1e-6}, "inductor": {"rtol": 1e-4, "atol": 1e-5}}

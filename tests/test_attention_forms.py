@@ -9,7 +9,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from seeds import generator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
@@ -26,6 +25,7 @@ from fastgpt2.attention import (
     unsupported,
 )
 from fastgpt2.compare import named, pooled
+from tests.seeds import generator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 END = 7

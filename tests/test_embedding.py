@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from seeds import generator
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -18,6 +17,7 @@ from fastgpt2.config import TrainConfig
 from fastgpt2.embedding import embedding
 from fastgpt2.model import GPT
 from fastgpt2.run import numerics
+from tests.seeds import generator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS, C = 50, 24

@@ -25,11 +25,11 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
 import guards
 import triton
 import triton.language as tl
-from seeds import generator
 
 from fastgpt2.compare import maximum, named, pooled, rms
 from kernels import gelu_mlp
 from kernels.tuning import LaunchConfig, architectures, configuration, configurations
+from tests.seeds import generator
 
 module = importlib.import_module("kernels.gelu_mlp")
 reference, place = module.gelu_mlp_reference, module._place

@@ -20,7 +20,6 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is published for Linux")
 
 from guards import guarded
-from seeds import generator
 
 from fastgpt2.compare import maximum, named, pooled
 from kernels import add_layer_norm, launch, layer_norm
@@ -32,6 +31,7 @@ from kernels.layer_norm import (
     why_unsupported,
 )
 from kernels.tuning import LaunchConfig, architectures, configuration, configurations
+from tests.seeds import generator
 
 MODULE = sys.modules["kernels.layer_norm"]
 # With eps = 0 the rows past the last are divided by zero, and not stored.

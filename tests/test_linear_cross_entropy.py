@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="Triton is published for Linux")
 
 from guards import guarded
-from seeds import generator
 
 from fastgpt2.compare import maximum, named, pooled, rms
 from kernels import cross_entropy, launch, linear_cross_entropy
@@ -33,6 +32,7 @@ from kernels.linear_cross_entropy import (
     why_unsupported,
 )
 from kernels.tuning import LaunchConfig, architectures, configurations
+from tests.seeds import generator
 
 # `kernels.linear_cross_entropy` is the function.
 driver = importlib.import_module("kernels.linear_cross_entropy")

@@ -7,7 +7,6 @@ import math
 from itertools import pairwise
 
 import pytest
-import seeds
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from fastgpt2.attention import naive_attention
 from fastgpt2.config import PRESETS
 from fastgpt2.model import FLOPS_PER_TOKEN, parameter_count, saved_bytes
 from fastgpt2.ops import NORM, Ops, make_ops, torch_loss
+from tests import seeds
 
 pytestmark = pytest.mark.numeric
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=101)

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from seeds import generator
 from torch import Tensor
 
 from bench import peers
@@ -25,6 +24,7 @@ from bench.peers import PEERS, Unavailable, torch_add_layer_norm
 from fastgpt2.attention import naive_attention
 from fastgpt2.ops import torch_mlp
 from kernels.linear_cross_entropy import linear_cross_entropy_reference
+from tests.seeds import generator
 
 pytestmark = pytest.mark.numeric
 PLAIN = {

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import get_args
 
 import pytest
-import seeds
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from fastgpt2.compare import problems
 from fastgpt2.ops import AUTO, SLOTS, Ops, torch_loss, torch_mlp, torch_norm
 from fastgpt2.run import TORCH_DTYPE
 from fastgpt2.verify import Backend, Checks, Gradients, Row, backends, error_row, small_config
+from tests import seeds
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
