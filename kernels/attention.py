@@ -63,6 +63,11 @@ sm_80 and 56 on sm_100, where dk, dv without a mask spills 8, too; dk, dv with d
     dropout, one weight a call               174, 1134    172, 1079  253, 1369
     dropout, eight a call, ten rounds        204, 618     223, 574   239, 979
 
+Without the causal mask, or with documents, the assembler serialises the products of the forward and of dq (ptxas's
+remark C7515: a loop may run no time, and the accumulators are then set to zero where a product of the loop would be in
+flight): right, but each product is waited for. Seen on sm_90 with Triton 3.6 and 3.9 for every tile tried; with 1 stage
+they are not serialised, and nothing is loaded ahead. GPT-2's causal form is not serialised.
+
 One pass does 5 matmuls where two passes do 7: issue and matrix clocks added up, 2320 a tile against 2960.
 It needs B H of twice the multiprocessors to fill the GPU, and waits for dq from L2 in every tile: a GPU must
 decide. Its dq multiplies the transpose of a tile that is in registers, which Triton 3.4 and later were seen to get

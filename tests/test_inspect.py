@@ -80,7 +80,8 @@ def test_other_sizes_compile_well() -> None:
 
 def test_what_else_the_tiles_are_compiled_to_compiles_well() -> None:
     """Dropout, documents, evaluation, LayerNorm by itself: the same tiles, other code. Only dk, dv with dropout, which
-    leaves no register free, may spill two of them, as it does with Triton 3.7.1."""
+    leaves no register free, may spill two of them, as it does with Triton 3.7.1. Attention without the causal mask or
+    with documents is serialised, as its file says; GPT-2's own form is not."""
     reports = python(
         "import json\n"
         "from dataclasses import asdict\n"
@@ -92,7 +93,9 @@ def test_what_else_the_tiles_are_compiled_to_compiles_well() -> None:
         case = report["case"]
         tight = case["op"] == "attention_backward_dkdv" and case["variant"] in ("dropout", "both")
         assert report["missed"] == 0 and report["spilled"] <= (8 if tight else 0), case
-        assert tight or report["faults"] == [], case
+        serialised = case["op"].startswith("attention") and case["variant"] in ("full", "documents", "both")
+        faults = [fault for fault in report["faults"] if not (serialised and "serialised" in fault)]
+        assert tight or faults == [], case
     found = {(report["case"]["op"], report["case"]["variant"]) for report in reports}
     attention = {(op, variant) for op in KERNELS for variant in ("", "full", "dropout", "documents", "both")}
     assert found >= attention | {("cross_entropy", "evaluation"), ("layer_norm_forward", "alone")}
