@@ -28,7 +28,7 @@ import triton.language as tl
 
 from fastgpt2.compare import maximum, named, pooled, rms
 from kernels import gelu_mlp
-from kernels.tuning import LaunchConfig, architectures, configuration, configurations
+from kernels.tuning import LaunchConfig, architectures, configuration, configurations, precision_name
 from tests.seeds import generator
 
 module = importlib.import_module("kernels.gelu_mlp")
@@ -222,6 +222,7 @@ def test_what_tanh_of_11_bits_costs(dtype, costs) -> None:
         rms(gelu.to(dtype).double() - truth) for gelu in (truth, z * (0.5 + 0.5 * (t * (1 + error)).clamp(-1, 1)))
     )
     assert approximate / rounded == pytest.approx(costs, abs=0.01)
+    assert module._shared_constants(precision_name(dtype), True, True)["APPROXIMATE"] == (costs < 1.01)
 
 
 def faults() -> dict[str, Compute]:
