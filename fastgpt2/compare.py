@@ -74,15 +74,19 @@ class ErrorBudget:
                 scale = math.prod(map(size, terms[name]))
             _keep_largest(self.floors, key, slack(scale, self.unit or peers[0][name].dtype))
             for peer in peers:
-                error = size(peer[name].double() - exact[name])
+                error = _error(name, size, peer, exact)
                 _keep_largest(self.lost, key, error if math.isfinite(error) else 0.0)
 
     def spend(self, exact: Results, ours: Results) -> None:
-        """Add a seed of ours."""
+        """Add a seed of ours.
+
+        Raises:
+            ValueError: other results than the exact ones, or of another shape.
+        """
+        if ours.keys() != exact.keys():
+            raise ValueError(f"results must be {', '.join(exact)}, got {', '.join(ours) or 'none'}")
         for key, name, size in _keys(exact):
-            if ours[name].shape != exact[name].shape:
-                raise ValueError(f"{name} must be {tuple(exact[name].shape)}, got {tuple(ours[name].shape)}")
-            error = size(ours[name].double() - exact[name])
+            error = _error(name, size, ours, exact)
             _keep_largest(self.errors, key, error if math.isfinite(error) else math.inf)
 
     def table(self) -> dict[str, tuple[float, float]]:
@@ -91,7 +95,19 @@ class ErrorBudget:
 
     def excess(self) -> dict[str, float]:
         """Error over budget of each result and measure: right is at most 1."""
-        return {key: error / max(budget, 1e-300) for key, (error, budget) in self.table().items()}
+        return {key: excess(*row) for key, row in self.table().items()}
+
+
+def excess(error: float, budget: float) -> float:
+    """Error over budget; where the peers are exact and nothing is allowed, any error is far over."""
+    return error / max(budget, 1e-300)
+
+
+def _error(name: str, size: Callable[[Tensor], float], results: Results, exact: Results) -> float:
+    mine, truth = results[name], exact[name]
+    if mine.shape != truth.shape:
+        raise ValueError(f"{name} must be {tuple(truth.shape)}, got {tuple(mine.shape)}")
+    return size(mine.double() - truth)
 
 
 def pooled(

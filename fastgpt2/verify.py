@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt2.compare import ALLOWED, SEEDS, error_and_budget, problems
+from fastgpt2.compare import ALLOWED, SEEDS, error_and_budget, excess, problems
 from fastgpt2.config import ConfigError, Dtype, TrainConfig
 from fastgpt2.data import split
 from fastgpt2.device import pick_device
@@ -220,7 +220,7 @@ class Gradients:
         """The worst of a backend's errors as a multiple of the yardstick's."""
         began = time.perf_counter()
         yardstick = self.yardstick(dtype)
-        ratios = {name: over(error, yardstick[name]) for name, error in self.errors(ops, dtype).items()}
+        ratios = {name: excess(error, yardstick[name]) for name, error in self.errors(ops, dtype).items()}
         # max() would pass over a NaN that isn't first.
         worst = max(ratios, key=lambda parameter: ratios[parameter] if ratios[parameter] == ratios[parameter] else 1e9)
         label = f"gradients, x yardstick: {worst}"
@@ -252,11 +252,6 @@ class Checks:
         return self._made[check, short]
 
 
-def over(error: float, allowed: float) -> float:
-    """Error by allowance; nothing is allowed where the peers happen to be exact."""
-    return error / max(allowed, 1e-300)
-
-
 # --------------------------------------------------------------------------------------------- command
 
 
@@ -268,7 +263,7 @@ def error_row(
     began = time.perf_counter()
     with numerics(TrainConfig(dtype=dtype, deterministic=False)):  # in tf32 the peers multiply in TF32, too
         table = error_and_budget(getattr(ops, problem.slot), problem, TORCH_DTYPE[dtype], device, seeds)
-    worst = max(table, key=lambda key: over(*table[key]))
+    worst = max(table, key=lambda key: excess(*table[key]))
     return Row(f"{form} {problem.shape}, {worst}", name, dtype, *table[worst], time.perf_counter() - began)
 
 
@@ -276,18 +271,23 @@ def verify(device: str, steps: int = 100) -> list[Row]:
     """All three checks of every backend in every precision of a device; prints a line as each is done.
 
     A check that raises is a row with an infinite error: the others are still made.
+
+    Raises:
+        ConfigError: no run of so many steps.
     """
     cuda = torch.device(device).type == "cuda"
     precisions: tuple[Dtype, ...] = ("float32", "tf32", "bfloat16", "float16") if cuda else ("float32", "bfloat16")
     checks = Checks(device, steps)
     rows: list[Row] = []
 
-    def add(name: str, dtype: Dtype, check: Callable[[], Row]) -> None:
+    def add(name: str, dtype: Dtype, what: str, check: Callable[[], Row]) -> None:
         try:
             row = check()
+        except ConfigError:
+            raise
         except Exception as error:
             traceback.print_exc()
-            row = Row(f"raised {type(error).__name__}", name, dtype, float("inf"), 0.0)
+            row = Row(f"{what}: raised {type(error).__name__}", name, dtype, float("inf"), 0.0)
         verdict = "ok" if row.passed else "OUT OF BUDGET"
         figures = f"{row.error:>9.2e} of {row.budget:>8.2e} {row.seconds:>7.1f} s"
         print(f"{row.check:<52} {row.backend:<17} {row.dtype:<9} {figures}  {verdict}", flush=True)
@@ -300,21 +300,23 @@ def verify(device: str, steps: int = 100) -> list[Row]:
             except ConfigError as error:
                 print(f"{name}, {dtype}: not checked: {error}", flush=True)
                 continue
-            for check in _each(checks, name, backend, ops, dtype):
-                add(name, dtype, check)
+            for what, check in _each(checks, name, backend, ops, dtype):
+                add(name, dtype, what, check)
     return rows
 
 
-def _each(checks: Checks, name: str, backend: Backend, ops: Ops, dtype: Dtype) -> Iterator[Callable[[], Row]]:
-    """The checks of a backend in a precision."""
+def _each(
+    checks: Checks, name: str, backend: Backend, ops: Ops, dtype: Dtype
+) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """The checks of a backend in a precision, by name."""
     device = checks.device
     for form, problem in problems(device).items():
         if [problem.slot] == list(backend.choices):
-            yield partial(error_row, name, form, ops, dtype, device)
-    yield lambda: checks.gradients(backend).check(name, ops, dtype)
-    yield lambda: checks.losses(backend).check(backend, dtype)
+            yield form, partial(error_row, name, form, ops, dtype, device)
+    yield "gradients", lambda: checks.gradients(backend).check(name, ops, dtype)
+    yield "losses", lambda: checks.losses(backend).check(backend, dtype)
     if torch.device(device).type == "cuda" and dtype == "bfloat16":  # trained in; compiling takes long
-        yield lambda: checks.losses(backend).check(backend, dtype, compile=True)
+        yield "losses, compiled", lambda: checks.losses(backend).check(backend, dtype, compile=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

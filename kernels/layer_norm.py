@@ -475,6 +475,8 @@ def add_layer_norm(
     Raises:
         ValueError: a shape, dtype, device or eps; it says what would work.
     """
+    if residual is None:
+        raise ValueError("residual must be a tensor, got None; use layer_norm where nothing is added")
     return _normalise(x, residual, weight, bias, eps, want_sum=True)
 
 

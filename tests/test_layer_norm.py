@@ -647,6 +647,7 @@ def test_errors_name_the_argument() -> None:
         (lambda: layer_norm(x, w.to("meta"), b), "weight must have x's device"),
         (lambda: layer_norm(x, w, b, eps=-1.0), "eps must not be negative, got -1.0"),
         (lambda: layer_norm(x, w, b, eps=math.nan), "eps must not be negative, got nan"),
+        (lambda: add_layer_norm(x, None, w, b), "residual must be a tensor, got None; use layer_norm"),
         (lambda: add_layer_norm(x, r[:2], w, b), r"residual must have x's shape, \(3, 20\), got \(2, 20\)"),
         (lambda: layer_norm(x, w, b, residual=r[:2]), r"residual must have x's shape, \(3, 20\), got \(2, 20\)"),
         (lambda: add_layer_norm(x, r.long(), w, b), r"\(residual\) computes in .* got torch.int64"),

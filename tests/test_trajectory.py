@@ -250,10 +250,18 @@ def test_a_check_that_raises_is_a_failed_row(monkeypatch: pytest.MonkeyPatch, ca
     def explode(*_: object) -> Row:
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr(verify, "_each", lambda *_: [explode, lambda: Row("fine", "plain", "float32", 0.0, 1.0)])
+    def fine() -> Row:
+        return Row("fine", "plain", "float32", 0.0, 1.0)
+
+    monkeypatch.setattr(verify, "_each", lambda *_: [("losses", explode), ("fine", fine)])
     rows = verify.verify(DEVICE, steps=1)
     assert {row.passed for row in rows[::2]} == {False} and {row.passed for row in rows[1::2]} == {True}
-    assert "raised RuntimeError" in capsys.readouterr().out
+    assert "losses: raised RuntimeError" in capsys.readouterr().out
+
+
+def test_verify_refuses_no_steps() -> None:
+    with pytest.raises(config.ConfigError, match="--steps must be at least 1, got 0"):
+        verify.verify(DEVICE, steps=0)
 
 
 def test_verify_prints_the_table_and_passes() -> None:
