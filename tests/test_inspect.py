@@ -71,6 +71,15 @@ def test_gpt2s_kernels_compile_well_everywhere(arch) -> None:
         assert 0.15 < report["at_least"]["fraction"] <= 1.0
 
 
+def test_exact_float32_is_never_multiplied_in_tf32() -> None:
+    """Triton's own default is TF32, on the matrix units, which have nothing more exact."""
+    ops = ("attention_forward", "gelu_mlp_forward_tma")
+    reports = inspect("--arch", "sm_90", "--op", *ops, "--precision", "float32", "--size", "64", "768")
+    assert {report["case"]["op"] for report in reports} == set(ops)
+    for report in reports:
+        assert report["instructions"] == [] and report["missed"] == report["expected"] > 0, report["case"]
+
+
 def test_other_sizes_compile_well() -> None:
     reports = inspect("--arch", "sm_90", "--op", "attention", "--precision", "bfloat16", "--size", "16", "96")
     assert len(reports) == 2 * len(KERNELS)
