@@ -40,7 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.has_plugin("benchmark"):
         raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install pytest-benchmark")
     if table := config.getoption("--bench-table"):
-        use_table(table)
+        try:
+            use_table(table)
+        except ValueError as error:
+            raise pytest.UsageError(f"--bench-table: {error}") from None
 
 
 SLOT = {
@@ -53,7 +56,11 @@ SLOT = {
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out who would launch a kernel of --bench-without, be another candidate without it, or lacks its table."""
+    """Deselect the candidates that can't run with these options.
+
+    A candidate is deselected if it is a kernel of --bench-without, if replacing such kernels makes it equal to another
+    candidate, or if it needs --bench-table and none was given.
+    """
     known = _kernels(config)
 
     def left_out(item: Any) -> bool:

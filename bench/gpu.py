@@ -38,9 +38,10 @@ from bench.stages import Files, NotNow, Stage, exit_status, new_record, read_env
 from bench.steps import TUNED, Kernels
 from bench.timing import ROOT, commit
 from fastgpt2.ops import SLOTS
+from kernels.tuning import check_table
 
 PARTS = {1: 9.3, 2: 3.0}
-"""The minutes that each part's limits are made for; with more minutes the limits grow."""
+"""The minutes that each part is made for. More minutes raise part 1's limits; part 2's are long already."""
 SESSIONS = {
     "operations": (
         *("attention", "gelu_mlp", "layer_norm", "linear_cross_entropy", "embedding", "dropout", "attention_forms"),
@@ -69,7 +70,7 @@ class Run:
         results: JSON lines that stages append to.
         table: the tuned table, used from when it is there.
         without: slots whose kernel is known to fail; more may follow from the smoke.
-        pace: by what the stages' limits are multiplied.
+        pace: factor of the limits of part 1's stages.
     """
 
     scratch: Path
@@ -179,7 +180,7 @@ _LOSS = "(training and (triton or matmuls or torch))"
 """The candidates that the targets compare."""
 _ABLATION = "gpt2-B32-compiled-ablation"
 _RARE = "flex or chunked or triton-any-order"
-"""What `auto` hardly becomes on a GPU: the others compile in one go."""
+"""Forms that `auto` rarely picks on a GPU. Part 2 times them; part 1 times the others, which compile together."""
 
 
 def _ceilings(run: Run) -> Stage:
@@ -292,8 +293,9 @@ def programme(run: Run, part: int | None, only: Sequence[str] | None = None) -> 
     parts: dict[int, Callable[[Run], list[Stage]]] = {1: part_1, 2: part_2}
     stages: dict[str, Stage] = {}
     for number in PARTS if part is None else (part,):
+        pace = run.pace if number == 1 else 1.0
         for stage in parts[number](run):
-            stages.setdefault(stage.name, replace(stage, seconds_limit=run.pace * stage.seconds_limit))
+            stages.setdefault(stage.name, replace(stage, seconds_limit=pace * stage.seconds_limit))
     return [stage for name, stage in stages.items() if any(text in name for text in only or [""])]
 
 
@@ -312,20 +314,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--commit", help="what is measured, where there is no git repository to ask")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only the stages whose name contains one of these")
     parser.add_argument("--without", nargs="+", default=[], choices=list(SLOTS), help="kernels known to fail: not run")
-    parser.add_argument("--table", type=Path, help="tuned table to use and go on with (default: OUT's)")
+    parser.add_argument("--table", type=Path, help="tuned table to start from; tuning writes to it (default: OUT's)")
     given = parser.parse_args(arguments)
+    if given.minutes is not None and not given.minutes > 0:
+        parser.error(f"--minutes must be positive, got {given.minutes:g}")
+    if given.only:
+        names = [stage.name for stage in programme(Run(given.out, given.out, "", given.out), given.part)]
+        if unknown := [text for text in given.only if not any(text in name for name in names)]:
+            parser.error(f"no stage's name contains {' or '.join(unknown)}; there are {', '.join(names)}")
     if not torch.cuda.is_available():
         print(f"error: python -m bench.gpu needs a CUDA GPU, torch {torch.__version__} sees none here", file=sys.stderr)
         return 2
     began = time.monotonic()
     usual = PARTS[given.part] if given.part else sum(PARTS.values())
-    minutes = given.minutes or usual
+    minutes = usual if given.minutes is None else given.minutes
+    environment = read_environment()
+    architecture = f"sm_{environment['compute_capability'].replace('.', '')}"
+    table = (given.table or given.out / f"{architecture}.json").resolve()
+    if given.table and table.stem != architecture:
+        parser.error(f"--table must be named {architecture}.json, after this GPU's architecture, got {given.table}")
+    if given.table or table.exists():
+        try:
+            check_table(table)
+        except ValueError as error:
+            parser.error(f"--table: {error}")
     source, state = commit(given.commit), make_state_query()
-    record = new_record(minutes, source, read_environment())
+    record = new_record(minutes, source, environment)
     record |= {"nvidia_smi": query_gpu(FIXED_FIELDS), "device_state_at_start": state()}
     file = record_file(given.out, record)
-    architecture = f"sm_{record['environment']['compute_capability'].replace('.', '')}"
-    table = (given.table or given.out / f"{architecture}.json").resolve()
     with tempfile.TemporaryDirectory() as scratch:
         files = Files(file, file.with_suffix(".log"), Path(scratch) / "results.jsonl")
         pace = max(1.0, minutes / usual)

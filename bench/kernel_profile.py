@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch.autograd import DeviceType
@@ -21,8 +21,10 @@ from bench.results import align
 from bench.shapes import DEVICE
 from bench.steps import STEPS, Kernels, StepShape
 from bench.timing import append_json_line
+from fastgpt2.config import PRESETS, ConfigError, Dtype
 from fastgpt2.device import synchronize
 from fastgpt2.ops import SLOTS
+from kernels.tuning import check_table
 
 STEPS_BEFORE, STEPS_SEEN = 4, 3
 KEPT, SHOWN = 60, 15
@@ -65,21 +67,36 @@ def table(found: dict[str, Any]) -> str:
     return f"{found['step']}: {found['ms']:.2f} ms a step in kernels\n{align(rows) if rows else 'none was seen'}"
 
 
+def count(text: str) -> int:
+    """An argument of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernel_profile", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("step", choices=list(STEPS))
-    parser.add_argument("--model", default="gpt2")
-    parser.add_argument("--B", type=int, default=64)
-    parser.add_argument("--T", type=int)
-    parser.add_argument("--n-layer", type=int)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--model", choices=list(PRESETS), default="gpt2", help="default: gpt2")
+    parser.add_argument("--B", type=count, default=64, help="sequences in a batch (default: 64)")
+    parser.add_argument("--T", type=count, help="tokens in a sequence (default: the model's)")
+    parser.add_argument("--n-layer", type=count, help="blocks (default: the model's)")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--eager", action="store_true", help="don't compile the model")
     parser.add_argument("--warm", action="store_true", help="one step, and no profile")
     parser.add_argument("--without", action="append", choices=list(SLOTS), default=[], help="PyTorch's form there")
     parser.add_argument("--table", type=Path, help="launch configurations, named by the architecture (sm_90.json)")
     parser.add_argument("--jsonl", type=Path, help="file of JSON lines to append the profile to")
     given = parser.parse_args(arguments)
+    if given.table is not None:
+        try:
+            check_table(given.table)
+        except ValueError as error:
+            parser.error(f"--table: {error}")
+    if DEVICE.type == "cpu" and STEPS[given.step].cuda:
+        raise ConfigError(f"{given.step}: {STEPS[given.step].cuda}")
     shape = StepShape(given.model, given.B, given.dtype, given.T, given.n_layer)
     kernels = Kernels(tuple(given.without), given.table)
     candidate = STEPS[given.step].on(shape, DEVICE, compiled=not given.eager, kernels=kernels)
@@ -97,4 +114,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from fastgpt2.console import run_command
+
+    run_command(main)

@@ -67,7 +67,7 @@ class Kernels:
 
     Args:
         without: slots whose kernel is not to run: PyTorch's form takes its place.
-        table: launch configurations in place of an architecture's, by whose name it is called.
+        table: file of launch configurations, used instead of the shipped table of the same name (sm_90.json).
     """
 
     without: tuple[str, ...] = ()

@@ -172,7 +172,7 @@ def compiled(arch: str, table: dict[str, Any], wanted: list[Key]) -> Generator[t
         return pool.submit(compile_one, Case(key.op, key.precision, key.size, arch, config))
 
     try:
-        # The table's own first: a launcher of several kernels runs the others with those.
+        # Compile every key's own configuration first: a launcher of several kernels runs the others with theirs.
         for key in wanted:
             submit(key, configurations(table)[key])
         submitted = {key: {config: submit(key, config) for config in candidates(table, key)} for key in wanted}
@@ -423,8 +423,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--op", nargs="+", metavar="PREFIX", help="kernels whose name begins so (default: all)")
     parser.add_argument("--precision", nargs="+", choices=list(inspect.ELEMENTS), help="default: all")
     parser.add_argument("--size", nargs="+", type=int, help="of the table: head size, channels, ... (default: all)")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"time each kernel for so many ({SECONDS:g})")
-    parser.add_argument("--minutes", type=float, default=60.0, help="begin no further kernel after so many (60)")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help=f"time each kernel this long (default: {SECONDS:g})"
+    )
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no kernel later than this (default: 60)")
     parser.add_argument("--out", type=Path, help="the table to write (default: the shipped one of this GPU)")
     parser.add_argument("--dry-run", action="store_true", help="compile, say what would be timed, write nothing")
     parser.add_argument("--arch", choices=architectures(), help="with --dry-run: for this instead of the GPU present")

@@ -72,12 +72,26 @@ def architectures() -> list[str]:
     return sorted((p.stem for p in TABLES.glob("sm_*.json")), key=_number)
 
 
+def check_table(path: Path) -> None:
+    """Raise ValueError, in one line, unless the file is named after an architecture and holds a table."""
+    if path.stem not in architectures():
+        raise ValueError(f"{path} is not named after an architecture: {', '.join(architectures())}")
+    try:
+        table = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read as a table: {error}") from None
+    missing = [name for name in ("entries", "shared_memory") if not isinstance(table, dict) or name not in table]
+    if missing:
+        raise ValueError(f"{path} is not a table: it has no {' and no '.join(missing)}")
+
+
 _instead: dict[str, Path] = {}
 
 
 def use_table(path: Path) -> None:
     """Look launch configurations up in this file, named <architecture>.json, until the process ends: a table that was
-    just tuned and is not shipped yet."""
+    just tuned and is not shipped yet. Raises ValueError as check_table does."""
+    check_table(path)
     _instead[path.stem] = path
     for looked_up in (read_table, configurations, configuration):
         looked_up.cache_clear()

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from fastgpt2.ops import torch_norm
 from kernels import tuning
 
 BLOCKED = ("tyro", "rich", "safetensors", "matplotlib", "tiktoken", "transformers")
+SM_90 = tuning.TABLES / "sm_90.json"
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -276,8 +278,6 @@ def test_every_stage_finds_what_it_runs_and_can_end(tmp_path: Path) -> None:
                 assert (ROOT / part).is_file(), f"{name}: {part}"
     for stage in stages:
         assert 0 < stage.seconds_needed <= stage.seconds_limit <= 300, stage.name
-    slower = programme(run_in(tmp_path, pace=2.0), None)
-    assert [stage.seconds_limit for stage in slower] == [2.0 * stage.seconds_limit for stage in stages]
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,30 @@ def test_a_tuned_table_takes_the_place_of_the_architectures_own(tmp_path: Path) 
     assert tuned == "7" != own and other != "7", done.stderr
 
 
+NO_TABLES = {
+    "tuned.json": ('{"entries": [], "shared_memory": 1}', "not named after an architecture: sm_80"),
+    "sm_90.json": ("", "can't be read as a table"),
+    "sm_80.json": ("[]", "is not a table: it has no entries"),
+    "sm_100.json": (None, "can't be read as a table"),
+}
+
+
+@pytest.mark.parametrize("name", NO_TABLES)
+def test_a_file_that_is_no_table_is_refused(name: str, tmp_path: Path) -> None:
+    path, (text, reason) = tmp_path / name, NO_TABLES[name]
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=reason) as refused:
+        tuning.use_table(path)
+    assert "\n" not in str(refused.value) and path not in tuning._instead.values()
+
+
 # --------------------------------------------------------------------------------------------- the command
+
+
+def play_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "read_environment", lambda: {"device": "A GPU", "compute_capability": "9.0"})
 
 
 def test_the_command_leaves_few_files_and_says_what_it_found(
@@ -436,10 +459,8 @@ def test_the_command_leaves_few_files_and_says_what_it_found(
             Stage("tuned", lambda: [sys.executable, "-c", f"print({run.kernels().table is not None})"], 30.0),
         ]
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    play_a_gpu(monkeypatch)
     monkeypatch.setattr(gpu, "programme", stages)
-    environment = {"device": "A GPU", "compute_capability": "9.0"}
-    monkeypatch.setattr(gpu, "read_environment", lambda: environment)
     assert gpu.main(["--part", "1", "--minutes", "1", "--out", str(tmp_path), "--commit", "abc"]) == 0
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(path.suffix for path in files) == [".json", ".json", ".log"] and tmp_path / "sm_90.json" in files
@@ -448,6 +469,64 @@ def test_the_command_leaves_few_files_and_says_what_it_found(
     assert record["smokes"][0]["slot"] == "mlp" and record["step_kernels"][0]["ms"] == 2.0
     out = capsys.readouterr().out
     assert "smoke: mlp: wrong; right with 1 stage" in out and "a_kernel" in out and "75.0%" in out
+
+
+@pytest.mark.parametrize(
+    ("part", "minutes", "pace"),
+    [("1", "4.65", 1.0), ("1", "18.6", 2.0), ("2", "30", 1.0), (None, "24.6", 2.0)],
+)
+def test_the_commands_options_reach_the_stages(
+    part: str | None, minutes: str, pace: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: dict[str, Stage] = {}
+
+    def plan(stages: Iterable[Stage], *_: object, **__: object) -> None:
+        planned.update({s.name: replace(s, argv=s.argv() if callable(s.argv) else s.argv) for s in stages})
+
+    play_a_gpu(monkeypatch)
+    monkeypatch.setattr(gpu, "run_stages", plan)
+    number = [] if part is None else ["--part", part]
+    known = ["--without", "loss", "--table", str(SM_90)]
+    given = [*number, "--minutes", minutes, "--out", str(tmp_path), "--commit", "abc", *known]
+    assert gpu.main(given) == 1, "nothing ran"
+    first = {stage.name for stage in programme(run_in(tmp_path), 1)} if part != "2" else set()
+    for stage in programme(run_in(tmp_path), part and int(part)):
+        limit = stage.seconds_limit * (pace if stage.name in first else 1.0)
+        assert planned[stage.name].seconds_limit == limit, stage.name
+    for name, stage in planned.items():
+        for prefix, module in (("--", "bench.kernel_profile"), ("--bench-", "pytest")):
+            if stage.argv[2] == module and "gpu tests" not in name:
+                assert {f"{prefix}without=loss", f"{prefix}table={SM_90}"} <= {*stage.argv}, name
+    if part != "2":
+        argv = planned["tune"].argv
+        assert argv[argv.index("--minutes") + 1] == str(pace) and argv[argv.index("--out") + 1] == str(SM_90)
+        assert "gelu_mlp" in argv and "cross_entropy" not in argv
+        assert "the step's kernels: ours" in planned
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--only", "smoke", "nosuch"], "no stage's name contains nosuch; there are ceilings, smoke, "),
+        (["--minutes", "0"], "--minutes must be positive, got 0"),
+        (["--minutes", "nan"], "--minutes must be positive, got nan"),
+        (["--table", "sm_90.json"], "sm_90.json can't be read as a table"),
+        (["--table", str(SM_90.with_name("sm_80.json"))], "--table must be named sm_90.json"),
+    ],
+)
+def test_arguments_that_name_nothing_are_refused(
+    arguments: list[str],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    play_a_gpu(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main([*arguments, "--out", str(tmp_path)])
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_steps_kernels_are_the_devices_own() -> None:
@@ -468,6 +547,43 @@ def test_a_steps_kernels_are_the_devices_own() -> None:
 
 
 TINY = ["--model", "tiny", "--n-layer", "1", "--B", "1", "--T", "16", "--dtype", "float32", "--eager"]
+
+
+def test_a_profile_is_of_the_step_that_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: dict[str, Any] = {}
+
+    def make(**arguments: Any) -> Callable[[int], None]:
+        built.update(arguments)
+        return lambda index: None
+
+    monkeypatch.setattr(kernel_profile, "import_module", lambda name: SimpleNamespace(make_ours=make))
+    kernel_profile.main(["ours-auto", *TINY, "--warm", "--without", "mlp", "--table", str(SM_90)])
+    tiny = {"model": "tiny", "n_layer": 1, "batch_size": 1, "block_size": 16, "dtype": "float32", "compile": False}
+    assert built["settings"].items() >= {**tiny, "mlp": "torch"}.items() and built["table"] == str(SM_90)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--model", "nosuch"], "argument --model: invalid choice: 'nosuch'"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--table", "tuned.json"], "--table: tuned.json is not named after an architecture"),
+        *[([flag, "0"], f"argument {flag}: must be at least 1, got 0") for flag in ("--B", "--T", "--n-layer")],
+    ],
+)
+def test_a_profile_that_cannot_be_names_the_flag(
+    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        kernel_profile.main(["plain", *arguments])
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_a_step_that_needs_a_gpu_is_one_line() -> None:
+    done = run("-m", "bench.kernel_profile", "plain-cudnn")
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: plain-cudnn: ")
 
 
 @pytest.mark.gpu
@@ -536,7 +652,7 @@ def collected(option: str) -> list[str]:
     return [line for line in listed.splitlines() if line.startswith("bench/") and "::" in line]
 
 
-TUNED = "--bench-table=sm_90.json"
+TUNED = f"--bench-table={SM_90}"
 
 
 def test_benchmarks_leave_out_a_kernel_that_fails() -> None:

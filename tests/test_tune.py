@@ -181,6 +181,33 @@ def test_what_cannot_be_timed_is_said_and_left(tmp_path) -> None:
     assert not out.exists()
 
 
+def test_every_kernels_own_configuration_compiles_first_and_a_cut_cancels_the_rest(monkeypatch) -> None:
+    submitted: list[tuple[str, LaunchConfig]] = []
+    ended: list[dict[str, bool]] = []
+
+    class Pool:
+        def __init__(self, *_: Any) -> None: ...
+
+        def submit(self, function: Any, case: inspect.Case) -> Any:
+            submitted.append((case.op, case.config))
+            return SimpleNamespace(result=lambda: "not compiled")
+
+        def shutdown(self, **how: bool) -> None:
+            ended.append(how)
+
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", Pool)
+    table = read("sm_90", TABLES / "sm_90.json")
+    wanted = tune.keys("sm_90", table, Options(("layer_norm",), ("bfloat16",), (768,)))
+    made = tune.compiled("sm_90", table, wanted)
+    key, reports = next(made)
+    assert key == wanted[0] and list(reports) == tune.candidates(table, key)
+    assert submitted[: len(wanted)] == [(key.op, configurations(table)[key]) for key in wanted] and len(wanted) == 2
+    assert set(submitted) == {(key.op, config) for key in wanted for config in tune.candidates(table, key)}
+    assert len(submitted) == len(set(submitted)) and ended == []
+    made.close()
+    assert ended == [{"cancel_futures": True}]
+
+
 def test_minutes_end_a_run_between_two_kernels(tmp_path) -> None:
     lines, timed = run(tmp_path / "t.json", {KEY: {LARGE: report()}}, {LARGE: 1.0}, minutes=-1.0)
     assert timed == [] and "are left as they were" in lines[0]
