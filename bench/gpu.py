@@ -337,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             check_table(table)
         except ValueError as error:
-            parser.error(f"--table: {error}")
+            parser.error(str(error))
     source, state = commit(given.commit), make_state_query()
     record = new_record(minutes, source, environment)
     record |= {"nvidia_smi": query_gpu(FIXED_FIELDS), "device_state_at_start": state()}

@@ -655,6 +655,12 @@ def collected(option: str) -> list[str]:
 TUNED = f"--bench-table={SM_90}"
 
 
+def test_benchmarks_refuse_a_file_that_is_no_table() -> None:
+    done = run("-m", "pytest", "bench", "--collect-only", "-p", "no:cacheprovider", "--bench-table=none/sm_90.json")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert done.stderr.startswith("ERROR: --bench-table: none/sm_90.json can't be read as a table"), done.stderr
+
+
 def test_benchmarks_leave_out_a_kernel_that_fails() -> None:
     every, left = collected(TUNED), collected("--bench-without=mlp")
     assert any("ours-triton-tuned" in name for name in every)
