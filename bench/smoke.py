@@ -3,12 +3,13 @@
 Each slot is compared with float64 at GPT-2's width in bfloat16, in a process of its own, all at once. A slot that is
 wrong, fails or hangs is tried again with other launch configurations, again all at once: fewer stages, four warps,
 pointers in place of descriptors. The first that is right is recorded, for whoever mends the kernel; until then
-PyTorch's form takes its place.
+PyTorch's form takes its place. A slot that ran out of memory is tried again when the steps that compile beside it
+have ended.
 
     python -m bench.smoke --failed FILE --warm ours-triton plain     what bench.gpu runs
     python -m bench.smoke --slot mlp --change "1 stage"              one comparison, in this process
 
-Exit status: 0; 1 where a slot is not right.
+Exit status: 0; 1 where a slot is not right; 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -17,29 +18,36 @@ import argparse
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
+from bench.stages import stop
 from bench.timing import append_json_line, stage_ends
 
+COMPARE = (sys.executable, "-m", "bench.smoke")
+WARM = (sys.executable, "-m", "bench.kernel_profile")
+"""The commands that it starts."""
 SLOTS = ("attention", "mlp", "norm", "loss")
 SECONDS = 60.0
 """For everything, where nobody says when it must end."""
 SHARE = 0.6
 """Of the time that is left: for the first comparison, so that some is left for the changes."""
 ENDING_S = 5.0
-"""Before the stage is stopped, for what was found to be written."""
+"""Before the stage is stopped, for the last comparison to be stopped and what was found to be written."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +74,14 @@ CHANGES = {
 """By importance: the first that makes a slot right is its `right_with`."""
 
 Found = dict[str, Any]
-"""`status` is "ok", "wrong", "failed", "timed out" or "died"; with the first two the worst tensor, its error and
-budget."""
+"""`status` is "ok", "wrong", "failed", "out of memory", "timed out" or "died"; with the first two the worst tensor, its
+error and budget."""
 Try = Callable[[str, str | None], Found]
 """(slot, a key of CHANGES or None) -> what came of it."""
 
 
 def compare(slot: str, change: str | None = None, device: str = "cuda:0") -> Found:
     """One comparison, in this process; on a CPU at a size for Triton's interpreter."""
-    import torch
-
     from fastgpt2 import compare as problems
     from fastgpt2.ops import make_ops
 
@@ -93,37 +99,55 @@ def compare(slot: str, change: str | None = None, device: str = "cuda:0") -> Fou
             tables = [problems.error_and_budget(op, form, torch.bfloat16, device) for form in forms]
     except Exception as error:
         traceback.print_exc()
-        return {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        status = "out of memory" if _out_of_memory(error) else "failed"
+        return {"status": status, "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     rows = [(tensor, off, budget) for table in tables for tensor, (off, budget) in table.items()]
     worst, off, budget = max(rows, key=lambda row: row[1] / max(row[2], 1e-30))
     return {"status": "ok" if off <= budget else "wrong", "worst": worst, "error": off, "budget": budget}
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """Whether the device's memory was used up, as PyTorch, CUDA, Triton and cuBLAS say it."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "alloc_failed" in said
+
+
 def _changed(change: Change) -> ExitStack:
     """Launch configurations and forms other than the table's, until it is closed."""
-    from kernels import gelu_mlp, tuning
+    from kernels import tuning
 
     stack, configuration = ExitStack(), tuning.configuration
     if change.config:
         other = lambda *key: replace(configuration(*key), **change.config)  # noqa: E731
         stack.enter_context(mock.patch.object(tuning, "configuration", other))
     if change.pointers:
-        stack.enter_context(mock.patch.object(gelu_mlp, "_descriptors", lambda *matrices: False))
+        never = lambda *matrices: False  # noqa: E731
+        stack.enter_context(mock.patch.object(import_module("kernels.gelu_mlp"), "_descriptors", never))
     return stack
 
 
 # ------------------------------------------------------------------------------------------------- all of them
 
 
-def examine(slots: Sequence[str], attempt: Try, report: Callable[[str, Found], None]) -> None:
+def examine(
+    slots: Sequence[str],
+    attempt: Try,
+    report: Callable[[str, Found], None],
+    make_room: Callable[[], None],
+) -> None:
     """Try all slots at once, and the changes of one that isn't right at once; each is reported as soon as it is known.
 
-    A slot that is not right is reported a second time, with `right_with` (None where no change helps) and `changes`.
+    A slot that ran out of memory is tried once more after make_room. A slot that is not right is reported again, with
+    `right_with` (None where no change helps) and `changes`.
     """
 
     def one(slot: str) -> None:
         found = attempt(slot, None)
         report(slot, found)
+        if found["status"] == "out of memory":
+            make_room()
+            found = attempt(slot, None)
+            report(slot, found)
         if found["status"] == "ok":
             return
         names = [name for name, change in CHANGES.items() if slot in change.slots]
@@ -139,17 +163,23 @@ def examine(slots: Sequence[str], attempt: Try, report: Callable[[str, Found], N
 def in_a_process(slot: str, change: str | None) -> Found:
     """A comparison in a process of its own, for as long as this one may take; its errors go where this one's do."""
     limit = max(1.0, _left() * (SHARE if change is None else 1.0))
-    argv = [sys.executable, "-m", "bench.smoke", "--slot", slot, *(["--change", change] if change else [])]
+    argv = [*COMPARE, "--slot", slot, *(["--change", change] if change else [])]
     began = time.monotonic()
-    # It is of this process's group, which is ended as a whole.
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
-    try:
-        said, _ = process.communicate(timeout=limit)
-        found = _last_line(said) or {"status": "died", "reason": f"exit status {process.returncode}"}
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGABRT)  # Python's fault handler prints where it hangs
-        process.communicate()
+    # A file, not a pipe: the end of a pipe would be waited for while anything that it started holds it.
+    with tempfile.TemporaryFile("w+") as output:
+        tied = [sys.executable, "-m", "bench.tied", str(os.getpid()), *argv]
+        process = subprocess.Popen(tied, stdout=output, start_new_session=True)
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(limit)
+        finally:
+            timed_out = stop(process)
+        output.seek(0)
+        said = output.read()
+    if timed_out:
         found = {"status": "timed out", "reason": f"no result within {limit:.0f} s"}
+    else:
+        found = _last_line(said) or {"status": "died", "reason": f"exit status {process.returncode}"}
     return found | {"seconds": round(time.monotonic() - began, 1)}
 
 
@@ -188,14 +218,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--slot", choices=SLOTS, help="compare this one alone, in this process")
     parser.add_argument("--change", choices=list(CHANGES), help="with --slot: launched otherwise")
     given = parser.parse_args(arguments)
+    if given.change and given.slot not in CHANGES[given.change].slots:
+        parser.error(f"--change {given.change!r} needs --slot {' or '.join(CHANGES[given.change].slots)}")
+    if not torch.cuda.is_available():
+        print(f"error: python -m bench.smoke needs a CUDA GPU, torch {torch.__version__} sees none", file=sys.stderr)
+        return 2
     if given.slot:
         found = compare(given.slot, given.change)
         print(json.dumps(found), flush=True)
         return int(found["status"] != "ok")
-    profiler = [sys.executable, "-m", "bench.kernel_profile"]
-    warm = {name: subprocess.Popen([*profiler, name, "--warm"]) for name in given.warm}
     failed, lock = dict.fromkeys(SLOTS), threading.Lock()
     write_failed(given.failed, list(failed))
+    warm = {name: subprocess.Popen([*WARM, name, "--warm"]) for name in given.warm}
 
     def report(slot: str, found: Found) -> None:
         with lock:
@@ -207,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
                 append_json_line(given.jsonl, {"kind": "smoke", "slot": slot, **found})
             print(words(slot, found), flush=True)
 
-    examine(SLOTS, in_a_process, report)
+    examine(SLOTS, in_a_process, report, make_room=lambda: _end(warm, share=SHARE))
     _end(warm, changed="ours" if failed else None)
     return int(bool(failed))
 
@@ -220,12 +254,14 @@ def words(slot: str, found: Found) -> str:
     return f"{slot}: {found['status']}{error}{reason}{right}"
 
 
-def _end(warm: Mapping[str, subprocess.Popen], changed: str | None) -> None:
-    """Wait for the steps that still compile, but for those whose name begins with `changed`: others will be timed."""
+def _end(warm: Mapping[str, subprocess.Popen], changed: str | None = None, share: float = 1.0) -> None:
+    """Wait for the steps that still compile, for a share of the time that is left, and kill those that don't end; at
+    once those whose name begins with `changed`: others will be timed."""
+    ends = time.monotonic() + share * _left()
     for name, process in warm.items():
         useless = changed is not None and name.startswith(changed)
         try:
-            process.wait(0.0 if useless else _left())
+            process.wait(0.0 if useless else max(0.0, ends - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

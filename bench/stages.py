@@ -207,7 +207,7 @@ def run_stage(
                     look_again = time.monotonic() + KEEP_EVERY_S
                 time.sleep(0.05)
         finally:
-            timed_out = _stop(process)
+            timed_out = stop(process)
         output.seek(0)
         whole = output.read()
     size, text = len(whole), whole[-LOG_BYTES:].decode(errors="replace")
@@ -232,8 +232,8 @@ def run_stage(
     return outcome
 
 
-def _stop(process: subprocess.Popen) -> bool:
-    """End a process if it still runs, and all it started; whether it ran."""
+def stop(process: subprocess.Popen) -> bool:
+    """End a process that leads a group if it still runs, and all it started; whether it ran."""
     running = process.poll() is None
     if running:
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):

@@ -50,8 +50,9 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_without_a_gpu_the_command_is_one_line_and_status_2(tmp_path: Path) -> None:
-    done = run("-m", "bench.gpu", "--out", str(tmp_path))
+@pytest.mark.parametrize(("module", "option"), [("bench.gpu", "--out"), ("bench.smoke", "--failed")])
+def test_without_a_gpu_the_command_is_one_line_and_status_2(tmp_path: Path, module: str, option: str) -> None:
+    done = run("-m", module, option, str(tmp_path))
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "needs a CUDA GPU" in done.stderr
@@ -210,13 +211,19 @@ run_stages(stages, {}, Files(folder / "run.json", folder / "run.log", folder / "
 """
 
 
-def test_a_killed_run_leaves_its_record_and_no_process(tmp_path: Path) -> None:
-    def until(done: Callable[[], object]) -> None:
-        ends = time.monotonic() + 60
-        while not done():
-            assert time.monotonic() < ends
-            time.sleep(0.05)
+def until(done: Callable[[], object]) -> None:
+    ends = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
 
+
+def none_is_left(folder: Path) -> bool:
+    """Whether the processes that left their number in a file have ended."""
+    return not any(Path("/proc", path.stem).exists() for path in folder.glob("*.pid"))
+
+
+def test_a_killed_run_leaves_its_record_and_no_process(tmp_path: Path) -> None:
     run = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT)
     record = tmp_path / "run.json"
     try:
@@ -225,7 +232,7 @@ def test_a_killed_run_leaves_its_record_and_no_process(tmp_path: Path) -> None:
     finally:
         run.kill()
         run.wait()
-    until(lambda: not any(Path("/proc", path.stem).exists() for path in tmp_path.glob("*.pid")))
+    until(lambda: none_is_left(tmp_path))
     left = json.loads(record.read_text())
     assert [stage["name"] for stage in left["stages"]] == ["first"]
     assert left["smokes"] == [{"stage": "second", "slot": "norm"}], "what a stage has measured so far is kept"
@@ -330,7 +337,7 @@ def test_a_slot_that_is_not_right_is_tried_otherwise() -> None:
     right = {("norm", None): "ok", ("mlp", "pointers"): "ok", ("mlp", "4 warps"): "ok", ("loss", None): "timed out"}
     made, attempt = attempts(right)
     reports: dict[str, list[dict[str, Any]]] = {}
-    smoke.examine(smoke.SLOTS, attempt, lambda slot, found: reports.setdefault(slot, []).append(found))
+    smoke.examine(smoke.SLOTS, attempt, lambda slot, found: reports.setdefault(slot, []).append(found), pytest.fail)
     plain = [name for name in CHANGES if name != "pointers"]
     tried = {slot: {change for s, change in made if s == slot} for slot in smoke.SLOTS}
     assert tried == {"norm": {None}, "mlp": {None, *CHANGES}, "attention": {None, *plain}, "loss": {None, *plain}}
@@ -386,12 +393,147 @@ def test_a_smoke_finds_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     assert smoke.compare("norm", device="cpu")["status"] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out of memory"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of memory"),
+        (RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 232448"), "failed"),
+    ],
+)
+def test_a_kernel_without_memory_is_not_called_wrong(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, status: str
+) -> None:
+    def raises(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fastgpt2.ops.make_ops", raises)
+    assert smoke.compare("norm", device="cpu")["status"] == status
+
+
 def test_a_change_is_every_configurations() -> None:
     was = tuning.configuration("sm_90", "gelu_mlp_forward", "bfloat16", 768)
     with smoke._changed(CHANGES["4 warps"]):
         changed = tuning.configuration("sm_90", "gelu_mlp_forward", "bfloat16", 768)
     assert changed.num_warps == 4 != was.num_warps and changed.block_m == was.block_m
     assert tuning.configuration("sm_90", "gelu_mlp_forward", "bfloat16", 768) == was
+
+
+def test_a_change_is_pointers_in_place_of_descriptors() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("at the size for Triton's interpreter")
+    module, matrix = import_module("kernels.gelu_mlp"), torch.zeros(16, 16)
+    assert module._descriptors(matrix)
+    with smoke._changed(CHANGES["pointers"]):
+        assert not module._descriptors(matrix)
+    assert module._descriptors(matrix)
+    found = smoke.compare("mlp", "pointers", device="cpu")
+    assert found["status"] == "ok", found
+
+
+@pytest.mark.parametrize("options", [["--change", "1 stage"], ["--slot", "norm", "--change", "pointers"]])
+def test_a_change_needs_a_slot_that_it_makes_sense_for(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        smoke.main(options)
+    assert refused.value.code == 2 and "needs --slot" in capsys.readouterr().err
+
+
+STAND_IN = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+_, _, slot, *change = sys.argv
+os.chdir(Path(__file__).parent)
+assert slot in json.loads(Path("failed.json").read_text()), "not known to be right yet"
+if slot == "norm":
+    sys.exit(3)
+if slot == "loss" and not change:
+    if os.fork() == 0:
+        signal.signal(signal.SIGABRT, signal.SIG_IGN)
+    Path(f"{os.getpid()}.pid").touch()
+    time.sleep(600)
+right = slot == "attention" or change == ["--change", "4 warps"]
+print("compiled")
+print(json.dumps({"status": "ok" if right else "wrong", "worst": "y", "error": 2.0, "budget": 1.0}))
+"""
+"""A comparison that is right for attention, wrong for the MLP, dies for the norm and hangs for the loss."""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The comparison's program, on a GPU that isn't there."""
+    program = tmp_path / "stand_in.py"
+    program.write_text(STAND_IN)
+    monkeypatch.setattr(smoke, "COMPARE", (sys.executable, str(program)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return program
+
+
+def test_a_smoke_outlives_comparisons_that_die_or_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Path
+) -> None:
+    began = time.monotonic()
+    monkeypatch.setenv("BENCH_STAGE_ENDS", str(began + smoke.ENDING_S + 10))
+    failed, lines = tmp_path / "failed.json", tmp_path / "lines"
+    assert smoke.main(["--failed", str(failed), "--jsonl", str(lines)]) == 1
+    assert time.monotonic() - began < smoke.ENDING_S + 10
+    assert smoke.read_failed(failed) == ("mlp", "norm", "loss")
+    written = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [line["kind"] for line in written] == 4 * ["smoke"]
+    found = {line["slot"]: line for line in written}
+    assert found["attention"]["status"] == "ok" and "changes" not in found["attention"]
+    mlp, norm, loss = found["mlp"], found["norm"], found["loss"]
+    assert (mlp["status"], mlp["worst"], mlp["right_with"]) == ("wrong", "y", "4 warps")
+    statuses = {name: tried["status"] for name, tried in mlp["changes"].items()}
+    assert statuses == dict.fromkeys(CHANGES, "wrong") | {"4 warps": "ok"}
+    assert (norm["status"], norm["reason"], norm["right_with"]) == ("died", "exit status 3", None)
+    assert (loss["status"], loss["right_with"]) == ("timed out", "4 warps"), "some time was left for the changes"
+    assert loss["reason"] == f"no result within {smoke.SHARE * 10:.0f} s"
+    assert len(list(tmp_path.glob("*.pid"))) == 2
+    until(lambda: none_is_left(tmp_path))
+
+
+def test_a_killed_smoke_leaves_no_process(tmp_path: Path, stand_in: Path) -> None:
+    smoke.write_failed(tmp_path / "failed.json", ["loss"])
+    program = f"from bench import smoke; smoke.COMPARE = {smoke.COMPARE}; smoke.in_a_process('loss', None)"
+    killed = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    try:
+        until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    finally:
+        killed.kill()
+        killed.wait()
+    until(lambda: none_is_left(tmp_path))
+
+
+@pytest.mark.parametrize("again", ["ok", "out of memory"])
+def test_a_slot_without_memory_is_tried_again_when_the_warm_steps_have_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Path, again: str
+) -> None:
+    warmed, made = tmp_path / "warmed", []
+
+    def attempt(slot: str, change: str | None) -> dict[str, Any]:
+        made.append((slot, change))
+        if slot != "mlp":
+            return {"status": "ok"}
+        return {"status": again if warmed.exists() else "out of memory"}
+
+    program = f"import time; time.sleep(0.5); open({str(warmed)!r}, 'w')"
+    monkeypatch.setattr(smoke, "WARM", (sys.executable, "-c", program))
+    monkeypatch.setattr(smoke, "in_a_process", attempt)
+    failed = tmp_path / "failed.json"
+    status = smoke.main(["--failed", str(failed), "--warm", "plain"])
+    assert warmed.exists() and made.count(("mlp", None)) == 2
+    assert (status, smoke.read_failed(failed)) == ((0, ()) if again == "ok" else (1, ("mlp",)))
+
+
+def test_warm_steps_that_do_not_end_leave_time_for_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BENCH_STAGE_ENDS", str(time.monotonic() + smoke.ENDING_S + 2))
+    warm = {
+        name: subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) for name in ("ours", "plain")
+    }
+    smoke._end(warm, share=smoke.SHARE)
+    assert all(process.returncode == -signal.SIGKILL for process in warm.values()) and smoke._left() > 0.3
 
 
 USES = """
