@@ -102,7 +102,7 @@ def compare(slot: str, change: str | None = None, device: str = "cuda:0") -> Fou
         status = "out of memory" if _out_of_memory(error) else "failed"
         return {"status": status, "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     rows = [(tensor, off, budget) for table in tables for tensor, (off, budget) in table.items()]
-    worst, off, budget = max(rows, key=lambda row: row[1] / max(row[2], 1e-30))
+    worst, off, budget = max(rows, key=lambda row: problems.excess(row[1], row[2]))
     return {"status": "ok" if off <= budget else "wrong", "worst": worst, "error": off, "budget": budget}
 
 
