@@ -221,6 +221,14 @@ def test_a_single_file_is_cut_at_a_line(tmp_path):
     assert meta["documents"] == {"train": 1, "val": 1}
 
 
+def test_copies_of_a_file_that_is_cut_are_left_out(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("".join(f"line {i}\n" for i in range(1000)))
+    prepare(config(tmp_path, out=tmp_path / "out", val_fraction=0.02))
+    (train,), (val,) = (documents_of(tmp_path / "out", split) for split in ("train", "val"))
+    assert "line 999\n" in val and "line 999\n" not in train
+
+
 def test_a_large_file_among_small_ones_does_not_become_the_validation(tmp_path):
     (tmp_path / "large.txt").write_text("long text\n" * 10_000)
     for i in range(5):
