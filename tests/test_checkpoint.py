@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -411,6 +413,23 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
     write(tmp_path)
     assert set(named) == names
     assert missing(out, *named.values()) == set()
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["a file", "a folder"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL])
+def test_what_cannot_be_brought_to_the_disk_is_not_taken_for_saved(
+    number: int, folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for a folder on a file system that can't do it at all, which says EINVAL."""
+
+    def fail(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == folder:
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    fine = folder and number == errno.EINVAL
+    with contextlib.nullcontext() if fine else pytest.raises(OutputError, match=os.strerror(number)):
+        write_text(tmp_path / "text", "text")
 
 
 # ---------------------------------------------------------------------------------------------- full disks
