@@ -20,7 +20,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,24 @@ _WRITING, _REMOVING, _DAMAGED = ".writing-", ".removing-", "damaged-"
 """Before the name of a checkpoint that is not one yet, is none any more, or can't be used."""
 
 
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, beside its tensors: what state.json keeps under "progress"."""
+
+    samples: int | None = None
+    """Sequences that all steps so far have taken from the data; None in a checkpoint older than this field."""
+    data: str | None = None
+    """What identifies the data's contents (TokenSource.fingerprint); None where nothing does."""
+    loss: float | None = None
+    """The training loss, mean over the last logged interval."""
+    diverged: bool = False
+    """The loss is far over a uniform guess's: this checkpoint is kept, and the one before it as well."""
+
+
 def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(p for p in (out / "checkpoints").glob("step-*") if p.is_dir())
+    """The checkpoints of a run, oldest first: the folders named step-<digits>; any other is the user's."""
+    found = (p for p in (out / "checkpoints").glob("step-*") if re.fullmatch(r"step-[0-9]+", p.name) and p.is_dir())
+    return sorted(found, key=lambda p: (int(p.name.removeprefix("step-")), p.name))
 
 
 def save(
@@ -52,6 +69,7 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    progress: Progress = Progress(),
 ) -> Path:
     """Write the checkpoint of a run after `step` steps and delete those that `config.keep` no longer covers.
 
@@ -65,7 +83,7 @@ def save(
     _remove_leftovers(folder)
     try:
         aside.mkdir(parents=True)
-        _write(aside, step, config, model, optimizer, scaler)
+        _write(aside, step, config, model, optimizer, scaler, progress)
         if final.exists():
             _remove(final)
         os.replace(aside, final)
@@ -93,6 +111,7 @@ def _write(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    progress: Progress,
 ) -> None:
     """A checkpoint's files, on the disk when this returns."""
     from safetensors.torch import save_file
@@ -106,6 +125,7 @@ def _write(
         "config": _as_json(config),
         "model": dataclasses.asdict(config.model_config()),
         "scaler": scaler.state_dict(),
+        "progress": dataclasses.asdict(progress),
         "versions": {"torch": torch.__version__},
     }
     (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")

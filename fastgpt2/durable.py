@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+LOCK_NAME = ".lock"
 
 
 class OutputError(RuntimeError):
@@ -48,3 +53,35 @@ def sha256(path: Path) -> str:
     """A file's SHA-256, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class InUseError(RuntimeError):
+    """Another process holds the lock of a folder."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder for this process alone. The lock ends with the process, however that ends.
+
+    Yields:
+        True, or False where the file system knows no locks: then nothing keeps a second process out.
+
+    Raises:
+        InUseError: another process (or another caller in this one) holds it.
+        OSError: the lock file can't be opened.
+    """
+    # The file stays: deleting it would let two processes lock two files of one name.
+    descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except BlockingIOError:
+            raise InUseError(f"{folder} is in use by another process") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
