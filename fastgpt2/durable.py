@@ -6,11 +6,20 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
+import platform
+import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
+from typing import Any
+
+from fastgpt2.config import ConfigError
 
 LOCK_NAME = ".lock"
+JSON_BYTES = 16 << 20
+"""The most that a JSON file of ours may have: the meta.json of 100,000 shards has 12 MB."""
 
 
 class OutputError(RuntimeError):
@@ -45,18 +54,71 @@ def write_text(path: Path, text: str) -> None:
         os.replace(aside, path)
         sync(path.parent)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
         raise OutputError(f"can't write {path}: {error.strerror}") from None
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file to read its bytes. A pipe or a device, which could wait or go on for ever, is an error.
+
+    Raises:
+        OSError: it can't be opened, or is no regular file (IsADirectoryError).
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise IsADirectoryError(errno.EISDIR, "Not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def sha256(path: Path) -> str:
     """A file's SHA-256, in hexadecimal."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that anyone may have written; its keys and values are for the caller to check.
+
+    Raises:
+        ConfigError: "can't read PATH: reason": it is missing, can't be read, is over JSON_BYTES, or is no JSON object.
+    """
+    try:
+        with open_regular(path) as file:
+            data = file.read(JSON_BYTES + 1)
+        if len(data) > JSON_BYTES:
+            raise ValueError(f"it has over {JSON_BYTES:,} bytes")
+        value = json.loads(data.decode("utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds no JSON object but a {type(value).__name__}")
+    except RecursionError:
+        raise ConfigError(f"can't read {path}: it is nested too deeply") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"can't read {path}: {reason}") from None
+    return value
+
+
 class InUseError(RuntimeError):
-    """Another process holds the lock of a folder."""
+    """Another process holds the lock of a folder. `holder` names it: "process 4711 on HOST"."""
+
+    def __init__(self, folder: Path, holder: str) -> None:
+        super().__init__(f"{folder} is in use by {holder}")
+        self.holder = holder
+
+
+_held: set[int] = set()
+"""The descriptors of the locks that this process holds."""
+
+
+def _leave_locks_to_the_parent() -> None:
+    """A forked child shares the lock and would keep it after its parent's death. Closing its copy releases nothing."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
 
 
 @contextlib.contextmanager
@@ -72,16 +134,33 @@ def locked(folder: Path) -> Iterator[bool]:
     """
     # The file stays: deleting it would let two processes lock two files of one name.
     descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    _held.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = True
         except BlockingIOError:
-            raise InUseError(f"{folder} is in use by another process") from None
+            raise InUseError(folder, _read_holder(descriptor)) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
                 raise
             held = False
+        if held:
+            _write_holder(descriptor)
         yield held
     finally:
-        os.close(descriptor)
+        if descriptor in _held:  # not so in a forked child
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+def _write_holder(descriptor: int) -> None:
+    """Who holds a lock, for the message to whom it keeps out: a full disk is no reason to give the lock up."""
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(errors="replace"), 0)
+
+
+def _read_holder(descriptor: int) -> str:
+    text = os.pread(descriptor, 200, 0).decode(errors="replace")
+    return text if text.startswith("process ") and text.isprintable() else "another process"

@@ -23,7 +23,7 @@ FASTGPT2 = {
     "model": {"attention", "config", "embedding", "ops"},
     "data": {"config"},
     "optim": {"config"},
-    "durable": set(),
+    "durable": {"config"},
     "checkpoint": {"config", "durable"},
     "metrics": {"config", "device", "durable"},
     "tokenizer": {"config", "data"},
