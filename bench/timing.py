@@ -13,13 +13,11 @@ what launching took beside it. On a CPU it is the wall clock.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import itertools
 import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,7 +27,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastgpt2 import record
 from fastgpt2.device import device_name
+from fastgpt2.record import package_version
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE_ENDS = "BENCH_STAGE_ENDS"
@@ -295,40 +295,21 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "numpy": _version("numpy"),
+        "triton": package_version("triton"),
+        "numpy": package_version("numpy"),
         "python": platform.python_version(),
         "system": platform.system(),
         "machine": platform.machine(),
         "cpu_threads": torch.get_num_threads(),
-        "packages": {name: version for name in PEER_PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in PEER_PACKAGES if (version := package_version(name))},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def commit(given: str | None = None) -> dict[str, Any]:
     """The commit that is measured: as given, else git's, else "unknown"; `dirty` is None where nobody can tell."""
     if given:
         return {"id": given, "dirty": None}
-    unknown = {"id": "unknown", "dirty": None}
-    if not (ROOT / ".git").exists():  # git would answer for a repository further up
-        return unknown
-    try:
-        head, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return unknown
-    return {"id": head, "dirty": bool(changes)}
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()
+    return record.commit(20.0)
 
 
 def stage_ends() -> float:

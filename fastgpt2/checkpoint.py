@@ -18,11 +18,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import itertools
 import json
+import math
 import os
 import re
 import shutil
-from dataclasses import dataclass
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -30,36 +33,36 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt2.config import ConfigError, ModelConfig, TrainConfig
-from fastgpt2.durable import OutputError, sha256, sync
+from fastgpt2.durable import OutputError, open_regular, read_json, sha256, sync
+from fastgpt2.model import parameter_count
+from fastgpt2.state import STATE, UNKNOWN, Progress, check_state, make_state, read_progress
+from fastgpt2.tensors import check_tensors, read_shapes, read_tensors
 
-FORMAT = 2
-"""1 had no checksums."""
 MODEL, OPTIMIZER, RNG = "model.safetensors", "optimizer.safetensors", "rng.safetensors"
-STATE = "state.json"
 FILES = (MODEL, OPTIMIZER, RNG, STATE)
 SUMS = "SHA256SUMS"
 _WRITING, _REMOVING, _DAMAGED = ".writing-", ".removing-", "damaged-"
-"""Before the name of a checkpoint that is not one yet, is none any more, or can't be used."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, beside its tensors: what state.json keeps under "progress"."""
-
-    samples: int | None = None
-    """Sequences that all steps so far have taken from the data; None in a checkpoint older than this field."""
-    data: str | None = None
-    """What identifies the data's contents (TokenSource.fingerprint); None where nothing does."""
-    loss: float | None = None
-    """The training loss, mean over the last logged interval."""
-    diverged: bool = False
-    """The loss is far over a uniform guess's: this checkpoint is kept, and the one before it as well."""
+"""Name prefixes: being written, being deleted, set aside as damaged."""
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+"""What both optimizers keep of a parameter: a count of steps, and two averages of the parameter's shape."""
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first: the folders named step-<digits>; any other is the user's."""
-    found = (p for p in (out / "checkpoints").glob("step-*") if re.fullmatch(r"step-[0-9]+", p.name) and p.is_dir())
-    return sorted(found, key=lambda p: (int(p.name.removeprefix("step-")), p.name))
+    """The checkpoints of a run, oldest first: the folders named step-<digits>; any other is the user's.
+
+    Raises:
+        ConfigError: the folder is there and can't be read.
+    """
+    folder = out / "checkpoints"
+    try:
+        with os.scandir(folder) as entries:
+            # A link that leads nowhere is one that can't be read, rather than none.
+            names = [e.name for e in entries if re.fullmatch(r"step-[0-9]+", e.name) and (e.is_symlink() or e.is_dir())]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"can't read {folder}: {error.strerror}") from None
+    return [folder / name for name in sorted(names, key=lambda name: (int(name.removeprefix("step-")), name))]
 
 
 def save(
@@ -69,7 +72,7 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    progress: Progress = Progress(),
+    progress: Progress = UNKNOWN,
 ) -> Path:
     """Write the checkpoint of a run after `step` steps and delete those that `config.keep` no longer covers.
 
@@ -84,7 +87,7 @@ def save(
     try:
         aside.mkdir(parents=True)
         _write(aside, step, config, model, optimizer, scaler, progress)
-        if final.exists():
+        if os.path.lexists(final):
             _remove(final)
         os.replace(aside, final)
         sync(folder)
@@ -92,15 +95,16 @@ def save(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else error
-        saved = checkpoints(out)
+        saved = []
+        with contextlib.suppress(ConfigError):
+            saved = checkpoints(out)
         last = f"the last good one is {saved[-1]}: continue" if saved else "none had been saved: start again"
         resume = f"with --resume --out {out} " if saved else ""
         raise OutputError(
             f"can't save the checkpoint of step {step} in {folder}: {reason}; {last} {resume}when that is mended"
         ) from None
     if config.keep:
-        for old in checkpoints(out)[: -config.keep]:
-            _remove(old)
+        _remove_old(out, config.keep)
     return final
 
 
@@ -119,16 +123,12 @@ def _write(
     save_file(_contiguous(model.state_dict()), folder / MODEL)
     save_file(_contiguous(_optimizer_tensors(model, optimizer)), folder / OPTIMIZER)
     save_file(_rng_states(next(model.parameters()).device), folder / RNG)
-    state = {
-        "format": FORMAT,
-        "step": step,
-        "config": _as_json(config),
-        "model": dataclasses.asdict(config.model_config()),
-        "scaler": scaler.state_dict(),
-        "progress": dataclasses.asdict(progress),
-        "versions": {"torch": torch.__version__},
-    }
+    state = make_state(step, config, scaler, progress)
     (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    # safetensors writes for the owner alone; the other files have the mode that the user's umask gives.
+    mode = stat.S_IMODE((folder / STATE).stat().st_mode)
+    for name in (MODEL, OPTIMIZER, RNG):
+        (folder / name).chmod(mode)
     (folder / SUMS).write_text("".join(f"{_sum_line(folder / name)}\n" for name in FILES), encoding="utf-8")
     for path in (*(folder / name for name in (*FILES, SUMS)), folder):
         sync(path)
@@ -138,19 +138,47 @@ def _sum_line(path: Path) -> str:
     return f"{sha256(path)}  {path.name}"
 
 
+def _remove_old(out: Path, keep: int) -> None:
+    """Delete all checkpoints but the newest `keep`, and the newest of those that had not diverged."""
+    with contextlib.suppress(ConfigError):  # the new one is saved, whatever can't be deleted
+        saved = checkpoints(out)
+        good = next((checkpoint for checkpoint in reversed(saved) if _is_good(checkpoint)), None)
+        for old in saved[:-keep]:
+            if old != good:
+                _remove(old)
+
+
+def _is_good(checkpoint: Path) -> bool:
+    try:
+        state = read_json(checkpoint / STATE)
+        check_state(state, checkpoint / STATE)
+    except ConfigError:
+        return False
+    return not read_progress(state).diverged
+
+
 def _remove(checkpoint: Path) -> None:
     """Delete a checkpoint; killed in the midst of it, it leaves none that lacks a file."""
     doomed = checkpoint.with_name(f"{_REMOVING}{checkpoint.name}")
     with contextlib.suppress(OSError):
         os.replace(checkpoint, doomed)
-        shutil.rmtree(doomed)
+        _delete(doomed)
 
 
 def _remove_leftovers(folder: Path) -> None:
     """What a killed process was writing or deleting."""
     for prefix in (_WRITING, _REMOVING):
         for leftover in folder.glob(f"{prefix}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _delete(leftover)
+
+
+def _delete(folder: Path) -> None:
+    """A folder and all that is in it; of a link the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def newest(out: Path) -> Path:
@@ -166,26 +194,44 @@ def newest(out: Path) -> Path:
 
 
 def damage(checkpoint: Path, files: tuple[str, ...] = FILES) -> str | None:
-    """What is wrong with files of a checkpoint, None where nothing is or where it has no checksums to tell by."""
+    """What is wrong with files of a checkpoint, None where nothing is or where it has no checksums to tell by.
+
+    Raises:
+        ConfigError: a file is there and can't be read: that says nothing of its contents.
+    """
     try:
-        if not (checkpoint / SUMS).exists() and read_state(checkpoint)["format"] == 1:
+        lines = _sums(checkpoint)
+        if lines is None:
             return None
-        lines = (checkpoint / SUMS).read_bytes().split(b"\n")
         for name in files:
             if _sum_line(checkpoint / name).encode() not in lines:
                 return f"{checkpoint / name} is damaged: its SHA-256 is not the one in {SUMS}"
     except OSError as error:
-        return f"can't read {error.filename or checkpoint}: {error.strerror}"
-    except ConfigError as error:
-        return str(error)
+        problem = f"can't read {error.filename or checkpoint}: {error.strerror}"
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+            return problem
+        raise ConfigError(f"{problem}; mend that, or move {checkpoint} away to use the one before it") from None
     return None
+
+
+def _sums(checkpoint: Path) -> list[bytes] | None:
+    """The lines of SHA256SUMS, None in a checkpoint that was written before there was one."""
+    try:
+        with open_regular(checkpoint / SUMS) as file:
+            return file.read(1 << 20).split(b"\n")
+    except FileNotFoundError:
+        sha256(checkpoint / STATE)  # raises OSError where it can't be read
+        with contextlib.suppress(ConfigError):
+            if read_json(checkpoint / STATE).get("format") == 1:
+                return None
+        raise
 
 
 def to_resume(out: Path) -> tuple[Path, list[str]]:
     """The newest intact checkpoint of a run, and what the user should know; damaged ones are set aside.
 
     Raises:
-        ConfigError: there is no checkpoint, or none that is intact.
+        ConfigError: there is no checkpoint, none that is intact, or a newer one can't be read or can't be right.
     """
     newest(out)
     _remove_leftovers(out / "checkpoints")
@@ -197,33 +243,45 @@ def to_resume(out: Path) -> tuple[Path, list[str]]:
         damaged.append((checkpoint, problem))
     else:
         raise ConfigError(f"{damaged[0][1]}; no other checkpoint of {out} is intact")
-    notes = [f"{problem}; set aside as {_set_aside(path).name}" for path, problem in damaged]
+    state = read_state(checkpoint)
+    notes = [f"{problem}; {_set_aside(path)}" for path, problem in damaged]
     if not (checkpoint / SUMS).exists():
         notes.append(f"{checkpoint} has no {SUMS} to check it by: it was written before there were any")
+    if read_progress(state).diverged:
+        good = next((f"the last good one is {c}" for c in reversed(checkpoints(out)) if _is_good(c)), "none is good")
+        notes.append(f"the loss had diverged when {checkpoint} was saved; {good}: move the newer away to go back")
     return checkpoint, notes
 
 
-def _set_aside(checkpoint: Path) -> Path:
-    """Take a checkpoint out of the run's, and keep it for whoever wants to look."""
-    place = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}")
-    with contextlib.suppress(OSError):
-        shutil.rmtree(place, ignore_errors=True)
+def _set_aside(checkpoint: Path) -> str:
+    """Take a checkpoint out of the run's, and keep it for whoever wants to look; returns what was done."""
+    name = f"{_DAMAGED}{checkpoint.name}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    place = next(p for name in names if not os.path.lexists(p := checkpoint.with_name(name)))
+    try:
         os.replace(checkpoint, place)
-    return place
+    except OSError as error:
+        return f"can't set it aside as {place.name}: {error.strerror}"
+    return f"set aside as {place.name}"
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint.
+    """state.json of a checkpoint, checked: its types, its bounds, and that the model it describes is the one saved.
 
     Raises:
-        ConfigError: it can't be read, or was written in another format.
+        ConfigError: it can't be read, was written in another format, or can't be right.
     """
-    try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"can't read {checkpoint / STATE}: {error}") from None
-    if not isinstance(state, dict) or state.get("format") not in (1, FORMAT):
-        raise ConfigError(f"{checkpoint / STATE} is not a checkpoint of format 1 or {FORMAT}")
+    path = checkpoint / STATE
+    state = read_json(path)
+    check_state(state, path)
+    # Before anything is allocated by these sizes.
+    shape, stored = ModelConfig(**state["model"]), read_shapes(checkpoint / MODEL)
+    numbers = sum(math.prod(size) for size, _ in stored.values())
+    expected = parameter_count(shape, padded=True)
+    if shape.n_layer > len(stored) or numbers != expected:
+        raise ConfigError(
+            f"{path} describes a model of {expected:,} parameters, but {MODEL} beside it holds {numbers:,}"
+        )
     return state
 
 
@@ -241,16 +299,26 @@ def check_shape(checkpoint: Path, model: ModelConfig) -> dict[str, Any]:
     return state
 
 
-def changed_settings(state: dict[str, Any], config: TrainConfig) -> list[str]:
-    """What is resumed otherwise than it was saved, a line or none: it was asked for, or config.toml is damaged."""
-    was, now = state["config"], _as_json(config)
-    names = [name for name in now if name in was and name not in ("out", "resume") and now[name] != was[name]]
-    different = ", ".join(f"--{name.replace('_', '-')} {now[name]} (was {was[name]})" for name in names)
-    return [f"not as it was saved: {different}"] if different else []
+def saved_config(out: Path) -> dict[str, Any] | None:
+    """The configuration, by field name, in the newest checkpoint of a run whose state.json is intact; None without."""
+    with contextlib.suppress(ConfigError):
+        for checkpoint in reversed(checkpoints(out)):
+            with contextlib.suppress(ConfigError):
+                if damage(checkpoint, (STATE,)) is None:
+                    return read_state(checkpoint)["config"]
+    return None
 
 
-def _as_json(config: TrainConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+def saved_settings(out: Path) -> dict[str, Any] | None:
+    """What a run's config.toml said, where that is lost: saved_config without what is None or depends on the machine.
+
+    The shape stands for the model's name.
+    """
+    config = saved_config(out)
+    if config is None:
+        return None
+    known = {field.name for field in dataclasses.fields(TrainConfig)} - {"out", "resume", "device", "model"}
+    return {name: value for name, value in config.items() if name in known and value is not None}
 
 
 def load_model(
@@ -267,7 +335,7 @@ def load_model(
         instead = f"move {checkpoint} away to use {older}, which is intact" if older else "no older one is intact"
         raise ConfigError(f"{problem}; {instead}")
     state = read_state(checkpoint)
-    return _read_tensors(checkpoint / MODEL, device), ModelConfig(**state["model"]), state
+    return read_tensors(checkpoint / MODEL, device), ModelConfig(**state["model"]), state
 
 
 def restore(
@@ -277,33 +345,56 @@ def restore(
     scaler: torch.amp.GradScaler,
     device: torch.device,
 ) -> int:
-    """Load everything that `save` wrote, unchecked; returns the number of steps done."""
+    """Load everything that `save` wrote; returns the number of steps done. The sums are not looked at.
+
+    A scaler that the checkpoint has no state for is left as it is.
+
+    Raises:
+        ConfigError: a file can't be read, or its tensors are not those of this model and this optimizer.
+    """
     state = read_state(checkpoint)
-    model.load_state_dict(_read_tensors(checkpoint / MODEL, device))
-    tensors = _read_tensors(checkpoint / OPTIMIZER, device)
+    weights = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     names = _parameter_names(model, optimizer)
+    moments = {f"{name}/{key}": () if key == "step" else weights[name] for name in names for key in _ADAM}
+    if not state["step"]:  # nothing is kept before the first step
+        moments = {}
+    check_tensors(checkpoint / MODEL, weights)
+    check_tensors(checkpoint / OPTIMIZER, moments)
+
+    model.load_state_dict(_read_finite(checkpoint / MODEL, device))
+    tensors = _read_finite(checkpoint / OPTIMIZER, device)
     packed = optimizer.state_dict()
     packed["state"] = {
-        index: {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
+        index: {key: tensors[f"{name}/{key}"] for key in _ADAM if f"{name}/{key}" in tensors}
         for index, name in enumerate(names)
     }
     optimizer.load_state_dict(packed)
-    scaler.load_state_dict(state["scaler"])
-    generators = _read_tensors(checkpoint / RNG, "cpu")
-    torch.set_rng_state(generators["cpu"])
-    if device.type == "cuda" and "cuda" in generators:
-        torch.cuda.set_rng_state(generators["cuda"], device)
+    if state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    _restore_generators(checkpoint / RNG, device)
     return state["step"]
 
 
-def _read_tensors(path: Path, device: torch.device | str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def _restore_generators(path: Path, device: torch.device) -> None:
+    states = read_tensors(path, "cpu")
     try:
-        return load_file(path, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"can't read {path}: {error}") from None
+        torch.set_rng_state(states["cpu"])
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], device)
+    except KeyError:
+        raise ConfigError(f"{path} lacks the CPU's generator") from None
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"{path} holds no state of a generator: {str(error).splitlines()[0]}") from None
+
+
+def _read_finite(path: Path, device: torch.device | str) -> dict[str, Tensor]:
+    tensors = read_tensors(path, device)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ConfigError(
+                f"{path}: {name} is not finite, the run had diverged; move {path.parent} away to use the one before it"
+            )
+    return tensors
 
 
 def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +23,12 @@ from fastgpt2.attention import CUDNN, sdpa_attention, sdpa_picks
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.data import TokenSource, data_end_of_text, data_vocab_size, open_data, split
 from fastgpt2.device import keep_freed_memory, on_its_way, pick_device
+from fastgpt2.folder import Claim, as_saved, claim
 from fastgpt2.graph import CapturedStep
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import ablation, make_ops
 from fastgpt2.optim import learning_rate, make_optimizer
+from fastgpt2.state import UNKNOWN, Progress, carried_over, changed_settings, read_progress
 
 TORCH_DTYPE = {
     "float64": torch.float64,
@@ -53,6 +54,8 @@ class Run:
     """The implementation of each slot."""
     start: int = 0
     """Steps already done by the run that this one resumes."""
+    resumed: Progress = UNKNOWN
+    """Where the run stood that this one resumes."""
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
     found: list[str] = field(default_factory=list)
     """What the user should know of the checkpoints that were found."""
@@ -122,13 +125,22 @@ class Run:
         return done - int(self.optimizer.state[self.parameters[0]]["step"].item())
 
 
-def build(config: TrainConfig) -> Run:
+def build(config: TrainConfig, held: contextlib.ExitStack | None = None) -> Run:
     """Check everything that can be checked, then make the model, the data and the optimizer.
+
+    Args:
+        held: keeps other runs out of --out until it is closed; without it they are kept out until this returns.
 
     Raises:
         ConfigError: the request can't be carried out on this machine.
     """
-    config, device = settle(config)
+    with contextlib.ExitStack() as until_it_returns:
+        return _build(config, held or until_it_returns)
+
+
+def _build(config: TrainConfig, held: contextlib.ExitStack) -> Run:
+    refuse_several_processes()
+    config, device = settle(as_saved(config))
     if device.type == "cpu":
         keep_freed_memory()
     model_config = config.model_config()
@@ -143,9 +155,12 @@ def build(config: TrainConfig) -> Run:
         tf32=config.dtype == "tf32",
     )
     # Last of the checks, since it makes a folder.
-    latest, found = _claim_folder(config.out, config.resume) if config.out is not None else (None, [])
-    if latest is not None:
-        found += checkpoint.changed_settings(checkpoint.check_shape(latest, model_config), config)
+    claimed = claim(config, held) if config.out is not None else Claim(None, [])
+    notes, resumed = claimed.notes, UNKNOWN
+    if claimed.latest is not None:
+        state = checkpoint.check_shape(claimed.latest, model_config)
+        notes += changed_settings(state, config) + carried_over(state, config, device)
+        resumed = read_progress(state)
     torch.manual_seed(config.seed)
     model = GPT(model_config, ops, recompute=config.recompute)
     model.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
@@ -166,14 +181,25 @@ def build(config: TrainConfig) -> Run:
         source,
         val_source,
         chosen,
+        resumed=resumed,
         parameters=list(model.parameters()),
-        found=found,
+        found=notes,
     )
     if config.cuda_graph:
         run.captured = CapturedStep(device)
-    if latest is not None:
-        run.start = checkpoint.restore(latest, model, optimizer, scaler, device)
+    if claimed.latest is not None:
+        run.start = checkpoint.restore(claimed.latest, model, optimizer, scaler, device)
     return run
+
+
+def refuse_several_processes() -> None:
+    """Raises ConfigError under torchrun: each of its processes would train the whole run, in one folder."""
+    world = os.environ.get("WORLD_SIZE", "")
+    if world.isdecimal() and int(world) > 1:
+        raise ConfigError(
+            f"{world} processes were started (WORLD_SIZE, as torchrun sets it), and fastgpt2 trains in one: "
+            f"start python -m fastgpt2.train without torchrun"
+        )
 
 
 def lean_inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
@@ -279,19 +305,3 @@ def _open_sources(config: TrainConfig) -> tuple[TokenSource, TokenSource | None]
         )
 
     return open_split("train"), open_split("val") if config.eval_every else None
-
-
-def _claim_folder(out: Path, resume: bool) -> tuple[Path | None, list[str]]:
-    """Make --out, see that it can be written and holds no other run; the checkpoint to resume from, if any, and what
-    the user should know of those found."""
-    latest, found = checkpoint.to_resume(out) if resume else (None, [])
-    if not resume and ((out / "metrics.jsonl").exists() or checkpoint.checkpoints(out)):
-        raise ConfigError(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".can-write"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"can't write to --out {out}: {error.strerror}") from None
-    return latest, found

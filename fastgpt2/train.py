@@ -7,13 +7,13 @@ drawn and copied while the device works.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, get_args, get_type_hints
@@ -26,10 +26,12 @@ from fastgpt2.config import TrainConfig, read_toml, to_arguments
 from fastgpt2.device import device_name, give_back_freed_memory, peak_flops, peak_memory_bytes, pick_device
 from fastgpt2.durable import OutputError, write_text
 from fastgpt2.evaluate import evaluate
+from fastgpt2.folder import new_folder
 from fastgpt2.metrics import JsonLines, Meter, NonFiniteLossError
 from fastgpt2.model import FLOPS_PER_TOKEN, GPT, recompute_flops
 from fastgpt2.optim import learning_rate
-from fastgpt2.run import Run, activation_bytes, build, kept_from_cudnn, numerics
+from fastgpt2.record import record_start
+from fastgpt2.run import Run, activation_bytes, build, kept_from_cudnn, numerics, refuse_several_processes
 
 MFU_FORMULA = "llm.c"
 
@@ -92,16 +94,16 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> TrainResult:
     """
     device = pick_device(config.device)
     try:
-        with numerics(config):
-            return _train(config, reporter or Reporter())
+        with numerics(config), contextlib.ExitStack() as held:
+            return _train(config, reporter or Reporter(), held)
     finally:
         if device.type == "cpu":
             give_back_freed_memory()
 
 
-def _train(config: TrainConfig, reporter: Reporter) -> TrainResult:
+def _train(config: TrainConfig, reporter: Reporter, held: contextlib.ExitStack) -> TrainResult:
     began = time.perf_counter()
-    run = build(config)
+    run = build(config, held)
     config, out = run.config, run.config.out
     B, T, steps = int(config.batch_size or 0), int(config.block_size or 0), int(config.steps or 0)
     if run.device.type == "cuda":
@@ -109,6 +111,7 @@ def _train(config: TrainConfig, reporter: Reporter) -> TrainResult:
     log = None
     if out is not None:
         write_text(out / "config.toml", config.to_toml())
+        record_start(out, run)
         log = JsonLines(out / "metrics.jsonl", keep_up_to_step=run.start if config.resume else None)
     reporter.started(run)
     for text in _notes(run):
@@ -311,9 +314,10 @@ def main(arguments: list[str] | None = None) -> int:
     from fastgpt2.display import TrainDisplay
 
     config = parse(sys.argv[1:] if arguments is None else arguments)
-    if config.out is None:
-        config = dataclasses.replace(config, out=Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S"))
-    with TrainDisplay() as display:
+    refuse_several_processes()
+    with contextlib.ExitStack() as folder, TrainDisplay() as display:
+        if config.out is None:
+            config = dataclasses.replace(config, out=folder.enter_context(new_folder(Path("runs"))))
         try:
             train(config, display)
         except (NonFiniteLossError, OutputError) as error:

@@ -177,9 +177,9 @@ def test_settings_that_are_not_the_saved_ones_are_named(out: Path) -> None:
     """A bit of config.toml that turned over is seen, where it is still TOML."""
     notes = Notes()
     train(with_(out, resume=True), notes)
-    assert not any("as it was saved" in text for text in notes.texts)
+    assert not any("changed since" in text for text in notes.texts)
     train(with_(out, resume=True, lr=0.03, steps=7), notes)
-    assert "not as it was saved: --steps 7 (was 6), --lr 0.03 (was 0.01)" in notes.texts
+    assert "changed since the checkpoint: --steps 7 (was 6), --lr 0.03 (was 0.01)" in notes.texts
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_what_no_tensor_depends_on_may_be_changed(out: Path, changes: dict[str, 
     model = train(with_(out, steps=7, resume=True, **changes), notes).model
     assert model.config.dropout == changes.get("dropout", 0.1)
     assert model.config.end_of_text == changes.get("end_of_text")
-    assert any(text.startswith("not as it was saved: ") and note in text for text in notes.texts)
+    assert any(text.startswith("changed since the checkpoint: ") and note in text for text in notes.texts)
 
 
 def test_the_generator_of_the_runs_gpu_is_saved_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,8 +205,8 @@ def test_the_generator_of_the_runs_gpu_is_saved_and_restored(tmp_path: Path, mon
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": torch.tensor([device == gpu, 7]).byte())
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device="cuda": generators.update({device: state}))
     monkeypatch.setattr(run.model, "parameters", lambda: iter([mock.Mock(device=gpu)]))
-    read = checkpoint._read_tensors
-    monkeypatch.setattr(checkpoint, "_read_tensors", lambda path, device: read(path, "cpu"))
+    read = checkpoint.read_tensors
+    monkeypatch.setattr(checkpoint, "read_tensors", lambda path, device: read(path, "cpu"))
     saved = checkpoint.save(tmp_path, 1, run.config, run.model, run.optimizer, run.scaler)
     checkpoint.restore(saved, run.model, run.optimizer, run.scaler, gpu)
     assert {device: state.tolist() for device, state in generators.items()} == {gpu: [1, 7]}

@@ -1,0 +1,158 @@
+"""A run's --out folder: making it, holding it against other processes, and going on from what is in it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fastgpt2 import checkpoint
+from fastgpt2.config import ConfigError, TrainConfig, read_toml
+from fastgpt2.durable import InUseError, locked
+
+_SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
+_SETTLED = (*_SHAPE, "vocab_size", "end_of_text", "batch_size", "steps", "dtype")
+"""What a run settles for itself, and goes on with wherever it is resumed."""
+
+
+@contextlib.contextmanager
+def new_folder(parent: Path) -> Iterator[Path]:
+    """A folder of its own for a run that was given none, named by the time; removed if nothing has come into it.
+
+    Raises:
+        ConfigError: it can't be made.
+    """
+    name = datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    made = not os.path.lexists(parent)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = _make_first(parent / name)
+    except OSError as error:
+        raise ConfigError(f"can't make a folder in {parent}: {error.strerror}; give --out") from None
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):  # a folder that isn't empty stays
+            folder.rmdir()
+            if made:
+                parent.rmdir()
+
+
+def _make_first(path: Path) -> Path:
+    """Make the first of path, path-2, path-3 ... that is not there: two processes never have the same."""
+    for number in itertools.count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError
+
+
+def as_saved(config: TrainConfig) -> TrainConfig:
+    """A configuration that resumes a run, with what it leaves open (None) as that run has it.
+
+    A model asked for by another name than the run's keeps its own shape, which the checkpoint is then refused for.
+
+    Raises:
+        ConfigError: there is no checkpoint to tell, and a config.toml that can't be used.
+    """
+    if config.out is None or not config.resume:
+        return config
+    saved = checkpoint.saved_config(config.out)
+    if saved is None:
+        toml = config.out / "config.toml"
+        saved = read_toml(toml) if os.path.exists(toml) else {}
+    other_model = config.model is not None and config.model != saved.get("model")
+    names = [name for name in _SETTLED if getattr(config, name) is None and not (other_model and name in _SHAPE)]
+    settled: dict[str, Any] = {name: saved.get(name) for name in names}
+    return dataclasses.replace(config, **settled)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a run has of its folder."""
+
+    latest: Path | None
+    """The checkpoint to go on from."""
+    notes: list[str]
+    """What the user should know."""
+
+
+def claim(config: TrainConfig, held: contextlib.ExitStack) -> Claim:
+    """Make --out, keep other runs out of it until `held` is closed, and see where to go on.
+
+    Raises:
+        ConfigError: it can't be written, is in use, holds a run and shouldn't, or holds none that can be resumed.
+    """
+    out = config.out
+    assert out is not None
+    try:
+        # Before anything is made: the name may be a slip.
+        if config.resume is True and not _holds_run(out):
+            raise ConfigError(
+                f"no checkpoint under {out}, nor a config.toml: no run began there that --resume could continue"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".can-write"
+        probe.touch()
+        probe.unlink()
+        notes = []
+        if not held.enter_context(locked(out)):
+            notes.append(f"the file system of {out} has no locks: nothing keeps a second run out of this folder")
+        return _continue(config, out, notes) if config.resume else _begin(out, notes)
+    except InUseError as error:
+        raise ConfigError(f"--out {out} is in use by another run ({error.holder})") from None
+    except ConfigError:
+        raise
+    except FileExistsError:
+        what = "a link that leads nowhere" if out.is_symlink() else "a file"
+        raise ConfigError(f"can't write to --out {out}: it is {what}; give a folder") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise ConfigError(f"can't write to --out {out}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _holds_run(out: Path) -> bool:
+    return bool(checkpoint.checkpoints(out)) or (out / "config.toml").exists() or _has_records(out)
+
+
+def _has_records(out: Path) -> bool:
+    metrics = out / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
+
+
+def _begin(out: Path, notes: list[str]) -> Claim:
+    """Refuse a folder in which a new run would take something away."""
+    if checkpoint.checkpoints(out):
+        raise ConfigError(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
+    if _has_records(out):
+        raise ConfigError(
+            f"--out {out} already holds a run: continue it with --resume, from its beginning since it has no "
+            f"checkpoint, or choose another folder"
+        )
+    return Claim(None, notes)
+
+
+def _continue(config: TrainConfig, out: Path, notes: list[str]) -> Claim:
+    if checkpoint.checkpoints(out):
+        latest, found = checkpoint.to_resume(out)
+        return Claim(latest, notes + found)
+    if not _holds_run(out):  # --resume auto
+        return Claim(None, notes)
+    if not config.save_every and config.resume is True:
+        raise ConfigError(
+            f"--out {out} holds a run that saves no checkpoints (--save-every 0), so there is nothing to resume: "
+            f"give --save-every to start it again with checkpoints, or choose another folder"
+        )
+    kept = ""
+    if _has_records(out):
+        place = next(p for n in itertools.count(1) if not os.path.lexists(p := out / f"metrics-{n}.jsonl"))
+        (out / "metrics.jsonl").rename(place)
+        kept = f"; its records so far are kept as {place.name}"
+    notes.append(f"the run in {out} has no checkpoint: starting from its beginning{kept}")
+    return Claim(None, notes)

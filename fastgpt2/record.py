@@ -1,0 +1,109 @@
+"""OUT/starts.jsonl: what ran, a line a start: versions, commit, device, implementations, every setting."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastgpt2 import __version__
+from fastgpt2.device import device_name
+from fastgpt2.durable import OutputError
+from fastgpt2.state import config_as_json
+
+if TYPE_CHECKING:
+    from fastgpt2.run import Run
+
+NAME = "starts.jsonl"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def record_start(out: Path, run: Run) -> None:
+    """Add a line on a run that is about to step, on the disk when this returns.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    device = run.device
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    record = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": run.start,
+        "command": sys.orig_argv,
+        "implementations": run.chosen,
+        "device": device_name(device),
+        "compute_capability": capability and f"{capability[0]}.{capability[1]}",
+        "cpu_threads": torch.get_num_threads(),
+        "world_size": 1,
+        "host": platform.node(),
+        "fastgpt2": __version__,
+        "commit": _commit_once(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": package_version("triton"),
+        "python": platform.python_version(),
+        "config": config_as_json(run.config),
+    }
+    _append(out / NAME, json.dumps(record))
+
+
+def _append(path: Path, line: str) -> None:
+    try:
+        with path.open("ab+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a crash cut the last line off
+                    file.write(b"\n")
+            file.write(line.encode("ascii") + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(f"can't write {path}: {error.strerror}") from None
+
+
+def package_version(package: str) -> str | None:
+    """The version of an installed package, None where it isn't installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit(seconds: float = 1.0) -> dict[str, Any]:
+    """The commit that this code is at: {"id", "dirty"}.
+
+    Args:
+        seconds: the most that git may take. "id" is "unknown" outside a checkout, without git and where it takes
+            longer; "dirty", whether files that git tracks have changes, is None where nobody can tell.
+    """
+    found: dict[str, Any] = {"id": "unknown", "dirty": None}
+    if not (ROOT / ".git").exists():  # git would answer for a repository further up
+        return found
+    ends = time.monotonic() + seconds
+    try:
+        found["id"] = _git("rev-parse", "HEAD", ends=ends)
+        found["dirty"] = bool(_git("status", "--porcelain", "--untracked-files=no", ends=ends))
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return found
+
+
+_commit_once = functools.cache(commit)
+
+
+def _git(*arguments: str, ends: float) -> str:
+    # Without optional locks nothing is written, and a git that the user runs meanwhile isn't disturbed.
+    line = ["git", "--no-optional-locks", *arguments]
+    left = max(0.0, ends - time.monotonic())
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=left, check=True)
+    return done.stdout.strip()

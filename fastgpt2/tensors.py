@@ -1,0 +1,69 @@
+"""Tensors in safetensors files that anyone may have written: compared with what they are for before they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgpt2.config import ConfigError
+from fastgpt2.durable import open_regular
+
+
+def read_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type ("F32") of each tensor in a file, by name; reads none of them.
+
+    Raises:
+        ConfigError: the file can't be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        open_regular(path).close()  # a pipe would be waited for
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from None
+
+
+def check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """See that a file holds float32 or float64 tensors of these names and shapes, and no other.
+
+    Raises:
+        ConfigError: it doesn't, or can't be read; the message says what is the first difference.
+    """
+    stored = read_shapes(path)
+    problems = [f"it lacks {name}" for name in expected if name not in stored]
+    for name, (shape, kind) in stored.items():
+        if name not in expected:
+            problems.append(f"it has {name}, which this model has not")
+        elif shape != tuple(expected[name]):
+            problems.append(f"{name} is {list(shape)}, not {list(expected[name])}")
+        elif kind not in ("F32", "F64"):
+            problems.append(f"{name} is of type {kind}, not F32 or F64")
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(f"{path} doesn't fit: {problems[0]}{more}")
+
+
+def read_tensors(path: Path, device: torch.device | str) -> dict[str, Tensor]:
+    """All tensors of a file, by name.
+
+    Raises:
+        ConfigError: it can't be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        open_regular(path).close()  # a pipe would be waited for
+        return load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"can't read {path}: {getattr(error, 'strerror', None) or error}")
