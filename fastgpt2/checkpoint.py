@@ -60,8 +60,8 @@ def checkpoints(out: Path) -> list[Path]:
             names = [e.name for e in entries if re.fullmatch(r"step-[0-9]+", e.name) and (e.is_symlink() or e.is_dir())]
     except FileNotFoundError:
         return []
-    except OSError as error:
-        raise ConfigError(f"can't read {folder}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise ConfigError(f"can't read {folder}: {getattr(error, 'strerror', None) or error}") from None
     return [folder / name for name in sorted(names, key=lambda name: (int(name.removeprefix("step-")), name))]
 
 
@@ -199,15 +199,16 @@ def damage(checkpoint: Path, files: tuple[str, ...] = FILES) -> str | None:
     Raises:
         ConfigError: a file is there and can't be read: that says nothing of its contents.
     """
+    path = checkpoint / SUMS
     try:
         lines = _sums(checkpoint)
         if lines is None:
             return None
-        for name in files:
-            if _sum_line(checkpoint / name).encode() not in lines:
-                return f"{checkpoint / name} is damaged: its SHA-256 is not the one in {SUMS}"
+        for path in (checkpoint / name for name in files):
+            if _sum_line(path).encode() not in lines:
+                return f"{path} is damaged: its SHA-256 is not the one in {SUMS}"
     except OSError as error:
-        problem = f"can't read {error.filename or checkpoint}: {error.strerror}"
+        problem = f"can't read {error.filename or path}: {error.strerror}"
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
             return problem
         raise ConfigError(f"{problem}; mend that, or move {checkpoint} away to use the one before it") from None

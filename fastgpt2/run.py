@@ -23,7 +23,7 @@ from fastgpt2.attention import CUDNN, sdpa_attention, sdpa_picks
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.data import TokenSource, data_end_of_text, data_vocab_size, open_data, split
 from fastgpt2.device import keep_freed_memory, on_its_way, pick_device
-from fastgpt2.folder import Claim, as_saved, claim
+from fastgpt2.folder import Claim, claim
 from fastgpt2.graph import CapturedStep
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import ablation, make_ops
@@ -140,7 +140,7 @@ def build(config: TrainConfig, held: contextlib.ExitStack | None = None) -> Run:
 
 def _build(config: TrainConfig, held: contextlib.ExitStack) -> Run:
     refuse_several_processes()
-    config, device = settle(as_saved(config))
+    config, device = settle(config)
     if device.type == "cpu":
         keep_freed_memory()
     model_config = config.model_config()

@@ -26,7 +26,7 @@ from fastgpt2.config import TrainConfig, read_toml, to_arguments
 from fastgpt2.device import device_name, give_back_freed_memory, peak_flops, peak_memory_bytes, pick_device
 from fastgpt2.durable import OutputError, write_text
 from fastgpt2.evaluate import evaluate
-from fastgpt2.folder import new_folder
+from fastgpt2.folder import as_saved, new_folder
 from fastgpt2.metrics import JsonLines, Meter, NonFiniteLossError
 from fastgpt2.model import FLOPS_PER_TOKEN, GPT, recompute_flops
 from fastgpt2.optim import learning_rate
@@ -93,6 +93,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> TrainResult:
         OutputError: a checkpoint or a record can't be written, as on a full disk; the last good checkpoint is kept.
     """
     device = pick_device(config.device)
+    config = as_saved(config)
     try:
         with numerics(config), contextlib.ExitStack() as held:
             return _train(config, reporter or Reporter(), held)
