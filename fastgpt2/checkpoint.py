@@ -4,7 +4,7 @@
         model.safetensors      parameters by name, float32
         optimizer.safetensors  "<parameter>/<state>": both averages and the step count
         rng.safetensors        the generators' states (dropout draws from them)
-        state.json             step, configuration, model shape, gradient scaler, versions
+        state.json             step, configuration, model shape, gradient scaler, progress, device, versions
         SHA256SUMS             of the four, as `sha256sum -c SHA256SUMS` reads it
 
 The position in the data needs no state: a batch is a function of (seed, step, rank).
@@ -98,11 +98,8 @@ def save(
         saved = []
         with contextlib.suppress(ConfigError):
             saved = checkpoints(out)
-        last = f"the last good one is {saved[-1]}: continue" if saved else "none had been saved: start again"
-        resume = f"with --resume --out {out} " if saved else ""
-        raise OutputError(
-            f"can't save the checkpoint of step {step} in {folder}: {reason}; {last} {resume}when that is mended"
-        ) from None
+        last = f"the last good one is {saved[-1]}" if saved else "none had been saved"
+        raise OutputError(f"can't save the checkpoint of step {step} in {folder}: {reason}; {last}") from None
     if config.keep:
         _remove_old(out, config.keep)
     return final
@@ -122,8 +119,9 @@ def _write(
 
     save_file(_contiguous(model.state_dict()), folder / MODEL)
     save_file(_contiguous(_optimizer_tensors(model, optimizer)), folder / OPTIMIZER)
-    save_file(_rng_states(next(model.parameters()).device), folder / RNG)
-    state = make_state(step, config, scaler, progress)
+    device = next(model.parameters()).device
+    save_file(_rng_states(device), folder / RNG)
+    state = make_state(step, config, scaler, progress, device)
     (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     # safetensors writes for the owner alone; the other files have the mode that the user's umask gives.
     mode = stat.S_IMODE((folder / STATE).stat().st_mode)

@@ -38,8 +38,10 @@ class Progress:
 UNKNOWN = Progress()
 
 
-def make_state(step: int, config: TrainConfig, scaler: torch.amp.GradScaler, progress: Progress) -> dict[str, Any]:
-    """What state.json holds after `step` steps."""
+def make_state(
+    step: int, config: TrainConfig, scaler: torch.amp.GradScaler, progress: Progress, device: torch.device
+) -> dict[str, Any]:
+    """What state.json holds after `step` steps, the last of them on a device."""
     kept = dataclasses.asdict(progress)
     if progress.loss is not None and not math.isfinite(progress.loss):
         kept["loss"] = None  # JSON has no infinity
@@ -50,6 +52,7 @@ def make_state(step: int, config: TrainConfig, scaler: torch.amp.GradScaler, pro
         "model": dataclasses.asdict(config.model_config()),
         "scaler": scaler.state_dict(),
         "progress": kept,
+        "device": device.type,
         "versions": {"torch": torch.__version__},
     }
 
@@ -93,7 +96,12 @@ _OBJECT = _Rule(lambda x: isinstance(x, dict), "an object")
 _TOP = {"step": _integer(0), "config": _OBJECT, "model": _OBJECT, "scaler": _OBJECT}
 _SHAPE = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), _SIZE)
 _MODEL = _SHAPE | {"dropout": _number(0, 1), "end_of_text": _or_null(_integer(0))}
-_CONFIG = {"data": _TEXT, **dict.fromkeys((*_SHAPE, "batch_size", "steps"), _SIZE), "dtype": _TEXT}
+_CONFIG = {
+    **dict.fromkeys((*_SHAPE, "batch_size", "grad_accum", "steps"), _SIZE),
+    "seed": _integer(0, 2**64 - 1),
+    "data": _TEXT,
+    "dtype": _TEXT,
+}
 _SCALER = {
     "scale": _number(1e-300),
     "growth_factor": _number(1),
@@ -155,10 +163,11 @@ def read_progress(state: dict[str, Any]) -> Progress:
 def changed_settings(state: dict[str, Any], config: TrainConfig) -> list[str]:
     """The settings that are not those of the checkpoint, in a line or none.
 
-    The model's name is left out: check_shape compares what it stands for.
+    Left out are the model's name, as check_shape compares what it stands for, and the device, which carried_over does.
     """
     was, now = state["config"], config_as_json(config)
-    names = [name for name in now if name in was and name not in ("out", "resume", "model") and now[name] != was[name]]
+    left_out = ("out", "resume", "model", "device")
+    names = [name for name in now if name in was and name not in left_out and now[name] != was[name]]
     different = ", ".join(f"--{name.replace('_', '-')} {now[name]} (was {was[name]})" for name in names)
     return [f"changed since the checkpoint: {different}"] if different else []
 
@@ -182,7 +191,9 @@ def carried_over(state: dict[str, Any], config: TrainConfig, device: torch.devic
         notes.append("the checkpoint has no gradient scaler, as it was not trained in float16: a new one begins")
     if not float16 and state["scaler"]:
         notes.append(f"the checkpoint's gradient scaler is dropped: --dtype {config.dtype} has none")
-    was = str(state["config"].get("device") or "cpu").partition(":")[0]
-    if config.dropout and was != device.type:
-        notes.append(f"dropout draws other numbers from here on: the generator of {was} can't go on on {device.type}")
+    # Older checkpoints have the device among the settings alone.
+    was = str(state.get("device") or state["config"].get("device") or device.type).partition(":")[0]
+    if was != device.type:
+        masks = "; dropout draws other masks, as the generators differ" if config.dropout else ""
+        notes.append(f"changed since the checkpoint: {device.type} (was {was}), the same up to rounding{masks}")
     return notes

@@ -456,7 +456,7 @@ def test_a_save_without_room_is_one_line_and_leaves_everything_as_it_was(out: Pa
             checkpoint.save(out, 7, run.config, run.model, run.optimizer, run.scaler)
         assert str(error.value).startswith(f"can't save the checkpoint of step 7 in {out / 'checkpoints'}: ")
         assert "File too large" in str(error.value) and "\n" not in str(error.value)
-        assert f"the last good one is {step(out, 6)}: continue with --resume --out {out} " in str(error.value)
+        assert str(error.value).endswith(f"; the last good one is {step(out, 6)}")
         assert names(out) == ["step-00000004", "step-00000006"]
         assert checkpoint.to_resume(out) == (step(out, 6), [])
     with room_for(largest + 4096):
@@ -474,8 +474,7 @@ def test_a_run_that_has_no_room_left_ends_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr == (
         f"error: can't save the checkpoint of step 2 in {tmp_path / 'checkpoints'}: "
-        "Error while serializing: I/O error: File too large (os error 27); "
-        "none had been saved: start again when that is mended\n"
+        "Error while serializing: I/O error: File too large (os error 27); none had been saved\n"
     )
 
 

@@ -316,6 +316,7 @@ def test_torchrun_is_refused_before_anything_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.delattr(sys.modules["fastgpt2.train"], "new_folder")  # it would be made, and removed again
     message = rf"^{world} processes were started .*, and fastgpt2 trains in one: start .* without torchrun$"
     for call in (lambda: main(FLAGS), lambda: main([*FLAGS, "--out", "run"]), lambda: train(with_(tmp_path / "run"))):
         with pytest.raises(ConfigError, match=message):

@@ -137,7 +137,8 @@ def test_saved_settings_are_those_of_the_newest_checkpoint_that_can_be_read(out:
     edit_state(step(out, 4), lambda state: state["config"].update(lr=0.5, nonsense=1))
     found = settings()
     assert found is not None and found["lr"] == 0.5 and "nonsense" not in found
-    (step(out, 4) / "state.json").write_bytes(b"{}")
+    # One that isn't as it was written.
+    (step(out, 4) / "state.json").write_text((step(out, 4) / "state.json").read_text().replace("0.5", "0.7"))
     assert settings() == {**found, "lr": 1e-2}
     shutil.rmtree(out / "checkpoints")
     assert settings() is None
@@ -176,21 +177,29 @@ def test_a_scaler_is_kept_begun_or_dropped(out: Path) -> None:
     assert plain.state_dict() == {}
 
 
-SCALED = {"scaler": {"scale": 8.0}, "config": {"device": "cuda:0"}}
-PLAIN = {"scaler": {}, "config": {"device": "cpu"}}
+SCALED = {"scaler": {"scale": 8.0}, "device": "cuda", "config": {"device": None}}
+PLAIN = {"scaler": {}, "device": "cpu", "config": {"device": None}}
+OLDER = {"scaler": {}, "config": {"device": "cuda:0"}}
+OLDEST: dict[str, Any] = {"scaler": {}, "config": {}}
 
 
 @pytest.mark.parametrize(
     ("state", "changes", "device", "note"),
     [
-        (PLAIN, {"dtype": "float16"}, "cuda", "has no gradient scaler, as it was not trained in float16: a new one"),
+        (PLAIN, {"dtype": "float16"}, "cpu", "has no gradient scaler, as it was not trained in float16: a new one"),
         (SCALED, {"dtype": "bfloat16"}, "cuda", "gradient scaler is dropped: --dtype bfloat16 has none"),
-        (SCALED, {"dtype": "float16"}, "cuda", None),
-        (PLAIN, {"dtype": "float32"}, "cpu", None),
-        (PLAIN, {"dtype": "float32", "dropout": 0.1}, "cpu", None),
-        (PLAIN, {"dtype": "float32", "dropout": 0.1}, "cuda", "the generator of cpu can't go on on cuda"),
         (SCALED, {"dtype": "float16", "dropout": 0.1}, "cuda", None),
-        (PLAIN | {"config": {"device": "cuda"}}, {"dropout": 0.1}, "cpu", "the generator of cuda can't go on on cpu"),
+        (PLAIN, {"dtype": "float32", "dropout": 0.1}, "cpu", None),
+        (PLAIN, {}, "cuda", "changed since the checkpoint: cuda (was cpu), the same up to rounding"),
+        (PLAIN, {"dropout": 0.1}, "cuda", "rounding; dropout draws other masks, as the generators differ"),
+        (OLDER, {}, "cuda", None),
+        (
+            OLDER,
+            {"dropout": 0.1},
+            "cpu",
+            "changed since the checkpoint: cpu (was cuda), the same up to rounding; dropout",
+        ),
+        (OLDEST, {"dropout": 0.1}, "cpu", None),
     ],
 )
 def test_what_has_no_counterpart_is_said(
@@ -414,6 +423,7 @@ STATES: dict[str, tuple[Edit, str]] = {
     "config text": (put("config", "block_size", value="8"), "config.block_size must be an integer from 1"),
     "config size": (put("config", "n_embd", value=math.nan), "config.n_embd must be an integer from 1"),
     "data": (put("config", "data", value=7), "config.data must be a string, got 7"),
+    "seed": (put("config", "seed", value=-1), "config.seed must be an integer from 0"),
     "scaler list": (put("scaler", value=[1]), "scaler must be an object, got [1]"),
     "scaler lacks": (put("scaler", value={"scale": 8.0}), "lacks scaler.growth_factor"),
     "scale text": (put("scaler", value=SCALER | {"scale": "8"}), "scaler.scale must be a number"),
