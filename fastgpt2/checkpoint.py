@@ -227,6 +227,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def saved_settings(out: Path) -> dict[str, Any] | None:
+    """The settings that a run's newest checkpoint was saved with, by field name; None where there is none."""
+    found = checkpoints(out)
+    if not found:
+        return None
+    config = read_state(found[-1])["config"]
+    return {name: value for name, value in config.items() if value is not None and name not in ("out", "resume")}
+
+
 def check_shape(checkpoint: Path, model: ModelConfig) -> dict[str, Any]:
     """state.json of a checkpoint that fits a model; what no tensor depends on may differ.
 

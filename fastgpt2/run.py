@@ -143,7 +143,7 @@ def build(config: TrainConfig) -> Run:
         tf32=config.dtype == "tf32",
     )
     # Last of the checks, since it makes a folder.
-    latest, found = _claim_folder(config.out, config.resume) if config.out is not None else (None, [])
+    latest, found = _claim_folder(config.out, bool(config.resume)) if config.out is not None else (None, [])
     if latest is not None:
         found += checkpoint.changed_settings(checkpoint.check_shape(latest, model_config), config)
     torch.manual_seed(config.seed)
@@ -231,7 +231,7 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
         data_vocab_size=data_vocab_size(config.data),
         data_end_of_text=data_end_of_text(config.data),
     )
-    return dataclasses.replace(resolved, device=str(device)), device
+    return resolved, device
 
 
 @contextlib.contextmanager

@@ -419,7 +419,8 @@ def _this_arch() -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kernels.tune", description=__doc__.split("\n")[0])
+    about, usage = __doc__.split("\n")[0], "python -m kernels.tune [flags]"
+    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False)
     parser.add_argument("--op", nargs="+", metavar="PREFIX", help="kernels whose name begins so (default: all)")
     parser.add_argument("--precision", nargs="+", choices=list(inspect.ELEMENTS), help="default: all")
     parser.add_argument("--size", nargs="+", type=int, help="of the table: head size, channels, ... (default: all)")
