@@ -58,7 +58,7 @@ FASTGPT2 = {
     "compare": {"attention", "ops"},
     "verify": {"compare", "config", "console", "data", "device", "flags", "model", "ops", "run", "train"},
 }
-HEAVY = {"tyro", "rich", "matplotlib", "safetensors", "tiktoken", "transformers", "triton"}
+HEAVY = {"rich", "matplotlib", "safetensors", "tiktoken", "transformers", "triton"}
 """Packages that `train()` can do without: imported inside the functions that need them."""
 
 
