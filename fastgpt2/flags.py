@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 import sys
@@ -145,6 +146,7 @@ def _metavar(hint: Any) -> str:
     return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
 
 
+@functools.cache
 def _docstrings(kind: type) -> dict[str, str]:
     """The string below each field in a dataclass's source, on one line."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body

@@ -10,8 +10,8 @@ from typing import Any
 from fastgpt2.config import TrainConfig
 from fastgpt2.fields import ConfigError, checked, field_hints, nearest, shown
 
-MOST_BYTES = 16 << 10
-"""Every setting with its help is 7 KiB. For a key of many dots tomllib takes quadratic time: 30 s at 64 KiB."""
+MOST_BYTES, MOST_DOTS = 64 << 10, 1000
+"""Every setting with its help is 7 KiB. For a key of many dots tomllib takes quadratic time: 30 s for 32,000."""
 REPLACED = {"eval_batches": "eval_sequences"}
 """Settings of earlier versions, and what they became."""
 
@@ -47,7 +47,10 @@ def load_toml(path: Path, label: str) -> dict[str, Any]:
             raise UnreadableError(f"can't read {label}: not a file")
         if found.st_size > MOST_BYTES:
             raise UnreadableError(f"can't read {label}: {found.st_size:,} bytes are no list of settings")
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        if text.count(".") > MOST_DOTS:
+            raise UnreadableError(f"can't read {label}: {text.count('.'):,} dots are no list of settings")
+        return tomllib.loads(text)
     except OSError as error:
         raise UnreadableError(f"can't read {label}: {error.strerror}") from None
     except UnicodeDecodeError as error:
