@@ -1,8 +1,8 @@
 """What to train and how: two dataclasses, the presets, and the checks that need no device.
 
-`TrainConfig` is the command line (a field is a flag, its trailing docstring the help) and the argument
-of `train`. Fields left at None are settled once, by `TrainConfig.resolve`, from the preset and the
-device, so that a resolved configuration written beside a run says everything.
+`TrainConfig` is the command line (a field is a flag, the string below it the help) and the argument of `train`. What
+decides the computation and was left at None is settled once, by `TrainConfig.resolve`, from the preset, the data and
+the device: a resolved configuration trains the same run on another machine.
 """
 
 from __future__ import annotations

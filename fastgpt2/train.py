@@ -6,10 +6,8 @@ drawn and copied while the device works.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -23,17 +21,15 @@ import torch
 from torch import Tensor
 
 from fastgpt2 import checkpoint
-from fastgpt2.config import ConfigError, TrainConfig
+from fastgpt2.arguments import naming_files, read_command_line
+from fastgpt2.config import TrainConfig
 from fastgpt2.device import device_name, give_back_freed_memory, peak_flops, peak_memory_bytes, pick_device
 from fastgpt2.durable import OutputError, write_text
 from fastgpt2.evaluate import evaluate
-from fastgpt2.fields import checked
-from fastgpt2.flags import given_flags, make_parser
 from fastgpt2.metrics import JsonLines, Meter, NonFiniteLossError
 from fastgpt2.model import FLOPS_PER_TOKEN, GPT, recompute_flops
 from fastgpt2.optim import learning_rate
 from fastgpt2.run import Run, activation_bytes, build, kept_from_cudnn, numerics
-from fastgpt2.toml import UnreadableError, check_settings, load_toml, read_toml
 
 MFU_FORMULA = "llm.c"
 
@@ -264,90 +260,6 @@ def _notes(run: Run) -> Iterator[str]:
         )
     if config.data == "dummy-fixed":
         yield "dummy-fixed repeats one batch: the loss falls as the model learns it by heart"
-
-
-PROGRAM = "python -m fastgpt2.train"
-
-
-def parse(arguments: list[str]) -> TrainConfig:
-    """A configuration from command-line arguments.
-
-    Raises:
-        ConfigError: a flag, or a value in a file, that can't be carried out.
-    """
-    return read_command_line(arguments)[0]
-
-
-def read_command_line(arguments: list[str]) -> tuple[TrainConfig, dict[str, str]]:
-    """A configuration from command-line arguments, and for each setting that a file gave, where it stands.
-
-    Three layers, a later one wins: config.toml of the run that is resumed, the --config file, the flags. All of each is
-    checked, also what a later one replaces.
-
-    Raises:
-        ConfigError: a flag, or a value in a file, that can't be carried out.
-    """
-    parser = make_parser(TrainConfig, PROGRAM)
-    about = "TOML file of settings by flag name; flags given as well win. Paths in it are relative to where you are."
-    parser.add_argument("--config", metavar="FILE", help=about)
-    flags = given_flags(parser, TrainConfig, arguments)
-    layers: list[tuple[str, dict[str, Any]]] = [("", flags)]
-    if "config" in flags:
-        file = checked("--config", flags.pop("config"), Path)
-        layers.insert(0, (str(file), read_toml(file)))
-    asked = {name: value for _, layer in layers for name, value in layer.items()}
-    if asked.get("resume") and "out" in asked:
-        layers.insert(0, _settings_of_run(asked["out"]))
-    settings, origins = _merged(layers)
-    with naming_files(origins):
-        return TrainConfig(**settings), origins
-
-
-def _settings_of_run(out: Path) -> tuple[str, dict[str, Any]]:
-    """Where the settings of a run stand, and what they are; none where the folder holds no run."""
-    path = out / "config.toml"
-    try:
-        return str(path), check_settings(load_toml(path, str(path)), str(path))
-    except UnreadableError as error:
-        saved = checkpoint.saved_settings(out)
-        if saved is None:
-            if path.exists():
-                raise
-            return "", {}
-        where = f"the newest checkpoint of {out}"
-        print(f"{error}; taking the settings from {where}", file=sys.stderr)
-        return where, check_settings(saved, where)
-
-
-REPLACES = {"model": ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), "data": ("end_of_text",)}
-"""Settings that were right for the preset or data of an earlier layer, and aren't for another."""
-
-
-def _merged(layers: list[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings of layers, a later one over those before it, and the file that gave each."""
-    settings: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for where, layer in layers:
-        for name in (n for n in REPLACES if n in layer and layer[n] != settings.get(n)):
-            for stale in REPLACES[name]:
-                settings.pop(stale, None)
-        settings |= layer
-        origins |= dict.fromkeys(layer, where)
-    return settings, {name: where for name, where in origins.items() if where and name in settings}
-
-
-@contextlib.contextmanager
-def naming_files(origins: dict[str, str]) -> Iterator[None]:
-    """An error that names a setting which no flag gave says which file did."""
-    try:
-        yield
-    except ConfigError as error:
-        named = re.findall(r"--(?:no-)?([a-z][a-z0-9-]*)", str(error))
-        given = dict.fromkeys(name for flag in named if (name := flag.replace("-", "_")) in origins)
-        if not given:
-            raise
-        where = ", ".join(f"--{name.replace('_', '-')} is from {origins[name]}" for name in given)
-        raise ConfigError(f"{error} ({where})") from None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2 import ConfigError, TrainConfig, train
+from fastgpt2.arguments import parse
 from fastgpt2.config import preset_name
 from fastgpt2.data import split
 from fastgpt2.device import peak_flops, peak_memory_bytes
@@ -28,7 +29,7 @@ from fastgpt2.metrics import Meter, NonFiniteLossError, read_json_lines
 from fastgpt2.model import FLOPS_PER_TOKEN
 from fastgpt2.optim import learning_rate
 from fastgpt2.run import Run, build, numerics
-from fastgpt2.train import Reporter, main, parse
+from fastgpt2.train import Reporter, main
 
 TINY = TrainConfig(
     n_layer=2,
