@@ -12,7 +12,6 @@ in place of each Triton kernel. It is the CPU's path that is counted: a launcher
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -36,6 +35,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from fastgpt2.compare import Problem, attention_problem, loss_problem, mlp_problem, norm_problem
 from fastgpt2.config import TrainConfig
+from fastgpt2.flags import Parser
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import SLOTS, Ops, make_ops
 from fastgpt2.optim import make_optimizer
@@ -434,7 +434,7 @@ def _mebibytes(value: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.counts", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m bench.counts", description=__doc__.partition("\n")[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="compare with the file; status 1 where a count differs")
     what.add_argument("--write", action="store_true", help="rewrite the file's counts of this version of PyTorch")

@@ -11,7 +11,6 @@ Exit status: 0; 1 where a candidate crashed, hung or is wrong. One that can't ru
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -29,6 +28,7 @@ from bench.stages import new_record, record_file
 from bench.steps import REFERENCES, STEPS, StepShape, agree_in, result
 from bench.timing import ROOT, commit, environment
 from fastgpt2.config import PRESETS
+from fastgpt2.flags import Parser
 
 CANDIDATES = ("ours-auto", "plain", "transformers")
 ROUND_S = 0.5
@@ -37,7 +37,7 @@ CELLS = [f"{dtype}-{how}" for dtype in ("float32", "bfloat16") for how in ("eage
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.cpu", description="Time the training step on a CPU.")
+    parser = Parser(prog="python -m bench.cpu", description="Time the training step on a CPU.")
     parser.add_argument("--minutes", type=float, default=45.0, help="no round starts later (default: 45)")
     parser.add_argument("--rounds", type=int, default=10, help="of each contest (default: 10)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="default: bench/results")

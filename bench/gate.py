@@ -11,7 +11,6 @@ Exit status: 0; 1 where something is flagged; 2 where the two can't be compared.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Sequence
@@ -37,6 +36,7 @@ from bench.results import (
     work,
 )
 from bench.timing import percentile
+from fastgpt2.flags import Parser
 
 SLOWER = 0.02
 """What two runs of the same code may differ by beyond what the spread over a run's rounds tells."""
@@ -148,7 +148,7 @@ def earlier(new: Record, folder: Path) -> Record:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gate", description="Flag what got slower or larger.")
+    parser = Parser(prog="python -m bench.gate", description="Flag what got slower or larger.")
     parser.add_argument("new", type=Path, help="the record of the run to judge")
     parser.add_argument(
         "--against", type=Path, help="the record to judge by (default: the newest of its device and another commit)"

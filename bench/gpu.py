@@ -19,7 +19,6 @@ Exit status: 0; 1 where a stage failed, or the smoke, the tests or the verificat
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import sys
@@ -37,6 +36,7 @@ from bench.results import Record, align, summary
 from bench.stages import Files, NotNow, Stage, exit_status, new_record, read_environment, record_file, run_stages
 from bench.steps import TUNED, Kernels
 from bench.timing import ROOT, commit
+from fastgpt2.flags import Parser
 from fastgpt2.ops import SLOTS
 from kernels.tuning import check_table
 
@@ -307,7 +307,7 @@ def findings(record: Record) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="Test, verify and measure on a GPU.")
+    parser = Parser(prog="python -m bench.gpu", description="Test, verify and measure on a GPU.")
     parser.add_argument("--part", type=int, choices=list(PARTS), help="default: both, in order")
     parser.add_argument("--minutes", type=float, help="for all stages; default: 9.3 for part 1, 3 for part 2")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="default: bench/results")

@@ -23,6 +23,7 @@ from bench.steps import STEPS, Kernels, StepShape
 from bench.timing import append_json_line
 from fastgpt2.config import PRESETS, ConfigError, Dtype
 from fastgpt2.device import synchronize
+from fastgpt2.flags import Parser
 from fastgpt2.ops import SLOTS
 from kernels.tuning import check_table
 
@@ -77,7 +78,7 @@ def count(text: str) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m bench.kernel_profile", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="python -m bench.kernel_profile", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("step", choices=list(STEPS))
     parser.add_argument("--model", choices=list(PRESETS), default="gpt2", help="default: gpt2")
     parser.add_argument("--B", type=count, default=64, help="sequences in a batch (default: 64)")

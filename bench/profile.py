@@ -29,6 +29,7 @@ import torch
 from bench.device_state import find_tool
 from bench.results import align, number
 from bench.timing import ROOT, append_json_line
+from fastgpt2.flags import Parser
 from kernels.inspect import all_kernels
 from kernels.tune import tunings
 from kernels.tuning import LaunchConfig, lookup
@@ -174,7 +175,7 @@ def profile(op: str, precision: str, config: LaunchConfig, counters: dict[str, f
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m bench.profile", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m bench.profile", description=__doc__.split("\n")[0])
     parser.add_argument("--op", nargs="+", metavar="PREFIX", default=["attention"], help="default: attention")
     parser.add_argument("--precision", choices=["bfloat16", "float16", "tf32", "float32"], default="bfloat16")
     parser.add_argument("--jsonl", type=Path, help="file of JSON lines to append the counters to")

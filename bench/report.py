@@ -7,7 +7,6 @@ step, saying what.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from bench import auto, plots
 from bench.results import Record, RecordError, stored
 from bench.sections import SECTIONS
 from bench.timing import ROOT
+from fastgpt2.flags import Parser
 
 FIGURES = Path("bench") / "plots"
 
@@ -71,12 +71,10 @@ def write(root: Path, texts: dict[Path, str]) -> None:
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     """The command; all that it reads and writes is below root."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m bench.report", description="README's tables, the figures and auto.json from bench/results."
     )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 where one is out of step"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where one is out of step")
     given = parser.parse_args(arguments)
     texts = derive(root)
     names = [str(path.relative_to(root)) for path in out_of_step(root, texts)]

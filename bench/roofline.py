@@ -10,7 +10,6 @@ ceiling; the longest of these times is its limit, as if the others were hidden u
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 
 from bench.timing import Call, append_json_line, contest
 from fastgpt2.device import device_name, peak_flops, pick_device
+from fastgpt2.flags import Parser
 
 COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 512}
@@ -168,7 +168,7 @@ def read_or_measure(path: Path | None, device: torch.device) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.roofline", description="Measure the device's ceilings.")
+    parser = Parser(prog="python -m bench.roofline", description="Measure the device's ceilings.")
     parser.add_argument("--out", type=Path, help="JSON file to write them to, for pytest's --bench-ceilings")
     parser.add_argument("--jsonl", type=Path, help="file of JSON lines to append them to")
     given = parser.parse_args(arguments)

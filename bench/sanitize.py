@@ -32,6 +32,7 @@ from bench.results import align
 from bench.shapes import DEVICE
 from bench.timing import ROOT
 from fastgpt2.attention import document_bounds
+from fastgpt2.flags import Parser
 
 NAME = "compute-sanitizer"
 SUMMARY = {
@@ -167,7 +168,7 @@ def check(program: str, tool: str, case: str) -> Outcome:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m bench.sanitize", description=__doc__.split("\n")[0])
     parser.add_argument("--tool", nargs="+", choices=list(SUMMARY), default=list(SUMMARY), help="default: both")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only the cases whose name contains one of these")
     parser.add_argument("--run", choices=[PLANT, *CASES], help=argparse.SUPPRESS)

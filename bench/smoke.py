@@ -14,7 +14,6 @@ Exit status: 0; 1 where a slot is not right; 2 without a GPU.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -37,6 +36,7 @@ import torch
 
 from bench.stages import stop
 from bench.timing import append_json_line, stage_ends
+from fastgpt2.flags import Parser
 
 COMPARE = (sys.executable, "-m", "bench.smoke")
 WARM = (sys.executable, "-m", "bench.kernel_profile")
@@ -211,7 +211,7 @@ def read_failed(path: Path) -> tuple[str, ...]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m bench.smoke", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(prog="python -m bench.smoke", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--failed", type=Path, help="file for the slots that are not right")
     parser.add_argument("--jsonl", type=Path, help="file of JSON lines to append what was found to")
     parser.add_argument("--warm", nargs="+", default=[], metavar="STEP", help="steps to compile meanwhile, for later")

@@ -309,14 +309,11 @@ def saved_config(out: Path) -> dict[str, Any] | None:
 
 
 def saved_settings(out: Path) -> dict[str, Any] | None:
-    """What a run's config.toml said, where that is lost: saved_config without what is None or depends on the machine.
-
-    The shape stands for the model's name.
-    """
+    """What a run's config.toml said, where that is lost: saved_config without what is None and the folder."""
     config = saved_config(out)
     if config is None:
         return None
-    known = {field.name for field in dataclasses.fields(TrainConfig)} - {"out", "resume", "device", "model"}
+    known = {field.name for field in dataclasses.fields(TrainConfig)} - {"out", "resume"}
     return {name: value for name, value in config.items() if name in known and value is not None}
 
 

@@ -1,19 +1,19 @@
 """What to train and how: two dataclasses, the presets, and the checks that need no device.
 
-`TrainConfig` is the command line (a field is a flag, its trailing docstring the help) and the argument
-of `train`. Fields left at None are settled once, by `TrainConfig.resolve`, from the preset and the
-device, so that a resolved configuration written beside a run says everything.
+`TrainConfig` is the command line (a field is a flag, the string below it the help) and the argument of `train`. What
+decides the computation and was left at None is settled once, by `TrainConfig.resolve`, from the preset, the data and
+the device: a resolved configuration trains the same run on another machine.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from fastgpt2.fields import ConfigError, Count, Fraction, Name, Natural, NonNegative, Place, check_fields, nearest
 
 Attention = Literal["auto", "naive", "sdpa", "cudnn", "flex", "triton"]
 Mlp = Literal["auto", "torch", "triton"]
@@ -27,35 +27,27 @@ VOCAB_PADDING = 128
 """The stored vocabulary is a multiple of this, so that the head's matmul is aligned."""
 
 
-class ConfigError(ValueError):
-    """A request that can't be carried out. The message is one line and says what would work."""
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a GPT-2 (Radford et al. 2019): what decides its parameters and its function."""
 
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    block_size: int = 1024
-    vocab_size: int = 50257
-    dropout: float = 0.0
-    end_of_text: int | None = None
+    n_layer: Count = 12
+    n_head: Count = 12
+    n_embd: Count = 768
+    block_size: Count = 1024
+    vocab_size: Count = 50257
+    dropout: Fraction = 0.0
+    end_of_text: Natural | None = None
     """The token that opens a document, where a position is to attend within its own document alone."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{_flag(name)} must be at least 1, got {getattr(self, name)}")
+        check_fields(self)
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"--n-embd {self.n_embd} is not divisible by --n-head {self.n_head}: "
                 f"each head needs n_embd / n_head channels; try --n-embd {self._nearest_width()}"
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"--dropout must be in [0, 1), got {self.dropout}")
-        if self.end_of_text is not None and not 0 <= self.end_of_text < self.vocab_size:
+        if self.end_of_text is not None and self.end_of_text >= self.vocab_size:
             raise ConfigError(f"--end-of-text must be in [0, {self.vocab_size}), got {self.end_of_text}")
 
     def _nearest_width(self) -> int:
@@ -87,57 +79,57 @@ PRESETS: dict[str, ModelConfig] = {
 class TrainConfig:
     """Train a GPT-2. Without arguments: a model that suits this machine, on dummy tokens."""
 
-    model: str | None = None
+    model: Name | None = None
     """Preset: tiny, mini, small, gpt2, gpt2-medium, gpt2-large or gpt2-xl (default: gpt2 on a GPU, mini without)."""
-    n_layer: int | None = None
+    n_layer: Count | None = None
     """Transformer blocks (default: the preset's)."""
-    n_head: int | None = None
+    n_head: Count | None = None
     """Attention heads (default: the preset's)."""
-    n_embd: int | None = None
+    n_embd: Count | None = None
     """Channels (default: the preset's)."""
-    block_size: int | None = None
+    block_size: Count | None = None
     """Tokens in a sequence (default: the preset's, which is also the most a published size has positions for)."""
-    vocab_size: int | None = None
+    vocab_size: Count | None = None
     """Vocabulary; stored padded to a multiple of 128 (default: the data's, else the preset's)."""
-    dropout: float = 0.0
+    dropout: Fraction = 0.0
     """Dropout after the embeddings, on the attention weights and on each residual branch."""
     document_mask: bool = False
     """Let a position attend within its own document alone, as GPT-2 did not; --end-of-text opens one."""
-    end_of_text: int | None = None
+    end_of_text: Natural | None = None
     """The token that opens a document, for --document-mask (default: the data's)."""
 
-    data: str = "dummy"
+    data: Place = "dummy"
     """dummy (uniform random tokens), dummy-fixed (one such batch, repeated), or a folder of token shards."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Sequences in a micro-step (default: 8 without a GPU; with one, what its memory holds of 124M, at most 32)."""
-    grad_accum: int = 1
+    grad_accum: Count = 1
     """Micro-steps whose gradients are averaged before the optimizer steps."""
-    steps: int | None = None
+    steps: Count | None = None
     """Optimizer steps (default: 200 on a GPU, 600 without, about a minute)."""
 
-    lr: float = 3e-4
+    lr: NonNegative = 3e-4
     """Peak learning rate."""
     optimizer: Optimizer = "adam"
     """adam (as published) or adamw (weight decay applied apart from the gradient, to matrices only)."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """adamw's decay of the matrices; biases, LayerNorm weights and the like are never decayed."""
-    beta1: float = 0.9
+    beta1: Fraction = 0.9
     """Decay of Adam's mean of the gradients."""
-    beta2: float = 0.999
+    beta2: Fraction = 0.999
     """Decay of Adam's mean of their squares."""
-    grad_clip: float = 0.0
+    grad_clip: NonNegative = 0.0
     """Scale gradients whose total norm is larger down to this norm; 0 turns it off."""
     schedule: Schedule = "constant"
     """Learning rate after the warm-up: constant, or falling to a tenth along a cosine or a line."""
-    warmup_steps: int = 0
+    warmup_steps: Natural = 0
     """Steps over which the learning rate rises from 0."""
 
-    seed: int = 0
+    seed: Natural = 0
     """Decides the weights, the dummy tokens, the order of the data and the dropout."""
     dtype: Dtype | None = None
     """Precision; the 16-bit ones are autocast over float32 weights (default: bfloat16 on a GPU that has it, else
     float32)."""
-    device: str | None = None
+    device: Name | None = None
     """cpu, cuda or cuda:N (default: cuda where there is one)."""
     deterministic: bool = True
     """Only algorithms that give the same bits every time; without it PyTorch may have faster ones, and --attn cudnn."""
@@ -162,44 +154,24 @@ class TrainConfig:
 
     out: Path | None = None
     """Folder for config.toml, metrics.jsonl, loss.png and checkpoints (default: a new one under runs/)."""
-    eval_every: int = 0
+    eval_every: Natural = 0
     """Steps between validation losses; 0 turns them off."""
-    eval_batches: int = 20
+    eval_batches: Count = 20
     """Batches in a validation loss."""
-    save_every: int = 1000
+    save_every: Natural = 1000
     """Steps between checkpoints; one is also saved at the end. 0 saves none."""
-    keep: int = 2
+    keep: Natural = 2
     """Checkpoints kept, the newest; older ones are deleted. 0 keeps all."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between log lines; the host waits for the device only then."""
-    resume: bool = False
-    """Continue the run in --out from its newest checkpoint; its config.toml holds but for the flags given."""
+    resume: bool | Literal["auto"] = False
+    """Continue the run in --out from its newest checkpoint; its config.toml holds but for what --config and flags give.
+    --resume auto starts the run where there is no checkpoint yet."""
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value is not None and value not in choices:
-                raise ConfigError(
-                    f"--{_flag(name)} {value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}"
-                )
-        positive = ("batch_size", "grad_accum", "steps", "eval_batches", "log_every")
-        for name in (
-            *positive,
-            "eval_every",
-            "save_every",
-            "keep",
-            "warmup_steps",
-            "seed",
-            "lr",
-            "weight_decay",
-            "grad_clip",
-        ):
-            value, least = getattr(self, name), int(name in positive)
-            if value is not None and not value >= least:
-                raise ConfigError(f"--{_flag(name)} must be at least {least}, got {value}")
-        for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"--{name} must be in [0, 1), got {getattr(self, name)}")
+        check_fields(self)
+        if self.steps is not None and self.warmup_steps >= self.steps:
+            raise ConfigError(f"--warmup-steps {self.warmup_steps} must be below --steps {self.steps}")
         if self.weight_decay and self.optimizer == "adam":
             raise ConfigError("--weight-decay needs --optimizer adamw: adam would mix the decay into its averages")
         if self.cuda_graph and self.dtype == "float16":
@@ -211,7 +183,8 @@ class TrainConfig:
         if self.lean and not self.compile:
             raise ConfigError("--lean tells the compiler what to keep: give --compile, too, or use --recompute")
         if self.resume and self.out is None:
-            raise ConfigError("--resume needs --out: the folder of the run to continue")
+            given = "--resume auto" if self.resume == "auto" else "--resume"
+            raise ConfigError(f"{given} needs --out: the folder of the run to continue")
 
     def resolve(
         self,
@@ -222,7 +195,7 @@ class TrainConfig:
         data_vocab_size: int | None = None,
         data_end_of_text: int | None = None,
     ) -> TrainConfig:
-        """Fill every field left at None.
+        """Fill every field left at None that decides what is computed; `model` and `device` stay as they were asked.
 
         Args:
             cuda: whether the run is on a CUDA device.
@@ -236,7 +209,7 @@ class TrainConfig:
         """
         name = self.model or ("gpt2" if cuda else "mini")
         if name not in PRESETS:
-            raise ConfigError(f"no preset {name!r}: there are {', '.join(PRESETS)}{_nearest(name, PRESETS)}")
+            raise ConfigError(f"no preset {name!r}: there are {', '.join(PRESETS)}{nearest(name, PRESETS)}")
         preset = PRESETS[name]
         if self.block_size is not None and self.model is not None and self.block_size > preset.block_size:
             raise ConfigError(
@@ -249,24 +222,22 @@ class TrainConfig:
         vocab_size = _default(self.vocab_size, _default(data_vocab_size, preset.vocab_size))
         if data_vocab_size is not None and vocab_size < data_vocab_size:
             raise ConfigError(
-                f"--vocab-size {vocab_size} is smaller than the vocabulary of {self.data}: {data_vocab_size}"
+                f"--vocab-size {vocab_size} is smaller than the vocabulary of --data {self.data}: {data_vocab_size}"
             )
         end_of_text = _default(self.end_of_text, data_end_of_text) if self.document_mask else self.end_of_text
         if self.document_mask and end_of_text is None:
             raise ConfigError(
-                f"--document-mask needs the token that opens a document, which {self.data} doesn't tell: "
+                f"--document-mask needs the token that opens a document, which --data {self.data} doesn't tell: "
                 "give it by --end-of-text"
             )
         return dataclasses.replace(
             self,
-            model=name,
             end_of_text=end_of_text,
             **shape,
             vocab_size=vocab_size,
             batch_size=_default(self.batch_size, _sequences_that_fit(memory_bytes) if cuda else 8),
             steps=_default(self.steps, 200 if cuda else 600),
             dtype=_default(self.dtype, "bfloat16" if cuda and bf16 else "float32"),
-            device=_default(self.device, "cuda" if cuda else "cpu"),
         )
 
     def model_config(self) -> ModelConfig:
@@ -280,55 +251,22 @@ class TrainConfig:
     def to_toml(self) -> str:
         """The configuration as `--config` reads it, without `resume` and fields at None."""
         rows = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "resume"}
-        rows = {k: str(v) if isinstance(v, Path) else v for k, v in rows.items() if v is not None}
-        # JSON's strings, numbers and booleans are TOML's.
-        return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in rows.items())
+        return "".join(f"{name} = {_toml(value)}\n" for name, value in rows.items() if value is not None)
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "optimizer": get_args(Optimizer),
-    "schedule": get_args(Schedule),
-    "dtype": get_args(Dtype),
-    "attn": get_args(Attention),
-    "mlp": get_args(Mlp),
-    "norm": get_args(Norm),
-    "loss": get_args(Loss),
-}
+def preset_name(shape: ModelConfig) -> str:
+    """The preset with a model's layers, heads, channels and at least its positions, else "custom"."""
+    size = (shape.n_layer, shape.n_head, shape.n_embd)
+    found = (name for name, p in PRESETS.items() if (p.n_layer, p.n_head, p.n_embd) == size)
+    return next((name for name in found if shape.block_size <= PRESETS[name].block_size), "custom")
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file, by field name (`batch_size` and `batch-size` are the same).
-
-    Raises:
-        ConfigError: the file can't be read or parsed, or a key is no setting (the nearest one is named).
-    """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"can't read --config {path}: {getattr(error, 'strerror', None) or error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"--config {path} is not TOML: {error}") from None
-    known = [f.name for f in dataclasses.fields(TrainConfig)]
-    settings = {}
-    for key, value in table.items():
-        name = key.replace("-", "_")
-        if name not in known:
-            raise ConfigError(f"--config {path}: unknown key {key!r}{_nearest(name, known)}")
-        if isinstance(value, (dict, list)):
-            raise ConfigError(f"--config {path}: {key!r} must be a single value, got {value!r}")
-        settings[name] = value
-    return settings
-
-
-def to_arguments(settings: dict[str, Any]) -> list[str]:
-    """Settings as command-line arguments, so that they are type-checked as the user's own flags are."""
-    arguments = []
-    for name, value in settings.items():
-        if isinstance(value, bool):
-            arguments.append(f"--{_flag(name)}" if value else f"--no-{_flag(name)}")
-        else:
-            arguments += [f"--{_flag(name)}", str(value)]
-    return arguments
+def _toml(value: Any) -> str:
+    if isinstance(value, Path):
+        # "~" at the beginning of what is read stands for the home folder.
+        value = f"./{value}" if str(value).startswith("~") else str(value)
+    # JSON's numbers, booleans and, but for one character, strings are TOML's.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _sequences_that_fit(memory_bytes: int) -> int:
@@ -339,14 +277,5 @@ def _sequences_that_fit(memory_bytes: int) -> int:
     return next((n for n in (32, 16, 8, 4, 2) if n <= fits), 1)
 
 
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
-
-
 def _default(value: Any, otherwise: Any) -> Any:
     return otherwise if value is None else value
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fastgpt2.config import preset_name
 from fastgpt2.device import device_name
 from fastgpt2.metrics import read_json_lines
 from fastgpt2.model import parameter_count
@@ -60,7 +61,7 @@ class TrainDisplay(Reporter):
     def started(self, run: Run) -> None:
         config, shape = run.config, run.model.config
         self.console.print(
-            f"[bold]{config.model}[/bold]: {parameter_count(shape):,} parameters "
+            f"[bold]{preset_name(shape)}[/bold]: {parameter_count(shape):,} parameters "
             f"(L={shape.n_layer} H={shape.n_head} C={shape.n_embd} T={shape.block_size} V={shape.vocab_size}) "
             f"on {device_name(run.device)}, {config.dtype}"
         )
@@ -125,7 +126,7 @@ class TrainDisplay(Reporter):
 
 
 def _memory_kind(result: TrainResult) -> str:
-    return "allocated on the GPU" if str(result.config.device).startswith("cuda") else "resident in the process"
+    return "allocated on the GPU" if result.model.wte.weight.is_cuda else "resident in the process"
 
 
 def plot_losses(out: Path, result: TrainResult) -> Path:
@@ -162,7 +163,8 @@ def plot_losses(out: Path, result: TrainResult) -> Path:
         axes.axhline(floor, color="gray", linestyle="--", label=f"{label}: ln {config.vocab_size} = {floor:.3f}")
         if config.data == "dummy":  # noise around the floor is not a trend: show it on a scale that says so
             axes.set_ylim(floor - 0.5, max([floor + 0.5, *(r["loss"] + 0.1 for r in records)]))
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{config.model} on {config.data}")
+    title = f"{preset_name(result.model.config)} on {config.data}"
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     path = out / "loss.png"

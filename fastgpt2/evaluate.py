@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from itertools import islice
 from pathlib import Path
@@ -15,6 +14,7 @@ from fastgpt2.config import ConfigError
 from fastgpt2.console import run_command
 from fastgpt2.data import DUMMY, ShardTokens, TokenSource, count_tokens, open_data, split, unigram_entropy
 from fastgpt2.device import on_its_way, pick_device
+from fastgpt2.flags import Parser
 from fastgpt2.pretrained import load_run
 
 
@@ -69,7 +69,7 @@ def _loss(model: nn.Module, tokens: Tensor, device: torch.device | str) -> Tenso
 
 def main(arguments: list[str] | None = None) -> None:
     """`python -m fastgpt2.evaluate --from OUT`: prints the loss, the perplexity and the unigram entropy."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m fastgpt2.evaluate",
         description="The loss of a run's newest checkpoint over a validation split: each window once, in order.",
     )

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt2 import checkpoint
-from fastgpt2.config import ConfigError, TrainConfig, read_toml
+from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.durable import InUseError, locked
+from fastgpt2.toml import read_toml
 
 _SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 _SETTLED = (*_SHAPE, "vocab_size", "end_of_text", "batch_size", "steps", "dtype")
@@ -67,7 +68,7 @@ def as_saved(config: TrainConfig) -> TrainConfig:
     saved = checkpoint.saved_config(config.out)
     if saved is None:
         toml = config.out / "config.toml"
-        saved = read_toml(toml) if os.path.exists(toml) else {}
+        saved = read_toml(toml, str(toml)) if os.path.exists(toml) else {}
     other_model = config.model is not None and config.model != saved.get("model")
     names = [name for name in _SETTLED if getattr(config, name) is None and not (other_model and name in _SHAPE)]
     settled: dict[str, Any] = {name: saved.get(name) for name in names}

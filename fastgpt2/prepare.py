@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -33,6 +32,7 @@ from fastgpt2.config import ConfigError
 from fastgpt2.console import run_command
 from fastgpt2.data import META_NAME, count_tokens, unigram_entropy, write_shard
 from fastgpt2.durable import sync
+from fastgpt2.flags import read_arguments
 from fastgpt2.tokenizer import ByteTokenizer, Gpt2Tokenizer, Tokenizer, copy_bpe_files
 
 SHARD_TOKENS = 100_000_000
@@ -47,7 +47,7 @@ _ASIDE = ".preparing"
 class PrepareConfig:
     """Turn text files into token shards for training."""
 
-    sources: tyro.conf.Positional[tuple[Path, ...]]
+    sources: tuple[Path, ...]
     """Text files, and folders whose text files are taken (hidden ones, site-packages, __pycache__ and
     node_modules are not)."""
     out: Path
@@ -394,7 +394,7 @@ def _summary(meta: dict[str, Any]) -> Table:
 
 def main() -> None:
     """`python -m fastgpt2.prepare SOURCE ... --out DIR`: prints a summary and the next command."""
-    config = tyro.cli(PrepareConfig, prog="python -m fastgpt2.prepare")
+    config = read_arguments(PrepareConfig, "python -m fastgpt2.prepare")
     meta = prepare(config)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     skipped = meta["source"]["skipped"]

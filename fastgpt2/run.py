@@ -257,7 +257,7 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
         data_vocab_size=data_vocab_size(config.data),
         data_end_of_text=data_end_of_text(config.data),
     )
-    return dataclasses.replace(resolved, device=str(device)), device
+    return resolved, device
 
 
 @contextlib.contextmanager

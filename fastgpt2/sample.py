@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from fastgpt2.config import ConfigError
 from fastgpt2.console import run_command
 from fastgpt2.data import DUMMY, read_meta
 from fastgpt2.device import pick_device
+from fastgpt2.flags import read_arguments
 from fastgpt2.model import GPT
 from fastgpt2.pretrained import load_run
 from fastgpt2.tokenizer import Tokenizer, load_tokenizer
@@ -49,13 +49,13 @@ class Sampling:
 class SampleConfig:
     """Text from the newest checkpoint of a run."""
 
-    from_: Annotated[Path, tyro.conf.arg(name="from")]
+    from_: Path
     """The run's --out folder."""
     prompt: str = ""
     """Text to continue (default: a new document)."""
     max_new_tokens: int = 200
     """Tokens to draw at most; a sample ends earlier where the model ends its text."""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
+    sampling: Sampling = Sampling()
     num_samples: int = 1
     """Samples to draw."""
     seed: int = 0
@@ -146,7 +146,7 @@ def pick_tokenizer(config: SampleConfig, state: dict[str, Any]) -> Tokenizer:
 
 def main() -> None:
     """`python -m fastgpt2.sample`: prints the samples, each after its prompt."""
-    config = tyro.cli(SampleConfig, prog="python -m fastgpt2.sample")
+    config = read_arguments(SampleConfig, "python -m fastgpt2.sample")
     config.sampling.check()
     for flag, value in (("--max-new-tokens", config.max_new_tokens), ("--num-samples", config.num_samples)):
         if value < 1:

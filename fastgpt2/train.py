@@ -6,7 +6,6 @@ drawn and copied while the device works.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import math
@@ -16,13 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgpt2 import checkpoint
-from fastgpt2.config import TrainConfig, read_toml, to_arguments
+from fastgpt2.arguments import naming_files, read_command_line
+from fastgpt2.config import TrainConfig
 from fastgpt2.device import device_name, give_back_freed_memory, peak_flops, peak_memory_bytes, pick_device
 from fastgpt2.durable import OutputError, write_text
 from fastgpt2.evaluate import evaluate
@@ -266,57 +266,13 @@ def _notes(run: Run) -> Iterator[str]:
         yield "dummy-fixed repeats one batch: the loss falls as the model learns it by heart"
 
 
-def _command_line() -> type[TrainConfig]:
-    """TrainConfig as tyro shows it: with --config, and for a field that is settled later (None) the type alone,
-    since its help says what it will be."""
-    import tyro
-
-    hints = get_type_hints(TrainConfig)
-    unsettled = {}
-    for name in (f.name for f in dataclasses.fields(TrainConfig) if f.default is None):
-        (hint,) = (part for part in get_args(hints[name]) if part is not type(None))
-        metavar = "{" + ",".join(get_args(hint)) + "}" if get_args(hint) else hint.__name__.upper()
-        unsettled[name] = Annotated[hints[name], tyro.conf.arg(metavar=metavar, help_behavior_hint="")]
-    file = "TOML file of settings by flag name; flags given as well win over it."
-    config = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help=file, help_behavior_hint="")]
-    members = {
-        "__doc__": TrainConfig.__doc__,
-        "__annotations__": {**unsettled, "config": config},
-        # TrainConfig checks when it is made of this, where a ConfigError is one line rather than tyro's box.
-        "__post_init__": lambda self: None,
-    }
-    return dataclass(frozen=True)(type("CommandLine", (TrainConfig,), members | dict.fromkeys([*unsettled, "config"])))
-
-
-def parse(arguments: list[str]) -> TrainConfig:
-    """A configuration from command-line arguments; prints help or an error and exits where tyro does.
-
-    A --config file, and the config.toml of a run that is resumed, become arguments in front of the user's,
-    so that they are checked in the same way and the user's win.
-    """
-    import tyro
-
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", type=Path)
-    early.add_argument("--out", type=Path)
-    early.add_argument("--resume", action="store_true")
-    seen, _ = early.parse_known_args(arguments)
-    settings: dict[str, Any] = {}
-    if seen.resume and seen.out is not None and (seen.out / "config.toml").exists():
-        settings |= read_toml(seen.out / "config.toml")
-    if seen.config is not None:
-        settings |= read_toml(seen.config)
-    line = tyro.cli(_command_line(), args=to_arguments(settings) + arguments, prog="python -m fastgpt2.train")
-    return TrainConfig(**{f.name: getattr(line, f.name) for f in dataclasses.fields(TrainConfig)})
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command: train with a live display, write the outputs, print a summary."""
     from fastgpt2.display import TrainDisplay
 
-    config = parse(sys.argv[1:] if arguments is None else arguments)
+    config, origins = read_command_line(sys.argv[1:] if arguments is None else arguments)
     refuse_several_processes()
-    with contextlib.ExitStack() as folder, TrainDisplay() as display:
+    with contextlib.ExitStack() as folder, TrainDisplay() as display, naming_files(origins):
         if config.out is None:
             config = dataclasses.replace(config, out=folder.enter_context(new_folder(Path("runs"))))
         try:

@@ -34,6 +34,7 @@ from fastgpt2.compare import ALLOWED, SEEDS, error_and_budget, excess, problems
 from fastgpt2.config import ConfigError, Dtype, TrainConfig
 from fastgpt2.data import split
 from fastgpt2.device import pick_device
+from fastgpt2.flags import Parser
 from fastgpt2.model import GPT
 from fastgpt2.ops import FLAGS, SLOTS, Ops, make_ops
 from fastgpt2.run import TORCH_DTYPE, build, numerics
@@ -321,9 +322,7 @@ def _each(
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; exit status 1 where a backend is out of budget."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m fastgpt2.verify", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(prog="python -m fastgpt2.verify", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--steps", type=int, default=100, help="training steps compared (default: 100)")
     given = parser.parse_args(arguments)

@@ -265,7 +265,8 @@ def _in_words(limit: Bound | None) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kernels.inspect", description=__doc__.split("\n")[0])
+    about, usage = __doc__.split("\n")[0], "python -m kernels.inspect [flags]"
+    parser = argparse.ArgumentParser("kernels.inspect", usage=usage, description=about, allow_abbrev=False)
     parser.add_argument("--arch", nargs="+", default=architectures(), choices=architectures(), help="default: all")
     parser.add_argument("--precision", nargs="+", choices=list(ELEMENTS), help="default: all")
     parser.add_argument("--op", nargs="+", metavar="PREFIX", help="kernels whose name begins so (default: all)")

@@ -43,7 +43,7 @@ from typing import Any
 from kernels import inspect
 from kernels.inspect import Case, Report
 from kernels.launch import Tuning
-from kernels.tuning import TABLES, LaunchConfig, architectures, major, nearest, read_table
+from kernels.tuning import TABLES, LaunchConfig, architectures, check_table, major, nearest, read_table
 
 TIE = 0.01
 """Medians this close, as a part of the fastest, count as equal: less than this is noise."""
@@ -328,6 +328,8 @@ def write(path: Path, table: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
         file.write(serialize(table))
+        file.flush()
+        os.fsync(file.fileno())
     try:
         os.chmod(file.name, 0o644)
         os.replace(file.name, path)
@@ -419,7 +421,8 @@ def _this_arch() -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kernels.tune", description=__doc__.split("\n")[0])
+    about, usage = __doc__.split("\n")[0], "python -m kernels.tune [flags]"
+    parser = argparse.ArgumentParser("kernels.tune", usage=usage, description=about, allow_abbrev=False)
     parser.add_argument("--op", nargs="+", metavar="PREFIX", help="kernels whose name begins so (default: all)")
     parser.add_argument("--precision", nargs="+", choices=list(inspect.ELEMENTS), help="default: all")
     parser.add_argument("--size", nargs="+", type=int, help="of the table: head size, channels, ... (default: all)")
@@ -433,6 +436,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.arch and not given.dry_run:
         parser.error("--arch is for --dry-run: what is timed is the GPU present")
+    for name in ("seconds", "minutes"):
+        if not getattr(given, name) > 0:
+            parser.error(f"--{name} must be positive, got {getattr(given, name):g}")
 
     arch = given.arch or _this_arch()
     if arch is None:
@@ -445,6 +451,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     options = Options(*(tuple(x) if x else None for x in (given.op, given.precision, given.size)))
     out = given.out or TABLES / f"{arch}.json"
+    if not given.dry_run and out.name != f"{arch}.json":
+        parser.error(f"--out must be named {arch}.json, after this GPU's architecture, got {out}")
+    if out.exists():
+        try:
+            check_table(out)
+        except ValueError as error:
+            parser.error(f"--out: {error}")
     table = read(arch, out)
     wanted = keys(arch, table, options)
     if not wanted:

@@ -15,7 +15,10 @@ STANDARD = set(sys.stdlib_module_names)
 FASTGPT2 = {
     # module: which of our modules it may import (a function's own imports count too)
     "__init__": {"config", "model", "ops", "train"},
-    "config": set(),
+    "fields": set(),
+    "config": {"fields"},
+    "toml": {"config", "fields"},
+    "flags": {"fields"},
     "console": {"config"},
     "attention": set(),
     "embedding": set(),
@@ -27,18 +30,20 @@ FASTGPT2 = {
     "tensors": {"config", "durable"},
     "state": {"config"},
     "checkpoint": {"config", "durable", "model", "state", "tensors"},
-    "folder": {"checkpoint", "config", "durable"},
+    "folder": {"checkpoint", "config", "durable", "toml"},
+    "arguments": {"checkpoint", "config", "fields", "flags", "toml"},
     "metrics": {"config", "device", "durable"},
     "tokenizer": {"config", "data"},
-    "prepare": {"config", "console", "data", "durable", "tokenizer"},
+    "prepare": {"config", "console", "data", "durable", "flags", "tokenizer"},
     "device": {"config"},
     "pretrained": {"checkpoint", "model"},
-    "evaluate": {"config", "console", "data", "device", "pretrained"},
-    "sample": {"config", "console", "data", "device", "model", "pretrained", "tokenizer"},
+    "evaluate": {"config", "console", "data", "device", "flags", "pretrained"},
+    "sample": {"config", "console", "data", "device", "flags", "model", "pretrained", "tokenizer"},
     "graph": set(),
     "run": {"attention", "checkpoint", "config", "data", "device", "folder", "graph", "model", "ops", "optim", "state"},
     "record": {"__version__", "device", "durable", "state"},
     "train": {
+        "arguments",
         "checkpoint",
         "config",
         "console",
@@ -54,11 +59,11 @@ FASTGPT2 = {
         "record",
         "run",
     },
-    "display": {"device", "metrics", "model", "run", "train"},
+    "display": {"config", "device", "metrics", "model", "run", "train"},
     "compare": {"attention", "ops"},
-    "verify": {"compare", "config", "console", "data", "device", "model", "ops", "run", "train"},
+    "verify": {"compare", "config", "console", "data", "device", "flags", "model", "ops", "run", "train"},
 }
-HEAVY = {"tyro", "rich", "matplotlib", "safetensors", "tiktoken", "transformers", "triton"}
+HEAVY = {"rich", "matplotlib", "safetensors", "tiktoken", "transformers", "triton"}
 """Packages that `train()` can do without: imported inside the functions that need them."""
 
 
@@ -104,8 +109,9 @@ def test_kernels_know_nothing_of_fastgpt2_and_ops_nothing_of_each_other(path: Pa
     assert all(name.startswith("kernels") for name in ours)
 
 
-def test_config_needs_the_standard_library_only() -> None:
-    assert {name.split(".")[0] for name in imports(ROOT / "fastgpt2" / "config.py")} <= STANDARD
+@pytest.mark.parametrize("name", ["config", "fields", "flags", "toml"])
+def test_settings_need_the_standard_library_only(name: str) -> None:
+    assert {name.split(".")[0] for name in imports(ROOT / "fastgpt2" / f"{name}.py")} <= STANDARD | {"fastgpt2"}
 
 
 @pytest.mark.parametrize(

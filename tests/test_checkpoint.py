@@ -370,7 +370,7 @@ def save_a_checkpoint(folder: Path) -> None:
 
 
 def prepare_shards(folder: Path) -> None:
-    prepare = pytest.importorskip("fastgpt2.prepare", reason="preparing data needs tyro and rich")
+    prepare = pytest.importorskip("fastgpt2.prepare", reason="preparing data needs rich")
     (folder / "text.txt").write_text("Some words. " * 100)
     prepare.prepare(prepare.PrepareConfig(sources=(folder / "text.txt",), out=folder / "run", tokenizer="byte"))
 

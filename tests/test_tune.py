@@ -393,10 +393,29 @@ def test_without_a_gpu_one_line_says_what_to_do(monkeypatch, capsys) -> None:
     assert "nothing to tune" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--minutes", "0"], "--minutes must be positive, got 0"),
+        (["--seconds", "nan"], "--seconds must be positive, got nan"),
+        (["--out", "table.json"], "--out must be named sm_90.json, after this GPU's architecture, got table.json"),
+        (["--out", "sm_90.json"], "--out: sm_90.json is not a table: it has no entries"),
+        (["--prec", "bfloat16"], "unrecognized arguments: --prec bfloat16"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(tmp_path, monkeypatch, capsys, arguments, reason) -> None:
+    monkeypatch.setattr(tune, "_this_arch", lambda: "sm_90")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sm_90.json").write_text("[]")
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(arguments)
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.gpu
 def test_a_real_run_is_repeatable(tmp_path, capsys) -> None:
     """One small kernel, twice: the second run finds the first's choice and keeps it."""
-    out = tmp_path / "table.json"
+    out = tmp_path / f"{tune._this_arch()}.json"
     chosen = []
     key = Key("layer_norm_forward", "bfloat16", 256)
     for _ in range(2):

@@ -1,0 +1,99 @@
+"""The settings of a run from the command line: flags over a --config file over the run's own config.toml."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastgpt2 import checkpoint
+from fastgpt2.config import ConfigError, TrainConfig
+from fastgpt2.fields import checked, flag
+from fastgpt2.flags import given_flags, make_parser
+from fastgpt2.toml import UnreadableError, check_settings, load_toml, read_toml
+
+PROGRAM = "python -m fastgpt2.train"
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """A configuration from command-line arguments.
+
+    Raises:
+        ConfigError: a flag, or a value in a file, that can't be carried out.
+    """
+    return read_command_line(arguments)[0]
+
+
+def read_command_line(arguments: list[str]) -> tuple[TrainConfig, dict[str, str]]:
+    """A configuration from command-line arguments, and for each setting that a file gave, where it stands.
+
+    Three layers, a later one wins: config.toml of the run that is resumed, the --config file, the flags. All of each is
+    checked, also what a later one replaces.
+
+    Raises:
+        ConfigError: a flag, or a value in a file, that can't be carried out.
+    """
+    parser = make_parser(TrainConfig, PROGRAM)
+    about = "TOML file of settings by flag name; flags given as well win. Paths in it are relative to where you are."
+    parser.add_argument("--config", metavar="FILE", help=about)
+    flags = given_flags(parser, TrainConfig, arguments)
+    layers: list[tuple[str, dict[str, Any]]] = [("", flags)]
+    if "config" in flags:
+        file = checked("--config", flags.pop("config"), Path)
+        layers.insert(0, (str(file), read_toml(file)))
+    asked = {name: value for _, layer in layers for name, value in layer.items()}
+    if asked.get("resume") and "out" in asked:
+        layers.insert(0, _settings_of_run(asked["out"]))
+    settings, origins = _merged(layers)
+    with naming_files(origins):
+        return TrainConfig(**settings), origins
+
+
+def _settings_of_run(out: Path) -> tuple[str, dict[str, Any]]:
+    """Where the settings of a run stand, and what they are; none where the folder holds no run."""
+    path = out / "config.toml"
+    try:
+        return str(path), check_settings(load_toml(path, str(path)), str(path))
+    except UnreadableError as error:
+        saved = checkpoint.saved_settings(out)
+        if saved is None:
+            if path.exists():
+                raise
+            return "", {}
+        where = f"the newest checkpoint of {out}"
+        print(f"{error}; taking the settings from {where}", file=sys.stderr)
+        return where, check_settings(saved, where)
+
+
+REPLACES = {"model": ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), "data": ("end_of_text",)}
+"""Settings that were right for the preset or data of an earlier layer, and aren't for another."""
+
+
+def _merged(layers: list[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings of layers, a later one over those before it, and the file that gave each."""
+    settings: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for where, layer in layers:
+        for name in (n for n in REPLACES if n in layer and layer[n] != settings.get(n)):
+            for stale in REPLACES[name]:
+                settings.pop(stale, None)
+        settings |= layer
+        origins |= dict.fromkeys(layer, where)
+    return settings, {name: where for name, where in origins.items() if where and name in settings}
+
+
+@contextlib.contextmanager
+def naming_files(origins: dict[str, str]) -> Iterator[None]:
+    """An error that names a setting which no flag gave says which file did."""
+    try:
+        yield
+    except ConfigError as error:
+        named = [name.replace("-", "_") for name in re.findall(r"--(?:no-)?([a-z][a-z0-9-]*)", str(error))]
+        given = [name for name in dict.fromkeys(named) if name in origins]
+        if not given:
+            raise
+        where = ", ".join(f"{flag(name)} is from {origins[name]}" for name in given)
+        raise ConfigError(f"{error} ({where})") from None

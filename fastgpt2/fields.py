@@ -1,0 +1,220 @@
+"""What a setting may hold: one check of types and bounds for Python, TOML files and flags.
+
+The annotation of a dataclass field says all of it: a type of ACCEPTS, bounds (Annotated with rules, each a function
+of the value), a choice (Literal), or a union of these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import numbers
+import operator
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
+"""A larger number is infinite where the step computes with it."""
+
+
+class ConfigError(ValueError):
+    """A request that can't be carried out. The message is one line and says what would work."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `least` on, and below `below`."""
+
+    least: int
+    below: float = math.inf
+
+    def __call__(self, value: float) -> float:
+        """The value itself. Raises ValueError with what is expected."""
+        if not self.least <= value < self.below:
+            raise ValueError(
+                f"at least {self.least}" if math.isinf(self.below) else f"in [{self.least}, {self.below:g})"
+            )
+        return value
+
+
+def not_empty(text: str) -> str:
+    """The text itself. Raises ValueError with what is expected."""
+    if not text:
+        raise ValueError("a string that is not empty")
+    return text
+
+
+def expand_home(text: str) -> str:
+    """A path with ~ or ~user at its beginning replaced. Raises ValueError with what is expected."""
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        raise ValueError("a path (./~name where the name itself begins with ~)") from None
+
+
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+NonNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+Name = Annotated[str, not_empty]
+Place = Annotated[str, not_empty, expand_home]
+
+
+def check_fields(config: Any) -> None:
+    """Check every field of a frozen dataclass, and make each plain: int, float, bool, str or Path.
+
+    Raises:
+        ConfigError: a value of another type or out of its bounds; the message names the flag.
+    """
+    for name, hint in field_hints(config.__class__).items():
+        object.__setattr__(config, name, checked(flag(name), getattr(config, name), hint))
+
+
+def checked(label: str, value: Any, hint: Any) -> Any:
+    """The value as plain Python: what a field with this annotation holds.
+
+    Args:
+        label: what the message calls it, such as --lr.
+
+    Raises:
+        ConfigError: it is of another type or out of its bounds.
+    """
+    expected: list[str] = []
+    choices: list[str] = []
+    for option in options(hint):
+        try:
+            return _accept(option, value)
+        except ValueError as error:
+            expected.append(str(error))
+            choices += get_args(option) if get_origin(option) is Literal else []
+    close = nearest(value, choices) if isinstance(value, str) else ""
+    raise ConfigError(f"{label} must be {' or '.join(filter(None, expected))}, got {shown(value)}{close}")
+
+
+def from_text(text: str, hint: Any) -> Any:
+    """A number where the text is one and the annotation wants one, else the text: `checked` judges it."""
+    for option in options(hint):
+        kind = get_args(option)[0] if get_origin(option) is Annotated else option
+        if kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                return text
+    return text
+
+
+@functools.cache
+def field_hints(kind: type) -> dict[str, Any]:
+    """The annotations of a dataclass's fields, by name."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+
+
+def options(hint: Any) -> tuple[Any, ...]:
+    """What an annotation allows: the members of a union, else itself."""
+    return (hint,) if get_origin(hint) in (None, Annotated, Literal) else get_args(hint)
+
+
+def _accept(option: Any, value: Any) -> Any:
+    """The plain value. Raises ValueError with what is expected."""
+    if get_origin(option) is Literal:
+        if isinstance(value, str) and value in get_args(option):
+            return str(value)
+        raise ValueError(("one of " if len(get_args(option)) > 1 else "") + ", ".join(get_args(option)))
+    if get_origin(option) is Annotated:
+        kind, *rules = get_args(option)
+        plain = ACCEPTS[kind](value)
+        for rule in rules:
+            plain = rule(plain)
+        return plain
+    return ACCEPTS[option](value)
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError("a whole number")
+    number = operator.index(value)
+    if not abs(number) < 2**63:
+        raise ValueError("a whole number below 2**63")
+    return number
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError("a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= FLOAT32_MAX:
+        raise ValueError("a finite number")
+    return number
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def _string(value: Any) -> str:
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise ValueError("a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("UTF-8") from None
+    if "\0" in text:
+        raise ValueError("a string without NUL")
+    return str(text)
+
+
+def _path(value: Any) -> Path:
+    text = not_empty(_string(value))
+    # Only what is typed has a ~ for the home folder: a Path is where it says.
+    return Path(expand_home(text) if isinstance(value, str) else text)
+
+
+def _none(value: Any) -> None:
+    if value is not None:
+        raise ValueError("")
+
+
+ACCEPTS: dict[Any, Callable[[Any], Any]] = {
+    int: _integer,
+    float: _number,
+    bool: _boolean,
+    str: _string,
+    Path: _path,
+    type(None): _none,
+}
+"""By type: the plain value, or ValueError with what is expected."""
+
+
+def flag(name: str) -> str:
+    """A field's flag."""
+    return f"--{name.strip('_').replace('_', '-')}"
+
+
+def shown(value: Any) -> str:
+    """A value in a message: one line, and short."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a list in a list in a list
+        text = f"a very large {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= 100 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """A hint at the known name that is like another one; empty where none is."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,84 @@
+"""Settings in a TOML file: a flat list of `name = value`, named as the fields of TrainConfig."""
+
+from __future__ import annotations
+
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from fastgpt2.config import TrainConfig
+from fastgpt2.fields import ConfigError, checked, field_hints, nearest, shown
+
+MOST_BYTES, MOST_DOTS = 64 << 10, 1000
+"""Every setting with its help is 7 KiB. For a key of many dots tomllib takes quadratic time: 30 s for 32,000."""
+REPLACED = {"eval_batches": "eval_sequences"}
+"""Settings of earlier versions, and what they became."""
+
+
+class UnreadableError(ConfigError):
+    """A file that is missing, can't be read or is not TOML."""
+
+
+def read_toml(path: Path, label: str | None = None) -> dict[str, Any]:
+    """The settings in a file, by field name (`batch_size` and `batch-size` are the same), each checked.
+
+    Args:
+        label: what messages call the file (default: --config and its path).
+
+    Raises:
+        ConfigError: the file can't be read or parsed, a key is no setting (the nearest one is named), or a value is of
+            another type or out of its bounds.
+    """
+    label = label or f"--config {path}"
+    return check_settings(load_toml(path, label), label)
+
+
+def load_toml(path: Path, label: str) -> dict[str, Any]:
+    """A file's table, unchecked.
+
+    Raises:
+        UnreadableError: the file can't be read or is not TOML.
+    """
+    try:
+        # Before it is opened: a pipe would wait for a writer, and /dev/zero has no end.
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise UnreadableError(f"can't read {label}: not a file")
+        if found.st_size > MOST_BYTES:
+            raise UnreadableError(f"can't read {label}: {found.st_size:,} bytes are no list of settings")
+        text = path.read_text(encoding="utf-8-sig")
+        if text.count(".") > MOST_DOTS:
+            raise UnreadableError(f"can't read {label}: {text.count('.'):,} dots are no list of settings")
+        return tomllib.loads(text)
+    except OSError as error:
+        raise UnreadableError(f"can't read {label}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"can't read {label}: not UTF-8 at byte {error.start}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UnreadableError(f"{label} is not TOML: {error}") from None
+    except RecursionError:
+        raise UnreadableError(f"{label} is no list of settings: nested too deeply") from None
+    except UnreadableError:
+        raise
+    except ValueError:  # of int(), at thousands of digits
+        raise UnreadableError(f"{label} is no list of settings: a number is too long") from None
+
+
+def check_settings(table: dict[str, Any], label: str) -> dict[str, Any]:
+    """A table's settings by field name.
+
+    Raises:
+        ConfigError: as read_toml, for what is in the table.
+    """
+    hints = field_hints(TrainConfig)
+    settings: dict[str, Any] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in hints:
+            instead = f"; it is {REPLACED[name]!r} now" if name in REPLACED else nearest(name, hints)
+            raise ConfigError(f"{label}: unknown key {shown(key)}{instead}")
+        if name in settings:
+            raise ConfigError(f"{label}: {name!r} is given twice, with _ and with -")
+        settings[name] = checked(f"{label}: {name}", value, hints[name])
+    return settings
