@@ -4,23 +4,29 @@
     DIR/val_000000.bin         other documents than the training ones
     DIR/meta.json              tokenizer, counts, checksums, unigram entropies, what was read
     DIR/vocab.bpe, encoder.json   GPT-2's tokenizer, so that the folder needs nothing else
+    DIR/.lock                  held while shards are made: a second prepare is refused
 
-A file is a document; the end-of-text token follows each. The same files give the same bytes.
+A file is a document, or with --document-separator what stands between two marks; the end-of-text token follows each.
+The same files give the same bytes.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shlex
 import shutil
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import FrameType
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from rich.console import Console
@@ -31,16 +37,21 @@ from rich.table import Table
 from fastgpt2.config import ConfigError
 from fastgpt2.console import run_command
 from fastgpt2.data import META_NAME, count_tokens, unigram_entropy, write_shard
-from fastgpt2.durable import sync
+from fastgpt2.durable import InUseError, locked, sync
 from fastgpt2.flags import read_arguments
-from fastgpt2.tokenizer import ByteTokenizer, Gpt2Tokenizer, Tokenizer, copy_bpe_files
+from fastgpt2.sources import ASIDE, Document, Found, assign, find, skipped_text, texts
+from fastgpt2.tokenizer import BPE_FILES, END_OF_TEXT, ByteTokenizer, Gpt2Tokenizer, Tokenizer, copy_bpe_files
 
 SHARD_TOKENS = 100_000_000
-SKIPPED_FOLDERS = ("__pycache__", "node_modules", "site-packages")
-SNIFFED_BYTES = 1 << 13
 SHORT_TOKENS = 1024
 """GPT-2's context: a split that doesn't fill one is worth a word."""
-_ASIDE = ".preparing"
+UNFINISHED = {
+    "vocab_size": 1,
+    "shards": {f"{split}_unfinished.bin": {"tokens": 1, "sha256": "0" * 64} for split in ("train", "val")},
+}
+"""meta.json while shards are moved into place: it lists shards that never exist, so that every reader refuses the
+folder, which may hold old shards and new ones."""
+_SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__]
 
 
 @dataclass(frozen=True)
@@ -48,52 +59,24 @@ class PrepareConfig:
     """Turn text files into token shards for training."""
 
     sources: tuple[Path, ...]
-    """Text files, and folders whose text files are taken (hidden ones, site-packages, __pycache__ and
-    node_modules are not)."""
+    """Text files, and folders whose text files are taken (hidden ones, site-packages, __pycache__,
+    node_modules, tables, archives and what prepare wrote are not)."""
     out: Path
     """Folder for the shards; made where it doesn't exist."""
     tokenizer: Literal["gpt2", "byte"] = "gpt2"
     """gpt2 (byte-pair encoding, vocabulary 50257) or byte (vocabulary 257, for small models)."""
     bpe: Path | None = None
-    """Folder with GPT-2's vocab.bpe and encoder.json (default: tiktoken's, which needs the network once)."""
+    """Folder with vocab.bpe and encoder.json, GPT-2's or of other merges (default: tiktoken's, which needs the
+    network once)."""
     val_fraction: float = 0.02
-    """Part of the text kept for validation: whole files, chosen by a hash of their contents."""
+    """Part of the text kept for validation: whole documents, chosen by a hash of their contents."""
     ext: tuple[str, ...] = ()
     """Take only files with these endings from folders, such as .py .txt (default: all that are text)."""
+    document_separator: str | None = None
+    """Text that stands between documents in a file, such as <|endoftext|> (default: a file is a document). It
+    becomes no token itself, nor does a newline right before or after it."""
     overwrite: bool = False
     """Replace the shards that --out already holds."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text file, or the characters [begin, end) of one."""
-
-    path: Path
-    size: int
-    """Bytes of the whole file."""
-    digest: bytes
-    """Of the contents: what decides the split, so that copies of a file never lie on both sides."""
-    begin: int = 0
-    end: int | None = None
-
-    def text(self) -> str:
-        """The document's characters.
-
-        Raises:
-            ConfigError: the file can't be read any more.
-        """
-        try:
-            return self.path.read_bytes().decode()[self.begin : self.end]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{self.path} changed while it was read: {error}") from None
-
-
-@dataclass
-class Found:
-    """The documents under the sources, and how many files were left out for which reason."""
-
-    documents: list[Document] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
 
 
 def prepare(config: PrepareConfig, console: Console | None = None) -> dict[str, Any]:
@@ -101,135 +84,66 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> dict[str, 
 
     Raises:
         ConfigError: a value out of range, a source that doesn't exist, nothing to read, an --out that can't
-            be written or already holds shards, or a tokenizer that can't be had.
+            be written, is in use or already holds shards, or a tokenizer that can't be had.
     """
     console = console or Console(stderr=True)
+    config = _expanded(config)
     _check(config)
-    aside = _claim(config)
+    try:
+        _make_folder(config.out)
+        with locked(config.out) as alone:
+            if not alone:
+                _warn(console, f"{config.out} is on a file system without locks: start no second prepare into it")
+            return _prepare_alone(config, console)
+    except InUseError:
+        raise ConfigError(f"--out {config.out} is in use by another process: wait for it or give another") from None
+    except OSError as error:
+        raise ConfigError(f"can't write {error.filename or config.out}: {error.strerror or error}") from None
+
+
+def _prepare_alone(config: PrepareConfig, console: Console) -> dict[str, Any]:
+    _check_unused(config)
+    aside = config.out / ASIDE
+    shutil.rmtree(aside, ignore_errors=True)  # of a prepare that was killed
+    aside.mkdir()
     try:
         # First, since it is what most likely fails.
         tokenizer = _tokenizer(config, aside, console)
         with _progress(console) as progress:
-            found = find(config, progress)
+            found = find(config.sources, config.out, config.ext, config.document_separator, progress)
             parts = assign(found.documents, config.val_fraction)
             shards, counts = _write(parts, tokenizer, aside, progress)
         meta = _describe(config, tokenizer, found, parts, shards, counts)
         (aside / META_NAME).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         _publish(aside, config.out)
-    except OSError as error:
-        raise ConfigError(f"can't write {error.filename or config.out}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    if found.unreadable:
+        _warn(console, f"unreadable, so left out: {found.unreadable}")
+    if found.written:
+        _warn(console, f"left out {found.written:,} files that prepare writes, as those in {config.out}")
+    if found.marks:
+        _warn(
+            console,
+            f"{END_OF_TEXT} stands {found.marks:,} times in the text and was taken as text; to end a document at each: "
+            f"--document-separator '{END_OF_TEXT}'",
+        )
     return meta
 
 
-def find(config: PrepareConfig, progress: Progress | None = None) -> Found:
-    """Read every file under the sources once, sorted, and keep those that are UTF-8 text and not empty.
-
-    Raises:
-        ConfigError: a folder or file can't be read, or nothing is left; the message counts what was skipped.
-    """
-    found, seen = Found(), set()
-    paths = list(_walk(config))
-    task = progress.add_task("reading", total=len(paths)) if progress else None
-    for path in paths:
-        if progress and task is not None:
-            progress.advance(task)
-        real = path.resolve()
-        if real in seen:
-            continue
-        seen.add(real)
-        contents = _read_text(path)
-        if isinstance(contents, str):
-            found.skipped[contents] += 1
-        else:
-            digest = hashlib.blake2b(contents, digest_size=16).digest()
-            found.documents.append(Document(path, len(contents), digest))
-    if not found.documents:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(found.skipped.items())) or "no files"
-        only = f" with --ext {' '.join(config.ext)}" if config.ext else ""
-        where = " ".join(map(str, config.sources))
-        raise ConfigError(f"nothing to read in {where}{only}: {reasons}")
-    return found
+def _warn(console: Console, text: str) -> None:
+    with contextlib.suppress(OSError, SystemExit):  # what can't be printed stops nothing; rich exits at a closed pipe
+        console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)  # a path is not to be cut
 
 
-def assign(documents: list[Document], val_fraction: float) -> dict[str, list[Document]]:
-    """Divide the documents: {"train": [...], "val": [...]}, in the order given, none on both sides.
+def _expanded(config: PrepareConfig) -> PrepareConfig:
+    """With ~ in its paths replaced, where the shell has not done it."""
 
-    Validation takes documents in the order of their contents' hash, each that still fits, until it has
-    val_fraction of the bytes. Where the documents are too few or too large for that, the end of the largest
-    is cut off for it, at a line's beginning.
-    """
-    budget = val_fraction * sum(document.size for document in documents)
-    chosen: set[bytes] = set()
-    taken, copies = 0, Counter(document.digest for document in documents)
-    for document in sorted(documents, key=lambda d: d.digest):
-        size = document.size * copies[document.digest]
-        if document.digest not in chosen and taken + size <= budget:
-            chosen.add(document.digest)
-            taken += size
-    parts: dict[str, list[Document]] = {"train": [], "val": []}
-    if taken < budget / 2:
-        largest = max((d for d in documents if d.digest not in chosen), key=lambda d: d.size)
-        # Its copies would show the training what it is validated on.
-        documents = [d for d in documents if d.digest != largest.digest or d is largest]
-        head, tail = _cut(largest, budget - taken)
-        documents = [head if d is largest else d for d in documents]
-        parts["val"].append(tail)
-    for document in documents:
-        parts["val" if document.digest in chosen else "train"].append(document)
-    return parts
+    def expanded(path: Path) -> Path:
+        return Path(os.path.expanduser(path))  # Path.expanduser raises where there is no such user
 
-
-def _cut(document: Document, tail_bytes: float) -> tuple[Document, Document]:
-    text = document.text()
-    # At least a character on either side; at a line's beginning where the tail has one.
-    at = min(max(round(len(text) * (1 - tail_bytes / document.size)), 1), max(len(text) - 1, 1))
-    line = text.find("\n", at - 1) + 1
-    at = line if 0 < line < len(text) else at
-    return dataclasses.replace(document, end=at), dataclasses.replace(document, begin=at)
-
-
-def _walk(config: PrepareConfig) -> Iterator[Path]:
-    """The files to look at, sorted within each source."""
-    endings = tuple(e if e.startswith(".") else f".{e}" for e in config.ext)
-    out = config.out.resolve()
-
-    def stop(error: OSError) -> None:
-        raise ConfigError(f"can't read {error.filename}: {error.strerror}")
-
-    for source in config.sources:
-        if not source.is_dir():
-            yield source
-            continue
-        for folder, folders, files in os.walk(source, onerror=stop):
-            here = Path(folder)
-            # Changed in place, which os.walk heeds. What an earlier run wrote is not text to train on.
-            folders[:] = sorted(name for name in folders if name[0] != "." and name not in SKIPPED_FOLDERS)
-            if here.resolve() == out:
-                continue
-            for name in sorted(files):
-                if name[0] != "." and (not endings or name.endswith(endings)):
-                    yield here / name
-
-
-def _read_text(path: Path) -> bytes | str:
-    """The bytes of a text file, or why it is none."""
-    # A pipe or a device would block, or never end.
-    if not path.is_file():
-        return "not regular files"
-    try:
-        with path.open("rb") as file:
-            head = file.read(SNIFFED_BYTES)
-            if b"\0" in head:
-                return "binary"
-            contents = head + file.read()
-        contents.decode()
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    except OSError as error:
-        raise ConfigError(f"can't read {path}: {error.strerror or error}") from None
-    return "empty" if not contents.strip() else contents
+    bpe = None if config.bpe is None else expanded(config.bpe)
+    return replace(config, sources=tuple(map(expanded, config.sources)), out=expanded(config.out), bpe=bpe)
 
 
 def _check(config: PrepareConfig) -> None:
@@ -237,39 +151,71 @@ def _check(config: PrepareConfig) -> None:
     if not config.sources:
         raise ConfigError("give at least one text file or folder to read")
     for source in config.sources:
-        if not source.exists():
-            raise ConfigError(f"no such file or folder: {source}")
+        try:
+            source.stat()
+        except FileNotFoundError:
+            raise ConfigError(f"no such file or folder: {source}") from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"can't read {source}: {getattr(error, 'strerror', None) or error}") from None
     if not 0.0 < config.val_fraction <= 0.5:
         raise ConfigError(f"--val-fraction must be over 0 and at most 0.5, got {config.val_fraction}")
+    for ending in config.ext:
+        if not ending.strip(".") or set(ending) & set("*?/"):
+            raise ConfigError(f"--ext takes endings such as .txt, got {ending!r}")
+    separator = config.document_separator
+    if separator == "":
+        raise ConfigError("--document-separator is empty: give the text between documents, or leave it out")
+    if separator and separator != separator.encode(errors="replace").decode():
+        raise ConfigError(f"--document-separator must be UTF-8, got {separator!r}")
     if config.bpe is not None and config.tokenizer != "gpt2":
         raise ConfigError(f"--bpe holds GPT-2's tokenizer: it has no use with --tokenizer {config.tokenizer}")
 
 
-def _claim(config: PrepareConfig) -> Path:
-    """Make --out and, in it, the folder that everything is written to first."""
-    out = config.out
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file: give a folder")
-    if not config.overwrite and (held := _shard_files(out)):
-        raise ConfigError(
-            f"--out {out} already holds {held[0].name}: give --overwrite to replace it, or another folder"
-        )
-    aside = out / _ASIDE
+def _make_folder(out: Path) -> None:
+    """Make --out where it doesn't exist. What is made is on the disk before this returns.
+
+    Raises:
+        ConfigError: it can't be made.
+    """
+    if os.path.lexists(out) and not os.path.isdir(out):
+        kind = "a file" if os.path.exists(out) else "a link to nothing"
+        raise ConfigError(f"--out {out} is {kind}: give a folder")
     try:
+        missing = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-    except OSError as error:
-        raise ConfigError(f"can't write --out {out}: {error.strerror or error}") from None
-    return aside
+        for folder in missing:
+            sync(folder.parent)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"can't write --out {out}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _check_unused(config: PrepareConfig) -> None:
+    """Raises ConfigError where --out holds shards that nobody said to replace."""
+    held = _shard_files(config.out)
+    if config.overwrite or not held or _is_unfinished(config.out):
+        return
+    raise ConfigError(
+        f"--out {config.out} already holds {held[0].name}: give --overwrite to replace it, or another folder"
+    )
+
+
+def _is_unfinished(out: Path) -> bool:
+    """Whether a prepare was cut while it moved its shards into place."""
+    try:
+        return (out / META_NAME).read_text(encoding="utf-8") == json.dumps(UNFINISHED)
+    except (OSError, ValueError):
+        return False
 
 
 def _tokenizer(config: PrepareConfig, aside: Path, console: Console) -> Tokenizer:
     if config.tokenizer == "byte":
         return ByteTokenizer()
     for name in copy_bpe_files(config.bpe, aside):
-        text = f"[yellow]warning:[/] {escape(str(config.bpe))}/{name} is not GPT-2's published one"
-        console.print(text, soft_wrap=True)  # a path is not to be cut
+        _warn(console, f"{config.bpe}/{name} is not GPT-2's published one")
+    for name in BPE_FILES:
+        held = config.out / name
+        if held.exists() and not config.overwrite and held.read_bytes() != (aside / name).read_bytes():
+            raise ConfigError(f"--out {config.out} already holds another {name}: give --overwrite, or another folder")
     return Gpt2Tokenizer(aside, threads=os.cpu_count() or 1)
 
 
@@ -315,8 +261,8 @@ def _write(
     counts = {}
     for split, documents in parts.items():
         writer = _ShardWriter(folder, split, tokenizer.vocab_size)
-        for document in documents:
-            writer.add(tokenizer.encode(document.text()))
+        for text in texts(documents):
+            writer.add(tokenizer.encode(text))
             writer.add(end)
             progress.advance(task)
         writer.flush()
@@ -335,6 +281,7 @@ def _describe(
 ) -> dict[str, Any]:
     return {
         "tokenizer": tokenizer.name,
+        "tokenizer_sha256": tokenizer.sha256,
         "vocab_size": tokenizer.vocab_size,
         "end_of_text": tokenizer.end_of_text,
         "documents": {split: len(documents) for split, documents in parts.items()},
@@ -346,8 +293,10 @@ def _describe(
         "shards": shards,
         "source": {
             "names": [source.name or str(source) for source in config.sources],
+            "files": found.files,
             "bytes": sum(document.size for document in found.documents),
             "ext": list(config.ext),
+            "document_separator": config.document_separator,
             "val_fraction": config.val_fraction,
             "skipped": dict(sorted(found.skipped.items())),
         },
@@ -356,20 +305,60 @@ def _describe(
 
 def _shard_files(out: Path) -> list[Path]:
     """meta.json and everything in a folder that `fastgpt2.data` would take for a shard."""
-    return [path for glob in (META_NAME, "*train*.bin", "*val*.bin") for path in sorted(out.glob(glob))]
+    paths = [path for glob in (META_NAME, "*train*.bin", "*val*.bin") for path in sorted(out.glob(glob))]
+    return [path for path in paths if not path.is_dir()]
 
 
 def _publish(aside: Path, out: Path) -> None:
-    """Move the finished files into place, meta.json first: it lists the shards, so that a folder that still
-    lacks some is refused rather than trained on. That holds after a power cut, too."""
-    finished = sorted(aside.iterdir(), key=lambda p: p.name != META_NAME)
-    for path in finished:
+    """Move the finished files into place, and what they replace away.
+
+    Whenever that is cut, by a power cut too, the folder holds the old shards, the new ones, or UNFINISHED.
+    """
+    finished = [path for path in aside.iterdir() if path.name != META_NAME]
+    unfinished = aside / "unfinished"
+    unfinished.write_text(json.dumps(UNFINISHED), encoding="utf-8")
+    for path in (*finished, aside / META_NAME, unfinished):
         sync(path)
-    for old in _shard_files(out):
-        old.unlink()
-    for path in finished:
-        os.replace(path, out / path.name)
+        if (out / path.name).is_dir():
+            raise ConfigError(f"--out {out} has a folder {path.name}, where a file is to be: give another")
+    with _signals_held():
+        os.replace(unfinished, out / META_NAME)
         sync(out)
+        for old in _shard_files(out):
+            if old.name != META_NAME:
+                old.unlink()
+        for path in finished:
+            os.replace(path, out / path.name)
+        sync(out)
+        os.replace(aside / META_NAME, out / META_NAME)
+        sync(out)
+
+
+@contextlib.contextmanager
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Call a handler for _SIGNALS inside the block, but for those that are ignored, as by nohup."""
+    if threading.current_thread() is not threading.main_thread():  # signals come to the main thread alone
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: old for number, old in before.items() if old is not None and old != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Heed a signal only after the block."""
+    held: list[int] = []
+    with _on_signals(lambda number, frame: held.append(number)):
+        yield
+    if held:
+        signal.raise_signal(held[0])
 
 
 def _progress(console: Console) -> Progress:
@@ -392,20 +381,54 @@ def _summary(meta: dict[str, Any]) -> Table:
     return table
 
 
-def main() -> None:
-    """`python -m fastgpt2.prepare SOURCE ... --out DIR`: prints a summary and the next command."""
+class _Stopped(BaseException):
+    """A signal came. No Exception, so that nothing takes it for a fault of its own."""
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    for later in _SIGNALS:  # a second signal is not to cut the tidying up
+        signal.signal(later, signal.SIG_IGN)
+    raise _Stopped(number)
+
+
+def _run() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal can't show
     config = read_arguments(PrepareConfig, "python -m fastgpt2.prepare")
     meta = prepare(config)
+    try:
+        _print(meta, config)
+    except (OSError, SystemExit):  # rich exits where a pipe was closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"can't print the summary; {config.out} is complete", file=sys.stderr)
+
+
+def _print(meta: dict[str, Any], config: PrepareConfig) -> None:
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    skipped = meta["source"]["skipped"]
-    if skipped:
-        console.print("skipped: " + ", ".join(f"{n:,} {reason}" for reason, n in skipped.items()))
+    if skipped := skipped_text(meta["source"]["skipped"]):
+        console.print(f"skipped: {skipped}")
     console.print(_summary(meta))
     for split, tokens in meta["tokens"].items():
         if tokens <= SHORT_TOKENS:
             console.print(f"the {split} split is short: --block-size must be below its {tokens:,} tokens")
     out = shlex.quote(str(config.out))
     console.print(f"wrote {config.out}; train on it: python -m fastgpt2.train --data {out}")
+
+
+def main() -> int:
+    """`python -m fastgpt2.prepare SOURCE ... --out DIR`: prints a summary and the next command.
+
+    Returns:
+        0, or 128 and the number of the signal that stopped it.
+    """
+    try:
+        with _on_signals(_stop):
+            _run()
+    except _Stopped as stopped:
+        (number,) = stopped.args
+        print(f"stopped by {signal.Signals(number).name}: nothing is half written, start again", file=sys.stderr)
+        return 128 + number
+    return 0
 
 
 if __name__ == "__main__":

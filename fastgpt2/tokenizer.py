@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -18,13 +19,19 @@ import numpy as np
 
 from fastgpt2.config import ConfigError
 
-NAMES = ("gpt2", "byte")
+NAMES = ("gpt2", "byte", "bpe")
+"""In meta.json: GPT-2's merges, bytes, or other merges, which only the files beside the shards tell."""
+END_OF_TEXT = "<|endoftext|>"
 
 BPE_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 """The two files and the sha256 of those that OpenAI published."""
+GPT2_SHA256 = "97cdb42570e94961b6ed4b75db8a3f51be12e48794f4e66b06277c7e01719167"
+"""Gpt2Tokenizer.sha256 of those two files: of the tokens themselves, whatever a file's white space."""
+LARGEST_BPE_BYTES = 1 << 26
+"""GPT-2's larger file has a million bytes, and a shard's tokens are 65536 at most."""
 BPE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 # The published pattern. The quantifiers of the three classes are possessive, which changes no match, since
@@ -32,6 +39,8 @@ BPE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+"
 
 PIECE_CHARS = 1 << 16
+PIECES_AT_ONCE = 64
+"""Encoded together: bounds the memory of the lists of ids, and the time until a signal is heeded."""
 LONGEST_PIECE_CHARS = 1 << 18
 """Far more (half a million spaces in a row) overflows the stack of tiktoken's matcher."""
 
@@ -44,9 +53,15 @@ class Tokenizer(Protocol):
     name: str
     vocab_size: int
     end_of_text: int
+    sha256: str | None
+    """Of what decides the ids beside the name; None where the name says it all."""
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, uint16 (n,). The text of a special token is encoded as any other text."""
+        """Ids of a text, uint16 (n,). The text of a special token is encoded as any other text.
+
+        Raises:
+            ConfigError: the text has a lone surrogate, as Python makes of bytes that are not UTF-8.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> bytes:
@@ -60,10 +75,11 @@ class ByteTokenizer:
     name = "byte"
     vocab_size = 257
     end_of_text = 256
+    sha256: str | None = None
 
     def encode(self, text: str) -> np.ndarray:
         """See Tokenizer.encode."""
-        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16)
+        return np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.uint16)
 
     def decode(self, ids: Sequence[int]) -> bytes:
         """See Tokenizer.decode."""
@@ -77,59 +93,86 @@ class Gpt2Tokenizer:
         folder: holds the two files.
         threads: threads that encode a long text.
 
+    Attributes:
+        name: "gpt2", or "bpe" where the merges are others than GPT-2's.
+        sha256: of all tokens in the order of their ids: the same for the same encoding.
+
     Raises:
         ConfigError: a file is missing, can't be read, or the two don't belong together.
     """
 
-    name = "gpt2"
-
     def __init__(self, folder: Path, threads: int = 1) -> None:
         import tiktoken
-        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-        merges, encoder = (folder / name for name in BPE_FILES)
-        for path in (merges, encoder):
-            _read(path)  # for an error that names the file
-        try:
-            with _uncached():
-                ranks = data_gym_to_mergeable_bpe_ranks(str(merges), str(encoder))
-        except (AssertionError, ValueError, KeyError, IndexError):
-            raise ConfigError(f"{merges} and {encoder} don't belong to one byte-pair encoding") from None
+        ranks = _ranks(folder)
         self.end_of_text = len(ranks)
         self.vocab_size = len(ranks) + 1
         if self.vocab_size > 1 << 16:
-            raise ConfigError(f"{encoder} has {self.vocab_size} tokens: a shard's uint16 holds 65536 at most")
+            raise ConfigError(f"{folder} has {self.vocab_size} tokens: a shard's uint16 holds 65536 at most")
+        tokens = b"".join(b"%d %s" % (len(token), token) for token in ranks)
+        self.sha256: str | None = hashlib.sha256(tokens).hexdigest()
+        self.name = "gpt2" if self.sha256 == GPT2_SHA256 else "bpe"
         self._threads = threads
         self._encoding = tiktoken.Encoding(
             "gpt2",
             pat_str=GPT2_PATTERN,
             mergeable_ranks=ranks,
-            special_tokens={"<|endoftext|>": self.end_of_text},
+            special_tokens={END_OF_TEXT: self.end_of_text},
             explicit_n_vocab=self.vocab_size,
         )
 
     def encode(self, text: str) -> np.ndarray:
         """See Tokenizer.encode."""
-        lists = self._encoding.encode_ordinary_batch(list(pieces(text)), num_threads=self._threads)
-        return np.concatenate([np.zeros(0, np.uint16), *(np.array(ids, dtype=np.uint16) for ids in lists)])
+        _utf8(text)  # tiktoken would put U+FFFD for a lone surrogate
+        parts = [np.zeros(0, np.uint16)]
+        left = pieces(text)
+        while batch := list(islice(left, PIECES_AT_ONCE)):
+            if len(batch) == 1:  # a pool of threads costs more than a short text
+                lists = [self._encoding.encode_ordinary(batch[0])]
+            else:
+                lists = self._encoding.encode_ordinary_batch(batch, num_threads=self._threads)
+            parts += [np.array(ids, dtype=np.uint16) for ids in lists]
+        return np.concatenate(parts)
 
     def decode(self, ids: Sequence[int]) -> bytes:
         """See Tokenizer.decode."""
         return self._encoding.decode_bytes([i for i in ids if i != self.end_of_text])
 
 
-def load_tokenizer(name: str, folder: Path | None, threads: int = 1) -> Tokenizer:
-    """The tokenizer of that name; gpt2 from the folder's files, or where it has none, from tiktoken's.
+def load_tokenizer(name: str, folder: Path | None, threads: int = 1, sha256: str | None = None) -> Tokenizer:
+    """The tokenizer of that name; gpt2 and bpe from the folder's files, or where it has none, gpt2 from tiktoken's.
+
+    Args:
+        name: one of NAMES.
+        folder: may hold vocab.bpe and encoder.json.
+        threads: threads that encode a long text.
+        sha256: what the tokenizer's own must be: meta.json's "tokenizer_sha256". None takes any.
 
     Raises:
-        ConfigError: no such tokenizer, or its files can't be had.
+        ConfigError: no such tokenizer, its files can't be had, or they are not those that sha256 tells.
     """
     if name == "byte":
         return ByteTokenizer()
-    if name != "gpt2":
+    if name not in NAMES:
         raise ConfigError(f"no tokenizer {name!r}: there are {', '.join(NAMES)}")
     if folder is not None and any((folder / file).exists() for file in BPE_FILES):
-        return Gpt2Tokenizer(folder, threads)
+        tokenizer = Gpt2Tokenizer(folder, threads)
+    elif name == "bpe":
+        raise ConfigError(
+            f"the tokens were made with other merges than GPT-2's{f', and {folder} lacks them' if folder else ''}: "
+            f"give --bpe a folder with their {' and '.join(BPE_FILES)}"
+        )
+    else:
+        tokenizer = _published(threads)
+    if sha256 is not None and tokenizer.sha256 != sha256:
+        raise ConfigError(
+            f"{folder or 'GPT-2'} has other merges than those that the tokens were made with: "
+            f"give --bpe a folder with their {' and '.join(BPE_FILES)}"
+        )
+    return tokenizer
+
+
+def _published(threads: int) -> Gpt2Tokenizer:
     import tempfile
 
     with tempfile.TemporaryDirectory() as aside:
@@ -189,13 +232,41 @@ def _download(name: str, sha256: str) -> bytes:
         ) from None
 
 
-def _read(path: Path) -> bytes:
+def _ranks(folder: Path) -> dict[bytes, int]:
+    """Id by token, in the order of the ids, which are 0, 1, 2 and so on."""
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    merges, encoder = (folder / name for name in BPE_FILES)
+    for path in (merges, encoder):
+        _read(path)  # for an error that names the file
     try:
+        with _uncached():
+            ranks = data_gym_to_mergeable_bpe_ranks(str(merges), str(encoder))
+        if list(ranks.values()) == list(range(len(ranks))):
+            return ranks
+    # What a file of another kind leads to: JSON's and Python's own errors on its way through tiktoken.
+    except (AssertionError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ConfigError(f"{merges} and {encoder} don't belong to one byte-pair encoding")
+
+
+def _read(path: Path) -> bytes:
+    needed = f"--bpe is a folder with {' and '.join(BPE_FILES)}"
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a device may never end
+            raise ConfigError(f"{path} is not a regular file; {needed}")
+        if path.stat().st_size > LARGEST_BPE_BYTES:
+            raise ConfigError(f"{path} is larger than {LARGEST_BPE_BYTES >> 20} MiB: it is no byte-pair encoding")
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(
-            f"can't read {path}: {error.strerror or error}; --bpe is a folder with {' and '.join(BPE_FILES)}"
-        ) from None
+        raise ConfigError(f"can't read {path}: {error.strerror or error}; {needed}") from None
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"character {error.start} of the text is a lone surrogate: text must be UTF-8") from None
 
 
 @contextmanager
