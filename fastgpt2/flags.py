@@ -78,7 +78,8 @@ def given_flags(parser: Parser, kind: type, arguments: Sequence[str] | None = No
     given = vars(parser.parse_args(arguments))
     for field, hint, _ in _fields(kind):
         if field.name in given:
-            given[field.name] = _value(flag(field.name), given[field.name], hint)
+            label = _word(field) if _is_positional(field, hint) else flag(field.name)
+            given[field.name] = _value(label, given[field.name], hint)
     return given
 
 
@@ -134,7 +135,7 @@ def _is_positional(field: dataclasses.Field[Any], hint: Any) -> bool:
 
 
 def _word(field: dataclasses.Field[Any]) -> str:
-    return field.name.rstrip("s").upper()
+    return field.name.removesuffix("s").upper()
 
 
 def _metavar(hint: Any) -> str:

@@ -38,6 +38,7 @@ from fastgpt2.config import ConfigError
 from fastgpt2.console import run_command
 from fastgpt2.data import META_NAME, count_tokens, unigram_entropy, write_shard
 from fastgpt2.durable import InUseError, locked, sync
+from fastgpt2.fields import Name
 from fastgpt2.flags import read_arguments
 from fastgpt2.sources import ASIDE, Document, Found, assign, find, skipped_text, texts
 from fastgpt2.tokenizer import BPE_FILES, END_OF_TEXT, ByteTokenizer, Gpt2Tokenizer, Tokenizer, copy_bpe_files
@@ -70,9 +71,9 @@ class PrepareConfig:
     network once)."""
     val_fraction: float = 0.02
     """Part of the text kept for validation: whole documents, chosen by a hash of their contents."""
-    ext: tuple[str, ...] = ()
+    ext: tuple[Name, ...] = ()
     """Take only files with these endings from folders, such as .py .txt (default: all that are text)."""
-    document_separator: str | None = None
+    document_separator: Name | None = None
     """Text that stands between documents in a file, such as <|endoftext|> (default: a file is a document). It
     becomes no token itself, nor does a newline right before or after it."""
     overwrite: bool = False

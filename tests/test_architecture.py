@@ -35,7 +35,7 @@ FASTGPT2 = {
     "metrics": {"config", "device", "durable"},
     "tokenizer": {"config", "data"},
     "sources": {"config", "data", "durable", "tokenizer"},
-    "prepare": {"config", "console", "data", "durable", "flags", "sources", "tokenizer"},
+    "prepare": {"config", "console", "data", "durable", "fields", "flags", "sources", "tokenizer"},
     "device": {"config"},
     "pretrained": {"checkpoint", "model"},
     "evaluate": {"config", "console", "data", "device", "flags", "pretrained"},

@@ -34,6 +34,8 @@ from fastgpt2.console import run_command
 from fastgpt2.data import ShardTokens, open_shard, unigram_entropy
 from fastgpt2.durable import locked
 from fastgpt2.prepare import PrepareConfig, prepare
+
+ROOT = Path(__file__).resolve().parents[1]
 from fastgpt2.sources import ASIDE, NOT_TEXT, Found, assign, find
 from fastgpt2.sources import texts as texts_of
 from fastgpt2.tokenizer import BPE_FILES, load_tokenizer
@@ -251,11 +253,14 @@ def test_names_that_are_not_utf_8_or_that_a_terminal_lacks(tmp_path):
     folder = tmp_path / os.fsdecode(b"gr\xf6\xc3\x9fer [bold]")
     folder.mkdir()
     (folder / os.fsdecode(b"\xff.txt")).write_text("text\n" * 100)
-    command = [sys.executable, "-m", "fastgpt2.prepare", folder, "--out", folder / "out", "--tokenizer", "byte"]
-    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    command = [sys.executable, "-m", "fastgpt2.prepare", ".", "--out", "ß[bold]", "--tokenizer", "byte"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, capture_output=True, env=environment)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert rb"gr\udcf6\xdf" in done.stdout and b"er [bold]/out; train on it" in done.stdout
-    assert readable(folder / "out")
+    assert rb"\xdf[bold]; train on it" in done.stdout
+    assert readable(folder / "ß[bold]")
+    done = subprocess.run([*command, folder], cwd=tmp_path, capture_output=True, env=environment)
+    assert done.returncode == 2 and done.stderr.startswith(b"error: SOURCE must be UTF-8, got ")
 
 
 # Formats
@@ -821,7 +826,7 @@ def test_empty_arguments(arguments, texts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     status, stdout, stderr = run(monkeypatch, capsys, texts, *arguments)
     assert (status, stdout) == (2, "")
-    assert stderr.startswith("error: an argument is empty: ") and stderr.count("\n") == 1
+    assert stderr.endswith(" must be a string that is not empty, got ''\n") and stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == [texts]
 
 
