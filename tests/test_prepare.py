@@ -34,11 +34,11 @@ from fastgpt2.console import run_command
 from fastgpt2.data import ShardTokens, open_shard, unigram_entropy
 from fastgpt2.durable import locked
 from fastgpt2.prepare import PrepareConfig, prepare
-
-ROOT = Path(__file__).resolve().parents[1]
 from fastgpt2.sources import ASIDE, NOT_TEXT, Found, assign, find
 from fastgpt2.sources import texts as texts_of
 from fastgpt2.tokenizer import BPE_FILES, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
