@@ -180,6 +180,12 @@ def refuse_second_derivative(what: str, instead: str) -> None:
         raise RuntimeError(f"{what} has no second derivative: drop create_graph=True, or use {instead}")
 
 
+def refuse_transforms(what: str, instead: str) -> None:
+    """To be called before an autograd Function without setup_context: what PyTorch says under torch.func names none."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"{what} doesn't work under torch.func (grad, vmap, jacrev, ...): use {instead}")
+
+
 def why_unsupported(what: str, device: torch.device, dtype: torch.dtype, instead: str) -> str | None:
     """Why a Triton kernel can't run on a device in a dtype, in a line that says what would work; None if it can.
 

@@ -386,6 +386,7 @@ def linear_cross_entropy(
         recording and weight.requires_grad,
     )
     rows, flat = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)
+    launch.refuse_transforms("linear_cross_entropy", PLAIN)
     if reduction == "none":
         return _Losses.apply(rows, weight, flat, options).view(targets.shape)
     return _SummedLoss.apply(rows, weight, flat, reduction == "mean", options)
