@@ -194,10 +194,12 @@ def why_unsupported(what: str, device: torch.device, dtype: torch.dtype, instead
         instead: what to use, as a message ends ("--attn sdpa").
     """
     interpreted = interpreting()
+    if half_interpreted():
+        return f"TRITON_INTERPRET changed after triton was imported: set it before triton is imported, or use {instead}"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted):
         return (
             f"{what} needs a CUDA GPU, got {device.type}; use {instead}, "
-            "or set TRITON_INTERPRET=1 to run it (slowly) on the CPU"
+            "or set TRITON_INTERPRET=1 before triton is imported to run it (slowly) on the CPU"
         )
     if device.type == "cpu" and (clash := interpreter_clash(*_versions())):
         return f"{clash}, or use {instead}"
@@ -214,6 +216,16 @@ def interpreting() -> bool:
     from kernels.tiles import INTERPRETED
 
     return INTERPRETED.value
+
+
+@torch.compiler.assume_constant_result
+def half_interpreted() -> bool:
+    """Whether of Triton's own functions and the kernels one is interpreted and the other compiled, which can't work."""
+    import triton.language
+
+    from kernels.tiles import dot
+
+    return type(triton.language.softmax) is not type(dot)
 
 
 @torch.compiler.assume_constant_result
