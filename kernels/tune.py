@@ -446,10 +446,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = Options(*(tuple(x) if x else None for x in (given.op, given.precision, given.size)))
     out = given.out or TABLES / f"{arch}.json"
     table = read(arch, out)
+    known = [(key.op, key.precision, key.size) for key in keys(arch, table, Options())]
+    if problem := inspect.why_nothing(known, options.ops, options.precisions, options.sizes):
+        parser.error(problem)
     wanted = keys(arch, table, options)
-    if not wanted:
-        print(f"kernels.tune: the table {arch} has nothing to tune by these options", file=sys.stderr)
-        return 2
     with contextlib.closing(compiled(arch, table, wanted)) as made:
         if given.dry_run:
             dry_run(arch, made)
