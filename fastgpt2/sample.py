@@ -1,9 +1,10 @@
-"""`python -m fastgpt2.sample --from OUT --prompt TEXT`: text from a run's newest checkpoint."""
+"""`python -m fastgpt2.sample --from OUT --prompt TEXT`: text from a checkpoint."""
 
 from __future__ import annotations
 
 import codecs
 import io
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from fastgpt2.config import ConfigError
+from fastgpt2.config import ConfigError, ModelConfig
 from fastgpt2.console import run_command
-from fastgpt2.data import DUMMY, read_meta
+from fastgpt2.data import DUMMY, META_NAME, read_meta
 from fastgpt2.device import pick_device
 from fastgpt2.model import GPT
-from fastgpt2.pretrained import load_run
+from fastgpt2.pretrained import check_vocabulary, load_run
 from fastgpt2.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -47,10 +48,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Text from the newest checkpoint of a run."""
+    """Text from a checkpoint. It is computed in the precision of the saved weights, float32."""
 
     from_: Annotated[Path, tyro.conf.arg(name="from")]
-    """The run's --out folder."""
+    """A run's --out folder, whose newest checkpoint is taken, or a checkpoint (OUT/checkpoints/step-00000200)."""
+    step: int | None = None
+    """Of a run's folder, take the checkpoint of this step."""
     prompt: str = ""
     """Text to continue (default: a new document)."""
     max_new_tokens: int = 200
@@ -68,6 +71,19 @@ class SampleConfig:
     """Folder with GPT-2's vocab.bpe and encoder.json (default: the data folder)."""
     device: str | None = None
     """cpu, cuda or cuda:N (default: cuda where there is one)."""
+
+    def check(self) -> None:
+        """Raises ConfigError where a value can't be used."""
+        self.sampling.check()
+        for flag, value in (("--max-new-tokens", self.max_new_tokens), ("--num-samples", self.num_samples)):
+            if value < 1:
+                raise ConfigError(f"{flag} must be at least 1, got {value}")
+        if not 0 <= self.seed <= self.seed + self.num_samples - 1 < 2**64:
+            raise ConfigError(f"--seed and the seeds of further samples must be from 0 to 2^64 - 1, got {self.seed}")
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"--prompt is not UTF-8, from character {error.start} on") from None
 
 
 @torch.no_grad()
@@ -107,7 +123,8 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     logits, ids = logits.double().topk(min(sampling.top_k or len(logits), len(logits)))
     if sampling.temperature == 0.0:
         return int(ids[0])
-    probabilities = (logits / sampling.temperature).softmax(0)
+    # Less the largest: a quotient by a temperature near 0 would overflow.
+    probabilities = ((logits - logits[0]) / sampling.temperature).softmax(0)
     # The mass before a token: the first token is always kept, and so is the one that crosses the bound.
     before = probabilities.cumsum(0) - probabilities
     kept = probabilities[before < sampling.top_p]
@@ -122,44 +139,61 @@ def stream(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
     yield decoder.decode(b"", final=True)
 
 
-def pick_tokenizer(config: SampleConfig, state: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a run, from the flags or its data folder's meta.json.
+def pick_tokenizer(config: SampleConfig, state: dict[str, Any], model: ModelConfig) -> Tokenizer:
+    """The tokenizer of a run, from the flags or its data folder's meta.json, whose vocabulary the model has.
 
     Args:
         state: the checkpoint's state.json.
 
     Raises:
-        ConfigError: the run was trained on dummy tokens, its folder is gone, or the tokenizer can't be had.
+        ConfigError: the run was trained on dummy tokens or on a vocabulary of its own, its data folder is gone, or the
+            tokenizer can't be had or has another vocabulary.
     """
     if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer, config.bpe)
+        tokenizer = load_tokenizer(config.tokenizer, config.bpe)
+        # A smaller vocabulary was asked for: what the model knows beyond it is not drawn.
+        if tokenizer.vocab_size > model.vocab_size:
+            check_vocabulary(f"the {tokenizer.name} tokenizer", tokenizer.vocab_size, model)
+        return tokenizer
     data = config.data or state["config"]["data"]
     if data in DUMMY:
         raise ConfigError(f"{config.from_} was trained on dummy tokens, which stand for no text")
-    folder = Path(data).expanduser()
+    folder = Path(os.path.expanduser(data))
     if not folder.is_dir():
         raise ConfigError(f"{data}, which tells the tokenizer, is no folder here: give --data or --tokenizer")
+    meta = read_meta(folder)
+    if (folder / META_NAME).exists() and "tokenizer" not in meta:
+        raise ConfigError(
+            f"{folder / META_NAME} names no tokenizer, so that its {meta['vocab_size']:,} tokens may stand for any "
+            "text: give --tokenizer if they are gpt2's or byte's"
+        )
     # Shards without a meta.json are llm.c's, of GPT-2's tokens.
-    name = read_meta(folder).get("tokenizer", "gpt2")
-    return load_tokenizer(name, config.bpe or folder)
+    tokenizer = load_tokenizer(meta.get("tokenizer", "gpt2"), config.bpe or folder)
+    if tokenizer.vocab_size != meta["vocab_size"]:
+        raise ConfigError(
+            f"the tokens in {folder} are of {meta['vocab_size']:,}, its {tokenizer.name} tokenizer has "
+            f"{tokenizer.vocab_size:,}: give --bpe the folder of vocab.bpe and encoder.json that they were made with"
+        )
+    # The run's own data may have a smaller vocabulary than the model: that was asked for.
+    if config.data or tokenizer.vocab_size > model.vocab_size or not (folder / META_NAME).exists():
+        check_vocabulary(f"the {tokenizer.name} tokenizer of {folder}", tokenizer.vocab_size, model)
+    return tokenizer
 
 
 def main() -> None:
-    """`python -m fastgpt2.sample`: prints the samples, each after its prompt."""
+    """`python -m fastgpt2.sample`: prints the samples, each after its prompt, and on stderr what they are from."""
     config = tyro.cli(SampleConfig, prog="python -m fastgpt2.sample")
-    config.sampling.check()
-    for flag, value in (("--max-new-tokens", config.max_new_tokens), ("--num-samples", config.num_samples)):
-        if value < 1:
-            raise ConfigError(f"{flag} must be at least 1, got {value}")
-    model, state = load_run(config.from_, pick_device(config.device))
-    tokenizer = pick_tokenizer(config, state)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ConfigError(
-            f"the {tokenizer.name} tokenizer has {tokenizer.vocab_size} tokens, "
-            f"the model of {config.from_} only {model.config.vocab_size}: it was trained with another"
-        )
+    config.check()
+    model, state = load_run(config.from_, pick_device(config.device), config.step)
+    tokenizer = pick_tokenizer(config, state, model.config)
     # As in training, a document begins after the end of another.
     prompt = tokenizer.encode(config.prompt).tolist() or [tokenizer.end_of_text]
+    print(f"step {state['step']} of {config.from_}", file=sys.stderr)
+    if len(prompt) > model.config.block_size:
+        print(
+            f"the prompt has {len(prompt):,} tokens: the model sees the last {model.config.block_size:,}",
+            file=sys.stderr,
+        )
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that can't show a character shows another, rather than ending the run.
         sys.stdout.reconfigure(errors="replace")

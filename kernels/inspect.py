@@ -151,7 +151,7 @@ def why_nothing(
     """
     for flag, place, asked in (("--op", 0, ops), ("--precision", 1, precisions), ("--size", 2, sizes)):
         there = dict.fromkeys(key[place] for key in known)
-        chosen = {value: [x for x in there if x == value or (flag == "--op" and x.startswith(value))]
+        chosen = {value: [x for x in there if x == value or (flag == "--op" and str(x).startswith(str(value)))]
                   for value in (there if asked is None else asked)}  # fmt: skip
         if unknown := [str(value) for value, found in chosen.items() if not found]:
             has = "no kernel's name begins so" if flag == "--op" else "no kernel chosen has it"

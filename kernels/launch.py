@@ -121,6 +121,13 @@ class Tuning:
     launched: Callable[[int], bool] = lambda major: True
 
 
+def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.assume_constant_result, which imports the whole compiler first: a second or more of a process that
+    compiles nothing. This is all that it does then."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """torch.library.register_fake, for operators that Inductor is to take as they are, however deep in a model."""
 
@@ -210,7 +217,7 @@ def why_unsupported(what: str, device: torch.device, dtype: torch.dtype, instead
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def interpreting() -> bool:
     """Whether Triton interprets its kernels on the CPU."""
     from kernels.tiles import INTERPRETED
@@ -218,7 +225,7 @@ def interpreting() -> bool:
     return INTERPRETED.value
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def half_interpreted() -> bool:
     """Whether of Triton's own functions and the kernels one is interpreted and the other compiled, which can't work."""
     import triton.language
@@ -228,7 +235,7 @@ def half_interpreted() -> bool:
     return type(triton.language.softmax) is not type(dot)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _versions() -> tuple[str, str]:
     import numpy
     import triton
@@ -236,7 +243,7 @@ def _versions() -> tuple[str, str]:
     return triton.__version__, numpy.__version__
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def interpreter_clash(triton_version: str, numpy_version: str) -> str | None:
     """Triton 3.6 takes a loop's bounds for scalars, which NumPy 2.4 no longer does with arrays of one element."""
     old, new = (tuple(int(n) for n in v.split(".")[:2]) for v in (triton_version, numpy_version))
@@ -248,6 +255,6 @@ def interpreter_clash(triton_version: str, numpy_version: str) -> str | None:
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)

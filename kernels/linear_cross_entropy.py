@@ -439,6 +439,6 @@ def why_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     return launch.why_unsupported(what, device, dtype, instead)
 
 
-@torch.compiler.assume_constant_result
+@launch.constant_in_graphs
 def _has_triton() -> bool:
     return find_spec("triton") is not None

@@ -29,7 +29,7 @@ FASTGPT2 = {
     "tokenizer": {"config", "data"},
     "prepare": {"config", "console", "data", "durable", "tokenizer"},
     "device": {"config"},
-    "pretrained": {"checkpoint", "model"},
+    "pretrained": {"checkpoint", "config", "model", "ops"},
     "evaluate": {"config", "console", "data", "device", "pretrained"},
     "sample": {"config", "console", "data", "device", "model", "pretrained", "tokenizer"},
     "graph": set(),
