@@ -22,7 +22,7 @@ from fastgpt2.data import DUMMY, META_NAME, read_meta
 from fastgpt2.device import pick_device
 from fastgpt2.model import GPT
 from fastgpt2.pretrained import check_vocabulary, load_run
-from fastgpt2.tokenizer import Tokenizer, load_tokenizer
+from fastgpt2.tokenizer import BPE_FILES, Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def pick_tokenizer(config: SampleConfig, state: dict[str, Any], model: ModelConf
             tokenizer can't be had or has another vocabulary.
     """
     if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer, config.bpe)
+        tokenizer = _load(config.tokenizer, config.bpe, None)
         # A smaller vocabulary was asked for: what the model knows beyond it is not drawn.
         if tokenizer.vocab_size > model.vocab_size:
             check_vocabulary(f"the {tokenizer.name} tokenizer", tokenizer.vocab_size, model)
@@ -168,7 +168,7 @@ def pick_tokenizer(config: SampleConfig, state: dict[str, Any], model: ModelConf
             "text: give --tokenizer if they are gpt2's or byte's"
         )
     # Shards without a meta.json are llm.c's, of GPT-2's tokens.
-    tokenizer = load_tokenizer(meta.get("tokenizer", "gpt2"), config.bpe or folder)
+    tokenizer = _load(meta.get("tokenizer", "gpt2"), config.bpe, folder)
     if tokenizer.vocab_size != meta["vocab_size"]:
         raise ConfigError(
             f"the tokens in {folder} are of {meta['vocab_size']:,}, its {tokenizer.name} tokenizer has "
@@ -178,6 +178,32 @@ def pick_tokenizer(config: SampleConfig, state: dict[str, Any], model: ModelConf
     if config.data or tokenizer.vocab_size > model.vocab_size or not (folder / META_NAME).exists():
         check_vocabulary(f"the {tokenizer.name} tokenizer of {folder}", tokenizer.vocab_size, model)
     return tokenizer
+
+
+def _load(name: str, bpe: Path | None, folder: Path | None) -> Tokenizer:
+    """The tokenizer of that name, from --bpe where that is given, else from the data folder."""
+    if bpe is not None:
+        bpe = Path(os.path.expanduser(bpe))
+        if name == "byte":
+            raise ConfigError("--bpe holds GPT-2's tokenizer: it has no use with the byte tokenizer")
+        if not any((bpe / file).exists() for file in BPE_FILES):
+            raise ConfigError(f"--bpe {bpe} has neither {' nor '.join(BPE_FILES)}")
+    return load_tokenizer(name, bpe or folder)
+
+
+def emit(text: str) -> None:
+    """Show text at once.
+
+    Raises:
+        BrokenPipeError: nobody reads it any more.
+        SystemExit: it can't be written otherwise, as on a full disk.
+    """
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        sys.exit(f"error: can't write the text: {error.strerror}")
 
 
 def main() -> None:
@@ -199,14 +225,14 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")
     for number in range(config.num_samples):
         if config.num_samples > 1:
-            print(f"--- sample {number + 1}, seed {config.seed + number}")
+            emit(f"--- sample {number + 1}, seed {config.seed + number}\n")
         generator = torch.Generator().manual_seed(config.seed + number)
         limit = config.max_new_tokens
         drawn = generate(model, prompt, limit, config.sampling, generator, tokenizer.vocab_size)
-        print(config.prompt, end="", flush=True)
+        emit(config.prompt)
         for text in stream(takewhile(lambda token: token != tokenizer.end_of_text, drawn), tokenizer):
-            print(text, end="", flush=True)
-        print()
+            emit(text)
+        emit("\n")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ def test_a_copied_checkpoint_is_of_its_own_data(out, tmp_path, monkeypatch, caps
         (["--max-new-tokens", -3], "--max-new-tokens must be at least 1, got -3"),
         (["--temperature", "nan"], "--temperature must be at least 0, got nan"),
         (["--temperature", "inf"], "--temperature must be at least 0, got inf"),
+        (["--bpe", "nowhere"], "--bpe holds GPT-2's tokenizer: it has no use with the byte tokenizer"),
+        (["--tokenizer", "gpt2", "--bpe", "nowhere"], "--bpe nowhere has neither vocab.bpe nor encoder.json"),
         (["--prompt", os.fsdecode(b"ab\xff")], "--prompt is not UTF-8, from character 2 on"),
     ],
     ids=str,
@@ -182,6 +184,15 @@ def test_a_reader_that_goes_away_is_no_traceback(out) -> None:
     os.close(writer)
     assert sampling.communicate()[1].decode() == f"step 3 of {out}\n" and sampling.returncode == 1
     assert evaluating.communicate()[1] == b"" and evaluating.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_text_that_cant_be_written_is_one_line(out) -> None:
+    with open("/dev/full", "wb") as full:
+        sampling = process("sample", "--from", out, "--max-new-tokens", 5, stdout=full)
+        _, stderr = sampling.communicate()
+    assert sampling.returncode and b"Traceback" not in stderr
+    assert stderr.decode().splitlines()[1] == "error: can't write the text: No space left on device"
 
 
 def test_config_is_checked_before_anything_is_read() -> None:
