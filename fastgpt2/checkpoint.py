@@ -272,7 +272,7 @@ def find(source: Path | str, step: int | None = None) -> Path:
         raise ConfigError(f"can't read {source}: {getattr(error, 'strerror', None) or error}") from None
     if not is_folder:
         raise ConfigError(f"{source} is a file: give a run's --out folder or the folder of a checkpoint")
-    if present:
+    if present and not (source / "checkpoints").exists():  # a run's folder may hold an export of its weights
         if missing := [name for name in (MODEL, STATE) if name not in present]:
             raise ConfigError(f"{source} is a checkpoint that lacks {' and '.join(missing)}")
         if step is not None:

@@ -78,6 +78,7 @@ def test_a_run_a_step_or_a_checkpoint(out: Path) -> None:
         assert checkpoint.find(two.with_name(name)) == two.with_name(name)
     moved = shutil.move(two.with_name("step-best"), out.parent / "best")
     assert load_run(Path(moved), CPU)[1]["step"] == load_run(out, CPU, 2)[1]["step"] == 2
+    shutil.copy(two / "model.safetensors", out)  # for others to read
     assert checkpoint.find(out) == four and load_run(out, CPU)[1]["step"] == 4
 
 
