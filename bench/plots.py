@@ -153,16 +153,12 @@ def history(records: Sequence[Record]) -> Figure:
 
 def draw(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure as Canvas
     from matplotlib.ticker import FuncFormatter
 
     panels = figure["panels"]
-    canvas, axes = pyplot.subplots(
-        1, len(panels), figsize=(6.4 * len(panels), 4.8), squeeze=False, layout="constrained"
-    )
+    canvas = Canvas(figsize=(6.4 * len(panels), 4.8), layout="constrained")
+    axes = canvas.subplots(1, len(panels), squeeze=False)
     for panel, axis in zip(panels, axes[0], strict=True):
         numeric = not isinstance(panel["lines"][0]["x"][0], str)
         used = dict.fromkeys(_COLOURS, 0)
@@ -195,4 +191,3 @@ def draw(figure: Figure, path: Path) -> None:
     canvas.suptitle(figure["title"], fontweight="bold")
     canvas.supxlabel(figure["note"], fontsize=8, color="#555555")
     canvas.savefig(path, dpi=130, facecolor="white")
-    pyplot.close(canvas)

@@ -184,16 +184,19 @@ def main(arguments: list[str] | None = None) -> int:
     if given.launch:
         launch(given.launch, given.precision)
         return 0
+    if unknown := [prefix for prefix in given.op if not any(op.startswith(prefix) for op in tunings())]:
+        parser.error(f"no kernel's name begins with {' or '.join(unknown)}; there are {', '.join(tunings())}")
     ops = [op for op in tunings() if op.startswith(tuple(given.op))]
-    if not ops:
-        parser.error(f"no kernel's name begins with {' or '.join(given.op)}; there are {', '.join(tunings())}")
     program = find_tool(NAME)
     if program is None or not torch.cuda.is_available():
         why = f"{NAME} (Nsight Compute) is not installed" if program is None else "no CUDA GPU here"
         print(f"error: python -m bench.profile: {why}", file=sys.stderr)
         return 2
     major, _ = torch.cuda.get_device_capability()
-    ops = [op for op in ops if tunings()[op].launched(major)]
+    launched = [op for op in tunings() if tunings()[op].launched(major)]
+    ops = [op for op in ops if op in launched]
+    if not ops:
+        parser.error(f"this GPU launches none of {' and '.join(given.op)}; it launches {', '.join(launched)}")
     return report(program, ops, given.precision, given.jsonl, torch.device("cuda", 0))
 
 

@@ -176,8 +176,8 @@ def main(arguments: list[str] | None = None) -> int:
     if given.run:
         run_case(given.run, given.tool[0])
         return 0
-    if not _named(given.only):
-        parser.error(f"no case's name contains {' or '.join(given.only)}; there are {', '.join(CASES)}")
+    if unknown := [text for text in given.only or [] if not _named([text])]:
+        parser.error(f"no case's name contains {' or '.join(unknown)}; there are {', '.join(CASES)}")
     program = find_tool(NAME)
     if program is None or DEVICE.type != "cuda":
         why = f"{NAME} is not installed: it comes with CUDA's toolkit" if DEVICE.type == "cuda" else "no CUDA GPU here"

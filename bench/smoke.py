@@ -220,6 +220,11 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.change and given.slot not in CHANGES[given.change].slots:
         parser.error(f"--change {given.change!r} needs --slot {' or '.join(CHANGES[given.change].slots)}")
+    if given.warm:
+        from bench.steps import STEPS  # a slot's process need not wait for it
+
+        if unknown := [name for name in given.warm if name not in STEPS]:
+            parser.error(f"--warm: no step {' or '.join(unknown)}; there are {', '.join(STEPS)}")
     if not torch.cuda.is_available():
         print(f"error: python -m bench.smoke needs a CUDA GPU, torch {torch.__version__} sees none", file=sys.stderr)
         return 2

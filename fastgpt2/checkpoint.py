@@ -317,18 +317,54 @@ def saved_settings(out: Path) -> dict[str, Any] | None:
     return {name: value for name, value in config.items() if name in known and value is not None}
 
 
-def load_model(
-    out: Path | str, device: torch.device | str = "cpu"
-) -> tuple[dict[str, Tensor], ModelConfig, dict[str, Any]]:
-    """Parameters by name, shape, and state.json of a run's newest checkpoint.
+def find(source: Path | str, step: int | None = None) -> Path:
+    """The checkpoint to read: a run's newest, a run's of a step, or the folder of one itself.
+
+    Args:
+        source: a run's --out folder, or the folder of a checkpoint, whatever its name (a copy, one set aside).
+        step: of a run's folder, the steps done.
 
     Raises:
-        ConfigError: no checkpoint, or the newest can't be read or is damaged; the message names one that is intact.
+        ConfigError: there is none; the message says what there is.
     """
-    checkpoint = newest(Path(out))
+    source = Path(os.path.expanduser(source))
+    try:
+        is_folder = stat.S_ISDIR(source.stat().st_mode)
+        present = [name for name in (*FILES, SUMS) if (source / name).exists()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"can't read {source}: {getattr(error, 'strerror', None) or error}") from None
+    if not is_folder:
+        raise ConfigError(f"{source} is a file: give a run's --out folder or the folder of a checkpoint")
+    if present and not (source / "checkpoints").exists():  # a run's folder may hold an export of its weights
+        if missing := [name for name in (MODEL, STATE) if name not in present]:
+            raise ConfigError(f"{source} is a checkpoint that lacks {' and '.join(missing)}")
+        if step is not None:
+            raise ConfigError(f"{source} is one checkpoint: leave --step out, or give the run's --out folder")
+        return source
+    if step is None:
+        return newest(source)
+    found = {int(path.name.removeprefix("step-")): path for path in checkpoints(source)}
+    if step not in found:
+        steps = [*(["..."] if len(found) > 20 else []), *map(str, [*found][-20:])]
+        there = f"there are {', '.join(steps)}" if found else "it has none"
+        raise ConfigError(f"{source} has no checkpoint of step {step}: {there}")
+    return found[step]
+
+
+def load_model(
+    source: Path | str, device: torch.device | str = "cpu"
+) -> tuple[dict[str, Tensor], ModelConfig, dict[str, Any]]:
+    """Parameters by name, shape, and state.json of the checkpoint that `find` gives for source.
+
+    Raises:
+        ConfigError: no checkpoint, or one that can't be read or is damaged; the message names one that is intact.
+    """
+    checkpoint = find(source)
     if problem := damage(checkpoint, (MODEL, STATE)):
-        older = next((c for c in reversed(checkpoints(Path(out))[:-1]) if damage(c) is None), None)
-        instead = f"move {checkpoint} away to use {older}, which is intact" if older else "no older one is intact"
+        run = checkpoint.parent.parent
+        others = (c for c in reversed(checkpoints(run)) if c != checkpoint and damage(c) is None)
+        intact = next(others, None)
+        instead = f"{intact} is intact: give that one" if intact else f"no other checkpoint of {run} is intact"
         raise ConfigError(f"{problem}; {instead}")
     state = read_state(checkpoint)
     return read_tensors(checkpoint / MODEL, device), ModelConfig(**state["model"]), state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -10,7 +11,8 @@ from fastgpt2.config import ConfigError
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Call main and exit: with its result (None is 0), 2 on a ConfigError (one line), 130 on Ctrl-C."""
+    """Call main and exit: with its result (None is 0), 2 on a ConfigError (one line), 130 on Ctrl-C, 1 where the
+    reader of its output has gone."""
     try:
         result = main()
     except ConfigError as error:
@@ -18,4 +20,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader has gone: what is still to be written, at the interpreter's end, has no place
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     sys.exit(result or 0)

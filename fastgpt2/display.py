@@ -131,14 +131,13 @@ def _memory_kind(result: TrainResult) -> str:
 
 def plot_losses(out: Path, result: TrainResult) -> Path:
     """Draw metrics.jsonl of a run as loss.png beside it; returns its path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    # A Figure by itself: pyplot's would choose a backend for the whole process, a notebook's among them.
+    from matplotlib.figure import Figure
 
     records = read_json_lines(out / "metrics.jsonl")
     config = result.config
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     # A few points are seen as points; many are a line.
     marker = "o" if len(records) < 30 else None
     axes.plot(
@@ -169,5 +168,4 @@ def plot_losses(out: Path, result: TrainResult) -> Path:
     axes.legend()
     path = out / "loss.png"
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path

@@ -30,29 +30,55 @@ def _(gradient: Tensor, tokens: Tensor, rows: int) -> Tensor:
     return gradient.new_empty(rows, gradient.size(-1))
 
 
-def _keep_tokens(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
+@torch.library.register_vmap("fastgpt2::embedding_backward")
+def _(info: Any, in_dims: tuple[int | None, int | None, None], gradient: Tensor, tokens: Tensor, rows: int) -> Any:
+    """The tables of a batch one below the other, as one gradient: (batch, rows, C), and where the batch is."""
+    batch = info.batch_size
+    gradient, tokens = (
+        x.expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip((gradient, tokens), in_dims, strict=False)
+    )
+    table = torch.arange(batch, device=tokens.device).view(-1, *(1 for _ in tokens.shape[1:]))
+    below = torch.ops.fastgpt2.embedding_backward(gradient, tokens + table * rows, batch * rows)
+    return below.unflatten(0, (batch, rows)), 0
 
 
-def _second_derivative(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-    (tokens,) = ctx.saved_tensors
-    return embedding(tokens, upstream), None, None
+# Both Functions have setup_context and a rule for torch.vmap, without which torch.func refuses them. The derivative of
+# the operator is a Function as well: what torch.library.register_autograd makes has neither.
+class _EmbeddingBackward(torch.autograd.Function):
+    generate_vmap_rule = True
 
+    @staticmethod
+    def forward(gradient: Tensor, tokens: Tensor, rows: int) -> Tensor:
+        return torch.ops.fastgpt2.embedding_backward(gradient, tokens, rows)
 
-torch.library.register_autograd("fastgpt2::embedding_backward", _second_derivative, setup_context=_keep_tokens)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (tokens,) = ctx.saved_tensors
+        return embedding(tokens, upstream), None, None
 
 
 class _Embedding(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+    def forward(tokens: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        tokens, weight = inputs
         ctx.save_for_backward(tokens)
         ctx.rows = weight.size(0)
-        return F.embedding(tokens, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         (tokens,) = ctx.saved_tensors
-        return None, torch.ops.fastgpt2.embedding_backward(gradient, tokens, ctx.rows)
+        return None, _EmbeddingBackward.apply(gradient, tokens, ctx.rows)
 
 
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from fastgpt2.console import run_command
 from fastgpt2.data import DUMMY, ShardTokens, TokenSource, count_tokens, open_data, split, unigram_entropy
 from fastgpt2.device import on_its_way, pick_device
 from fastgpt2.flags import Parser
-from fastgpt2.pretrained import load_run
+from fastgpt2.pretrained import check_vocabulary, load_run
 
 
 @torch.no_grad()
@@ -71,9 +73,18 @@ def main(arguments: list[str] | None = None) -> None:
     """`python -m fastgpt2.evaluate --from OUT`: prints the loss, the perplexity and the unigram entropy."""
     parser = Parser(
         prog="python -m fastgpt2.evaluate",
-        description="The loss of a run's newest checkpoint over a validation split: each window once, in order.",
+        description="The loss of a checkpoint over a validation split: each window once, in order. It is computed in "
+        "the precision of the saved weights, float32, whatever the run was trained in.",
     )
-    parser.add_argument("--from", dest="run", type=Path, required=True, metavar="OUT", help="the run's --out folder")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="a run's --out folder, whose newest checkpoint is taken, or a checkpoint (OUT/checkpoints/step-00000200)",
+    )
+    parser.add_argument("--step", type=int, help="of a run's folder, take the checkpoint of this step")
     parser.add_argument("--data", help="a folder of token shards (default: the one that the run was trained on)")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time (default: 8)")
     parser.add_argument(
@@ -85,10 +96,10 @@ def main(arguments: list[str] | None = None) -> None:
         if value < least:
             raise ConfigError(f"{flag} must be at least {least}, got {value}")
     device = pick_device(args.device)
-    model, state = load_run(args.run, device)
+    model, state = load_run(args.source, device, args.step)
     data = args.data or state["config"]["data"]
     if data in DUMMY:
-        raise ConfigError(f"{args.run} was trained on dummy tokens: give --data a folder of token shards")
+        raise ConfigError(f"{args.source} was trained on dummy tokens: give --data a folder of token shards")
     source = open_data(
         data,
         split="val",
@@ -97,11 +108,21 @@ def main(arguments: list[str] | None = None) -> None:
         block_size=model.config.block_size,
     )
     assert isinstance(source, ShardTokens)
-    loss, tokens = evaluate_split(model, source, device, args.batches)
-    print(f"step {state['step']} of {args.run} on the val split of {data}: {tokens:,} tokens")
+    if args.data:  # what the run was trained on may have a smaller vocabulary than the model: that was asked for
+        check_vocabulary(f"the data in {data}", source.vocab_size, model.config)
+    loss, tokens = evaluate_split(model, source, device, min(args.batches, sys.maxsize))
+    if not math.isfinite(loss):
+        raise ConfigError(f"the loss is {loss}: the checkpoint is of a run that diverged")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have what the terminal hasn't
+    print(f"step {state['step']} of {args.source} on the val split of {data}: {tokens:,} tokens")
     print(f"loss       {loss:.4f} nats/token")
-    print(f"perplexity {math.exp(min(loss, 700.0)):.2f}")
+    print(f"perplexity {_perplexity(loss)}")
     print(f"unigram    {_unigram(source):.4f} nats/token, the entropy of the split's own token frequencies")
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):.2f}" if loss < 20 else f"e^{loss:.2f}"
 
 
 def _unigram(source: ShardTokens) -> float:

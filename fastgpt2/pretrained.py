@@ -2,22 +2,88 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from fastgpt2.checkpoint import load_model
+from fastgpt2.checkpoint import MODEL, find, load_model
+from fastgpt2.config import ConfigError, ModelConfig
 from fastgpt2.model import GPT
+from fastgpt2.ops import FLAGS, SLOTS, make_ops
+from fastgpt2.tensors import check_tensors
 
 
-def load_run(out: Path, device: torch.device) -> tuple[GPT, dict[str, Any]]:
-    """The model of a run's newest checkpoint, in evaluation mode, and the checkpoint's state.json.
+def load_run(source: Path, device: torch.device, step: int | None = None) -> tuple[GPT, dict[str, Any]]:
+    """The model of a checkpoint, in evaluation mode, and the checkpoint's state.json.
+
+    The weights keep the precision that they were saved in, float32 unless the run was in float64. The ops are what
+    `auto` chooses on the device in that precision, so that a loss never holds whole logits.
+
+    Args:
+        source: a run's --out folder, whose newest checkpoint is taken, or the folder of a checkpoint.
+        step: of a run's folder, take the checkpoint of this step.
 
     Raises:
-        ConfigError: no checkpoint, or one that can't be read.
+        ConfigError: no such checkpoint, one that can't be read or doesn't hold the model that its state.json describes,
+            or a run with an operation that this version doesn't know.
     """
-    tensors, shape, state = load_model(out)
-    model = GPT(shape)
-    model.load_state_dict(tensors)
-    return model.to(device).eval(), state
+    checkpoint = find(source, step)
+    tensors, shape, state = load_model(checkpoint, device)
+    check_operations(source, state["config"])
+    dtype = next((tensor.dtype for tensor in tensors.values()), torch.float32)
+    if dtype not in (torch.float32, torch.float64) or any(tensor.dtype != dtype for tensor in tensors.values()):
+        raise ConfigError(f"the weights of {source} must all be float32 or all float64")
+    ops, _ = make_ops(device=device, dtype=dtype, head_dim=shape.head_dim)
+    # Nothing is drawn, and nothing held twice.
+    with torch.device("meta"), _Undrawn():
+        model = GPT(shape, ops)
+    check_tensors(checkpoint / MODEL, {name: tuple(weight.shape) for name, weight in model.state_dict().items()})
+    model.load_state_dict(tensors, assign=True)
+    return model.eval(), state
+
+
+class _Undrawn(TorchFunctionMode):
+    """Skip torch.nn.init: on the meta device there is nothing to fill, and it would import the compiler for that."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        keywords = keywords or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return keywords.get("tensor", *arguments[:1])
+        return function(*arguments, **keywords)
+
+
+def check_operations(source: Path, config: Mapping[str, Any]) -> None:
+    """See that this version knows every operation that a run was trained with.
+
+    All that a table holds compute the same function, so that any of them may evaluate any run. What is in none may have
+    computed another, which is not to be replaced in silence.
+
+    Raises:
+        ConfigError: it doesn't.
+    """
+    for slot, table in SLOTS.items():
+        name = config.get(FLAGS[slot].removeprefix("--"), "auto")
+        if name not in ("auto", *table):
+            raise ConfigError(
+                f"{source} was trained with {FLAGS[slot]} {name}, which this version doesn't have: "
+                f"evaluated with another, it may be another model (there are {', '.join(table)})"
+            )
+
+
+def check_vocabulary(what: str, vocab_size: int, model: ModelConfig) -> None:
+    """See that tokens of a vocabulary can be the model's: the sizes are equal, or the model's is the other padded.
+
+    Args:
+        what: whose the vocabulary is, as the message begins.
+
+    Raises:
+        ConfigError: they can't: the ids would mean other text.
+    """
+    padded = ModelConfig(vocab_size=vocab_size).padded_vocab_size
+    if not vocab_size <= model.vocab_size <= padded:
+        raise ConfigError(
+            f"{what} has {vocab_size:,} tokens, the model {model.vocab_size:,}: it was trained with another vocabulary"
+        )

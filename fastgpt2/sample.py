@@ -1,9 +1,10 @@
-"""`python -m fastgpt2.sample --from OUT --prompt TEXT`: text from a run's newest checkpoint."""
+"""`python -m fastgpt2.sample --from OUT --prompt TEXT`: text from a checkpoint."""
 
 from __future__ import annotations
 
 import codecs
 import io
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,51 +15,50 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastgpt2.config import ConfigError
+from fastgpt2.config import ConfigError, ModelConfig
 from fastgpt2.console import run_command
-from fastgpt2.data import DUMMY, read_meta
+from fastgpt2.data import DUMMY, META_NAME, read_meta
 from fastgpt2.device import pick_device
+from fastgpt2.fields import Count, Natural, NonNegative, check_fields
 from fastgpt2.flags import read_arguments
 from fastgpt2.model import GPT
-from fastgpt2.pretrained import load_run
-from fastgpt2.tokenizer import Tokenizer, load_tokenizer
+from fastgpt2.pretrained import check_vocabulary, load_run
+from fastgpt2.tokenizer import BPE_FILES, Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen from the model's distribution."""
 
-    temperature: float = 0.8
+    temperature: NonNegative = 0.8
     """Below 1 likely tokens become likelier; 0 always takes the likeliest."""
-    top_k: int = 50
+    top_k: Natural = 50
     """Draw from this many likeliest tokens; 0 from all."""
-    top_p: float = 1.0
+    top_p: NonNegative = 1.0
     """Draw from the fewest likeliest tokens that together have this probability; 1 from all."""
 
-    def check(self) -> None:
-        """Raises ConfigError where a value is out of range."""
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ConfigError(f"--temperature must be at least 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise ConfigError(f"--top-k must be at least 0, got {self.top_k}")
+    def __post_init__(self) -> None:
+        check_fields(self)
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"--top-p must be over 0 and at most 1, got {self.top_p}")
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Text from the newest checkpoint of a run."""
+    """Text from a checkpoint. It is computed in the precision of the saved weights, float32."""
 
     from_: Path
-    """The run's --out folder."""
+    """A run's --out folder, whose newest checkpoint is taken, or a checkpoint (OUT/checkpoints/step-00000200)."""
+    step: Natural | None = None
+    """Of a run's folder, take the checkpoint of this step."""
     prompt: str = ""
     """Text to continue (default: a new document)."""
-    max_new_tokens: int = 200
+    max_new_tokens: Count = 200
     """Tokens to draw at most; a sample ends earlier where the model ends its text."""
     sampling: Sampling = Sampling()
-    num_samples: int = 1
+    num_samples: Count = 1
     """Samples to draw."""
-    seed: int = 0
+    seed: Natural = 0
     """Decides the samples; each further one is drawn with the next seed."""
     data: str | None = None
     """Folder of token shards whose tokenizer to use (default: the one that the run was trained on)."""
@@ -107,7 +107,8 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     logits, ids = logits.double().topk(min(sampling.top_k or len(logits), len(logits)))
     if sampling.temperature == 0.0:
         return int(ids[0])
-    probabilities = (logits / sampling.temperature).softmax(0)
+    # Less the largest: a quotient by a temperature near 0 would overflow.
+    probabilities = ((logits - logits[0]) / sampling.temperature).softmax(0)
     # The mass before a token: the first token is always kept, and so is the one that crosses the bound.
     before = probabilities.cumsum(0) - probabilities
     kept = probabilities[before < sampling.top_p]
@@ -122,57 +123,99 @@ def stream(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
     yield decoder.decode(b"", final=True)
 
 
-def pick_tokenizer(config: SampleConfig, state: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a run, from the flags or its data folder's meta.json.
+def pick_tokenizer(config: SampleConfig, state: dict[str, Any], model: ModelConfig) -> Tokenizer:
+    """The tokenizer of a run, from the flags or its data folder's meta.json, whose vocabulary the model has.
 
     Args:
         state: the checkpoint's state.json.
 
     Raises:
-        ConfigError: the run was trained on dummy tokens, its folder is gone, or the tokenizer can't be had.
+        ConfigError: the run was trained on dummy tokens or on a vocabulary of its own, its data folder is gone, or the
+            tokenizer can't be had or has another vocabulary.
     """
     if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer, config.bpe)
+        tokenizer = _load(config.tokenizer, config.bpe, None)
+        # A smaller vocabulary was asked for: what the model knows beyond it is not drawn.
+        if tokenizer.vocab_size > model.vocab_size:
+            check_vocabulary(f"the {tokenizer.name} tokenizer", tokenizer.vocab_size, model)
+        return tokenizer
     data = config.data or state["config"]["data"]
     if data in DUMMY:
         raise ConfigError(f"{config.from_} was trained on dummy tokens, which stand for no text")
-    folder = Path(data).expanduser()
+    folder = Path(os.path.expanduser(data))
     if not folder.is_dir():
         raise ConfigError(f"{data}, which tells the tokenizer, is no folder here: give --data or --tokenizer")
+    meta = read_meta(folder)
+    if (folder / META_NAME).exists() and "tokenizer" not in meta:
+        raise ConfigError(
+            f"{folder / META_NAME} names no tokenizer, so that its {meta['vocab_size']:,} tokens may stand for any "
+            "text: give --tokenizer if they are gpt2's or byte's"
+        )
     # Shards without a meta.json are llm.c's, of GPT-2's tokens.
-    name = read_meta(folder).get("tokenizer", "gpt2")
-    return load_tokenizer(name, config.bpe or folder)
+    tokenizer = _load(meta.get("tokenizer", "gpt2"), config.bpe, folder, meta.get("tokenizer_sha256"))
+    if tokenizer.vocab_size != meta["vocab_size"]:
+        raise ConfigError(
+            f"the tokens in {folder} are of {meta['vocab_size']:,}, its {tokenizer.name} tokenizer has "
+            f"{tokenizer.vocab_size:,}: give --bpe the folder of vocab.bpe and encoder.json that they were made with"
+        )
+    # The run's own data may have a smaller vocabulary than the model: that was asked for.
+    if config.data or tokenizer.vocab_size > model.vocab_size or not (folder / META_NAME).exists():
+        check_vocabulary(f"the {tokenizer.name} tokenizer of {folder}", tokenizer.vocab_size, model)
+    return tokenizer
+
+
+def _load(name: str, bpe: Path | None, folder: Path | None, sha256: str | None = None) -> Tokenizer:
+    """The tokenizer of that name, from --bpe where that is given, else from the data folder."""
+    if bpe is not None:
+        bpe = Path(os.path.expanduser(bpe))
+        if name == "byte":
+            raise ConfigError("--bpe holds GPT-2's tokenizer: it has no use with the byte tokenizer")
+        if not any((bpe / file).exists() for file in BPE_FILES):
+            raise ConfigError(f"--bpe {bpe} has neither {' nor '.join(BPE_FILES)}")
+    return load_tokenizer(name, bpe or folder, sha256=sha256)
+
+
+def emit(text: str) -> None:
+    """Show text at once.
+
+    Raises:
+        BrokenPipeError: nobody reads it any more.
+        SystemExit: it can't be written otherwise, as on a full disk.
+    """
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        sys.exit(f"error: can't write the text: {error.strerror}")
 
 
 def main() -> None:
-    """`python -m fastgpt2.sample`: prints the samples, each after its prompt."""
+    """`python -m fastgpt2.sample`: prints the samples, each after its prompt, and on stderr what they are from."""
     config = read_arguments(SampleConfig, "python -m fastgpt2.sample")
-    config.sampling.check()
-    for flag, value in (("--max-new-tokens", config.max_new_tokens), ("--num-samples", config.num_samples)):
-        if value < 1:
-            raise ConfigError(f"{flag} must be at least 1, got {value}")
-    model, state = load_run(config.from_, pick_device(config.device))
-    tokenizer = pick_tokenizer(config, state)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ConfigError(
-            f"the {tokenizer.name} tokenizer has {tokenizer.vocab_size} tokens, "
-            f"the model of {config.from_} only {model.config.vocab_size}: it was trained with another"
-        )
+    model, state = load_run(config.from_, pick_device(config.device), config.step)
+    tokenizer = pick_tokenizer(config, state, model.config)
     # As in training, a document begins after the end of another.
     prompt = tokenizer.encode(config.prompt).tolist() or [tokenizer.end_of_text]
+    print(f"step {state['step']} of {config.from_}", file=sys.stderr)
+    if len(prompt) > model.config.block_size:
+        print(
+            f"the prompt has {len(prompt):,} tokens: the model sees the last {model.config.block_size:,}",
+            file=sys.stderr,
+        )
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that can't show a character shows another, rather than ending the run.
         sys.stdout.reconfigure(errors="replace")
     for number in range(config.num_samples):
         if config.num_samples > 1:
-            print(f"--- sample {number + 1}, seed {config.seed + number}")
+            emit(f"--- sample {number + 1}, seed {config.seed + number}\n")
         generator = torch.Generator().manual_seed(config.seed + number)
         limit = config.max_new_tokens
         drawn = generate(model, prompt, limit, config.sampling, generator, tokenizer.vocab_size)
-        print(config.prompt, end="", flush=True)
+        emit(config.prompt)
         for text in stream(takewhile(lambda token: token != tokenizer.end_of_text, drawn), tokenizer):
-            print(text, end="", flush=True)
-        print()
+            emit(text)
+        emit("\n")
 
 
 if __name__ == "__main__":

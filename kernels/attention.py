@@ -647,6 +647,7 @@ def flash_attention_qkv(
         raise ValueError(f"qkv must be (B, T, 3, H, D), got shape {tuple(qkv.shape)}")
     (qkv,) = launch.autocast(qkv)
     scale, documents, seed = _validate({"qkv": qkv}, scale, dropout_p, causal, documents, seed)
+    launch.refuse_transforms("flash attention", "--attn naive")
     return _FlashAttention.apply(causal, scale, allow_tf32, documents, seed, dropout_p, qkv)
 
 
@@ -677,6 +678,7 @@ def flash_attention(
     k = k.view_as(k) if k is q else k  # torch.compile takes no tensor for two arguments
     v = v.view_as(v) if v is q or v is k else v
     scale, documents, seed = _validate({"q": q, "k": k, "v": v}, scale, dropout_p, causal, documents, seed)
+    launch.refuse_transforms("flash attention", "--attn naive")
     return _FlashAttention.apply(causal, scale, allow_tf32, documents, seed, dropout_p, q, k, v)
 
 

@@ -599,4 +599,5 @@ def gelu_mlp(
         if weight.dtype != x.dtype:
             raise ValueError(f"{name} must have x's dtype, {x.dtype}, got {weight.dtype}")
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
+    launch.refuse_transforms("the GELU-MLP", "--mlp torch")
     return _GeluMlp.apply(keep, allow_tf32, x, *weights)

@@ -137,6 +137,29 @@ def shipped(
     ]
 
 
+def why_nothing(
+    known: Iterable[tuple[str, str, int]],
+    ops: Iterable[str] | None,
+    precisions: Iterable[str] | None,
+    sizes: Iterable[int] | None,
+) -> str | None:
+    """Which value of --op, --precision or --size chooses nothing, in a line that names what there is; None where each
+    chooses something.
+
+    Args:
+        known: kernel, precision and size of what can be chosen.
+    """
+    for flag, place, asked in (("--op", 0, ops), ("--precision", 1, precisions), ("--size", 2, sizes)):
+        there = dict.fromkeys(key[place] for key in known)
+        chosen = {value: [x for x in there if x == value or (flag == "--op" and str(x).startswith(str(value)))]
+                  for value in (there if asked is None else asked)}  # fmt: skip
+        if unknown := [str(value) for value, found in chosen.items() if not found]:
+            has = "no kernel's name begins so" if flag == "--op" else "no kernel chosen has it"
+            return f"{flag} {' '.join(unknown)}: {has}; there are {', '.join(map(str, there))}"
+        known = [key for key in known if any(key[place] in found for found in chosen.values())]
+    return None
+
+
 def inspect_all(cases: list[Case]) -> list[Report]:
     """Compile the cases, as many at a time as there are processors; this process must not be interpreting."""
     reports = []
@@ -275,10 +298,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check-in-bounds", action="store_true", help="write the bounds to kernels/bounds.json")
     parser.add_argument("--json", action="store_true", help="a list of objects instead of the table")
     options = parser.parse_args(arguments)
+    known = [(case.op, case.precision, case.size) for case in shipped(options.arch)]
+    if problem := why_nothing(known, options.op, options.precision, options.size):
+        parser.error(problem)
     cases = shipped(options.arch, options.precision, options.size, options.op, options.variants)
-    if not cases:
-        print("kernels.inspect: the tables have no such kernel, precision and size", file=sys.stderr)
-        return 2
     reports = inspect_all(cases)
     if options.check_in_bounds:
         found = [(r.case.arch, r.case.op, r.case.precision, r.at_least.seconds) for r in reports if r.at_least]

@@ -121,6 +121,13 @@ class Tuning:
     launched: Callable[[int], bool] = lambda major: True
 
 
+def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compiler.assume_constant_result, which imports the whole compiler first: a second or more of a process that
+    compiles nothing. This is all that it does then."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """torch.library.register_fake, for operators that Inductor is to take as they are, however deep in a model."""
 
@@ -180,6 +187,12 @@ def refuse_second_derivative(what: str, instead: str) -> None:
         raise RuntimeError(f"{what} has no second derivative: drop create_graph=True, or use {instead}")
 
 
+def refuse_transforms(what: str, instead: str) -> None:
+    """To be called before an autograd Function without setup_context: what PyTorch says under torch.func names none."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"{what} doesn't work under torch.func (grad, vmap, jacrev, ...): use {instead}")
+
+
 def why_unsupported(what: str, device: torch.device, dtype: torch.dtype, instead: str) -> str | None:
     """Why a Triton kernel can't run on a device in a dtype, in a line that says what would work; None if it can.
 
@@ -188,10 +201,12 @@ def why_unsupported(what: str, device: torch.device, dtype: torch.dtype, instead
         instead: what to use, as a message ends ("--attn sdpa").
     """
     interpreted = interpreting()
+    if half_interpreted():
+        return f"TRITON_INTERPRET changed after triton was imported: set it before triton is imported, or use {instead}"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted):
         return (
             f"{what} needs a CUDA GPU, got {device.type}; use {instead}, "
-            "or set TRITON_INTERPRET=1 to run it (slowly) on the CPU"
+            "or set TRITON_INTERPRET=1 before triton is imported to run it (slowly) on the CPU"
         )
     if device.type == "cpu" and (clash := interpreter_clash(*_versions())):
         return f"{clash}, or use {instead}"
@@ -202,7 +217,7 @@ def why_unsupported(what: str, device: torch.device, dtype: torch.dtype, instead
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def interpreting() -> bool:
     """Whether Triton interprets its kernels on the CPU."""
     from kernels.tiles import INTERPRETED
@@ -210,7 +225,17 @@ def interpreting() -> bool:
     return INTERPRETED.value
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
+def half_interpreted() -> bool:
+    """Whether of Triton's own functions and the kernels one is interpreted and the other compiled, which can't work."""
+    import triton.language
+
+    from kernels.tiles import dot
+
+    return type(triton.language.softmax) is not type(dot)
+
+
+@constant_in_graphs
 def _versions() -> tuple[str, str]:
     import numpy
     import triton
@@ -218,7 +243,7 @@ def _versions() -> tuple[str, str]:
     return triton.__version__, numpy.__version__
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def interpreter_clash(triton_version: str, numpy_version: str) -> str | None:
     """Triton 3.6 takes a loop's bounds for scalars, which NumPy 2.4 no longer does with arrays of one element."""
     old, new = (tuple(int(n) for n in v.split(".")[:2]) for v in (triton_version, numpy_version))
@@ -230,6 +255,6 @@ def interpreter_clash(triton_version: str, numpy_version: str) -> str | None:
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)

@@ -486,6 +486,7 @@ def _normalise(
     dtype = _validate(x, residual, weight, bias, eps)
     if residual is x:  # torch.compile takes no tensor for two arguments
         residual = x.view_as(x)
+    launch.refuse_transforms("Triton LayerNorm", "--norm torch")
     return _LayerNorm.apply(x, residual, weight, bias, eps, dtype, want_sum)
 
 

@@ -386,6 +386,7 @@ def linear_cross_entropy(
         recording and weight.requires_grad,
     )
     rows, flat = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)
+    launch.refuse_transforms("linear_cross_entropy", PLAIN)
     if reduction == "none":
         return _Losses.apply(rows, weight, flat, options).view(targets.shape)
     return _SummedLoss.apply(rows, weight, flat, reduction == "mean", options)
@@ -438,6 +439,6 @@ def why_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     return launch.why_unsupported(what, device, dtype, instead)
 
 
-@torch.compiler.assume_constant_result
+@launch.constant_in_graphs
 def _has_triton() -> bool:
     return find_spec("triton") is not None

@@ -459,10 +459,10 @@ def main(arguments: list[str] | None = None) -> int:
         except ValueError as error:
             parser.error(f"--out: {error}")
     table = read(arch, out)
+    known = [(key.op, key.precision, key.size) for key in keys(arch, table, Options())]
+    if problem := inspect.why_nothing(known, options.ops, options.precisions, options.sizes):
+        parser.error(problem)
     wanted = keys(arch, table, options)
-    if not wanted:
-        print(f"kernels.tune: the table {arch} has nothing to tune by these options", file=sys.stderr)
-        return 2
     with contextlib.closing(compiled(arch, table, wanted)) as made:
         if given.dry_run:
             dry_run(arch, made)

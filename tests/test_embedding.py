@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor.decomposition import select_decomp_table
+from torch.func import functional_call
 
-from fastgpt2.config import TrainConfig
+from fastgpt2.config import ModelConfig, TrainConfig
 from fastgpt2.embedding import embedding
 from fastgpt2.model import GPT
+from fastgpt2.ops import make_ops
 from fastgpt2.run import numerics
 from tests.seeds import generator
 
@@ -53,7 +56,7 @@ def test_derivatives_of_both_orders() -> None:
 
 
 def test_the_operator_is_what_it_says_to_the_compiler() -> None:
-    gradient = torch.randn(2, 5, C, device=DEVICE, requires_grad=True)
+    gradient = torch.randn(2, 5, C, device=DEVICE)
     torch.library.opcheck(torch.ops.fastgpt2.embedding_backward.default, (gradient, text(2, 5), ROWS))
 
 
@@ -74,6 +77,103 @@ def test_the_compiled_step_has_no_indexed_sum() -> None:
     assert calls["fastgpt2::embedding_backward"] == 1
     assert calls["aten::embedding"] == 1
     assert not [name for name in calls if "index_put" in name], calls
+
+
+# torch.func
+
+
+SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=30)
+
+
+def small_model(seed: int = 0, **choices: str) -> GPT:
+    torch.manual_seed(seed)
+    ops, _ = make_ops({"attention": "naive", "mlp": "torch", "norm": "torch", "loss": "torch", **choices})
+    return GPT(SHAPE, ops).eval()
+
+
+def weights_of(model: GPT) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randint(30, (3, 8), generator=generator()), torch.randint(30, (3, 8), generator=generator(1))
+
+
+def gradients(model: GPT, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """By autograd, as in training."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(model(tokens, targets), parameters), strict=True))
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], msg=name)
+
+
+@pytest.mark.parametrize("attention", ["naive", "sdpa"])
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
+def test_a_gradient_by_torch_func(attention: str, transform: Callable) -> None:
+    model, data = small_model(attention=attention), batch()
+    ours = transform(lambda weights: functional_call(model, weights, data))(weights_of(model))
+    assert_same(ours, gradients(model, *data))
+
+
+def test_gradients_of_each_sequence_by_vmap() -> None:
+    model, (tokens, targets) = small_model(), batch()
+
+    def loss(weights: dict[str, Tensor], inputs: Tensor, outputs: Tensor) -> Tensor:
+        return functional_call(model, weights, (inputs[None], outputs[None]))
+
+    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights_of(model), tokens, targets)
+    for i in range(3):
+        assert_same({name: g[i] for name, g in each.items()}, gradients(model, tokens[i : i + 1], targets[i : i + 1]))
+
+
+def test_several_models_at_once_by_vmap() -> None:
+    models, data = [small_model(seed) for seed in range(3)], batch()
+    weights, _ = torch.func.stack_module_state(models)
+    weights = {name: weight.detach() for name, weight in weights.items()}
+    each = torch.vmap(torch.func.grad(lambda weights: functional_call(models[0], weights, data)))(weights)
+    for i, model in enumerate(models):
+        assert_same({name: g[i] for name, g in each.items()}, gradients(model, *data))
+
+
+def test_a_second_derivative_by_torch_func() -> None:
+    tokens, weight = text(2, 5), torch.randn(ROWS, 3, dtype=torch.float64, device=DEVICE)
+    hessian = torch.func.jacrev(torch.func.jacrev(lambda w: embedding(tokens, w).pow(3).sum()))(weight)
+    expected = torch.func.jacrev(torch.func.jacrev(lambda w: F.embedding(tokens, w).pow(3).sum()))(weight)
+    torch.testing.assert_close(hessian, expected)
+
+
+@pytest.mark.parametrize("table", [0, 1, None])
+def test_the_operator_by_vmap(table: int | None) -> None:
+    """One gradient by two batches of tokens, two by one, and two by two of their own."""
+    gradient, tokens = torch.randn(2, 2, 5, C, device=DEVICE), text(2, 2, 5)
+    dims = {0: (0, None), 1: (None, 1), None: (0, 0)}[table]
+    picked = [x if dim is not None else x[0] for x, dim in zip((gradient, tokens), dims, strict=True)]
+    got = torch.vmap(lambda g, t: torch.ops.fastgpt2.embedding_backward(g, t, ROWS), dims)(*picked)
+    for i in range(2):
+        one = [x if dim is None else x.select(dim, i) for x, dim in zip(picked, dims, strict=True)]
+        torch.testing.assert_close(got[i], torch.ops.fastgpt2.embedding_backward(*one, ROWS))
+
+
+@pytest.mark.parametrize(
+    ("choice", "instead"),
+    [
+        ({"loss": "chunked"}, "torch.nn.functional.cross_entropy"),
+        ({"attention": "triton"}, "--attn naive"),
+        ({"mlp": "triton"}, "--mlp torch"),
+        ({"norm": "triton"}, "--norm torch"),
+    ],
+    ids=str,
+)
+def test_what_torch_func_cant_do_says_what_can(choice: dict[str, str], instead: str) -> None:
+    if "triton" in choice.values():
+        pytest.importorskip("triton", reason="Triton is published for Linux")
+    model, data = small_model(**choice), batch()
+    with pytest.raises(RuntimeError, match=f"under torch.func .*: use {instead}"):
+        torch.func.grad(lambda weights: functional_call(model, weights, data))(weights_of(model))
 
 
 @pytest.mark.gpu

@@ -182,7 +182,7 @@ def test_inspecting_nothing_is_an_error(selection) -> None:
     command = [sys.executable, "-m", "kernels.inspect", *selection]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=COMPILING)
     assert done.returncode == 2 and done.stdout == "", done.stdout
-    assert done.stderr.splitlines()[-1].startswith("kernels.inspect: the tables have no such kernel")
+    assert f"error: {selection[0]} {selection[1]}: no " in done.stderr.splitlines()[-1]
 
 
 def test_one_token_compiles() -> None:

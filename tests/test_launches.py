@@ -111,6 +111,22 @@ def test_a_kernels_cache_key_does_not_depend_on_what_was_compiled_before() -> No
         assert len({name for name, _ in distinct}) == len(distinct), op
 
 
+LATE = """
+import json, os
+import {imported}
+import torch
+os.environ["TRITON_INTERPRET"] = "1"
+from kernels.launch import why_unsupported
+print(json.dumps(why_unsupported("It", torch.device("cpu"), torch.float32, "another")))
+"""
+
+
+@pytest.mark.parametrize("imported", ["triton.language", "kernels.attention"])
+def test_an_interpreter_asked_for_too_late_is_told(imported: str) -> None:
+    """Triton's own functions are as they were when it was imported, the kernels as they were when they were."""
+    assert "before triton is imported" in run(LATE.format(imported=imported))
+
+
 def test_a_launch_finds_in_tritons_cache_what_was_compiled_for_it() -> None:
     """Or the tuner, which compiles in parallel, would compile again one by one, on the GPU's time."""
     found = run(PROGRAM)

@@ -259,7 +259,8 @@ def test_names_that_are_not_utf_8_or_that_a_terminal_lacks(tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
     assert rb"\xdf[bold]; train on it" in done.stdout
     assert readable(folder / "ß[bold]")
-    done = subprocess.run([*command, folder], cwd=tmp_path, capture_output=True, env=environment)
+    command[3] = str(folder)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment)
     assert done.returncode == 2 and done.stderr.startswith(b"error: SOURCE must be UTF-8, got ")
 
 

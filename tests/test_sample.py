@@ -7,6 +7,8 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -89,6 +91,8 @@ PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
         ({"top_p": 1e-9}, [0, 1, 0, 0, 0]),
         ({"top_k": 2, "top_p": 0.6}, [0, 1, 0, 0, 0]),  # of the two that top_k leaves, the first has 0.615
         ({"temperature": 0.0}, [0, 1, 0, 0, 0]),
+        ({"temperature": 1e-320}, [0, 1, 0, 0, 0]),
+        ({"temperature": 1e308}, [1, 1, 1, 1, 1]),
     ],
 )
 def test_tokens_are_drawn_from_the_distribution_asked_for(changes, expected):
@@ -105,13 +109,15 @@ def test_tokens_are_drawn_from_the_distribution_asked_for(changes, expected):
     [
         ({"temperature": -0.1}, "--temperature must be at least 0, got -0.1"),
         ({"temperature": math.nan}, "--temperature"),
+        ({"temperature": math.inf}, "--temperature"),
         ({"top_k": -1}, "--top-k must be at least 0, got -1"),
         ({"top_p": 0.0}, "--top-p must be over 0 and at most 1, got 0.0"),
+        ({"top_p": math.nan}, "--top-p must be over 0 and at most 1, got nan"),
     ],
 )
 def test_ranges(changes, message):
     with pytest.raises(ConfigError, match=message):
-        Sampling(**changes).check()
+        Sampling(**changes)
 
 
 # Generating
@@ -167,7 +173,7 @@ def test_sample(tmp_path, monkeypatch, capsys):
     out = make_run(tmp_path)
     arguments = "--from", out, "--prompt", "ab", "--max-new-tokens", 12, "--seed", 4, "--device", "cpu"
     status, stdout, stderr = run(monkeypatch, capsys, sample_module, *arguments)
-    assert (status, stderr) == (0, "")
+    assert (status, stderr) == (0, f"step 3 of {out}\n")
     ids = list(generate(make_model(), [97, 98], 12, Sampling(), seeded(4)))
     ids = ids[: ids.index(256)] if 256 in ids else ids
     assert stdout == "ab" + bytes(ids).decode(errors="replace") + "\n"
@@ -186,7 +192,7 @@ def test_sampling_stops_at_the_end_of_text(tmp_path, monkeypatch, capsys):
 def test_an_empty_prompt_begins_a_document(tmp_path, monkeypatch, capsys):
     prompts = []
     monkeypatch.setattr(sample_module, "generate", lambda model, prompt, *_: prompts.append(prompt) or iter([]))
-    assert run(monkeypatch, capsys, sample_module, "--from", make_run(tmp_path)) == (0, "\n", "")
+    assert run(monkeypatch, capsys, sample_module, "--from", make_run(tmp_path))[:2] == (0, "\n")
     assert prompts == [[256]]
 
 
@@ -194,14 +200,49 @@ def test_which_tokenizer(tmp_path):
     config = SampleConfig(from_=tmp_path)
     make_run(tmp_path)
     folder = str(tmp_path / "data")
-    assert pick_tokenizer(config, {"config": {"data": folder}}).name == "byte"
-    assert pick_tokenizer(replace(config, data=folder), {"config": {"data": "dummy"}}).name == "byte"
-    assert pick_tokenizer(replace(config, tokenizer="byte"), {"config": {"data": "dummy"}}).name == "byte"
-    with pytest.raises(ConfigError, match="is no folder here: give --data or --tokenizer"):
-        pick_tokenizer(config, {"config": {"data": str(tmp_path / "gone")}})
-    (tmp_path / "data" / "meta.json").write_text('{"tokenizer": "llama", "vocab_size": 257}')
-    with pytest.raises(ConfigError, match="no tokenizer 'llama': there are gpt2, byte"):
-        pick_tokenizer(config, {"config": {"data": folder}})
+
+    def pick(config: SampleConfig, data: str, shape: ModelConfig = SHAPE):
+        return pick_tokenizer(config, {"config": {"data": data}}, shape)
+
+    assert pick(config, folder).name == "byte"
+    assert pick(replace(config, data=folder), "dummy").name == "byte"
+    assert pick(replace(config, tokenizer="byte"), "dummy").name == "byte"
+    assert pick(config, folder, replace(SHAPE, vocab_size=1000)).name == "byte"  # --vocab-size 1000, and the run's data
+    for gone in (tmp_path / "gone", "~nosuchuser/data"):
+        with pytest.raises(ConfigError, match="is no folder here: give --data or --tokenizer"):
+            pick(config, str(gone))
+    meta = tmp_path / "data" / "meta.json"
+    for contents, message in (
+        ('{"tokenizer": "llama", "vocab_size": 257}', "no tokenizer 'llama': there are gpt2, byte"),
+        ('{"vocab_size": 257}', "meta.json names no tokenizer, so that its 257 tokens may stand for any text: give"),
+        ('{"tokenizer": "byte", "vocab_size": 200}', "are of 200, its byte tokenizer has 257: give --bpe"),
+    ):
+        meta.write_text(contents)
+        with pytest.raises(ConfigError, match=message):
+            pick(config, folder)
+
+
+@pytest.mark.parametrize("vocab_size", [256, 385])
+def test_a_tokenizer_of_another_vocabulary(tmp_path, vocab_size):
+    """One byte too few for its ids, and one more than its 257 are padded to."""
+    make_run(tmp_path)
+    state, shape = {"config": {"data": str(tmp_path / "data")}}, replace(SHAPE, vocab_size=vocab_size)
+    with pytest.raises(ConfigError, match=f"257 tokens, the model {vocab_size}: it was trained with another"):
+        pick_tokenizer(SampleConfig(from_=tmp_path, data=str(tmp_path / "data")), state, shape)
+    if vocab_size < 257:
+        with pytest.raises(ConfigError, match="it was trained with another"):
+            pick_tokenizer(SampleConfig(from_=tmp_path, tokenizer="byte"), state, shape)
+
+
+def test_shards_without_a_meta_json_are_gpt2s_or_nobodys(tmp_path):
+    make_run(tmp_path)
+    (tmp_path / "data" / "meta.json").unlink()
+    published = SimpleNamespace(name="gpt2", vocab_size=50257, end_of_text=50256)
+    state = {"config": {"data": str(tmp_path / "data")}}
+    with mock.patch.object(sample_module, "load_tokenizer", lambda *_, **__: published):
+        assert pick_tokenizer(SampleConfig(from_=tmp_path), state, replace(SHAPE, vocab_size=50304)).name == "gpt2"
+        with pytest.raises(ConfigError, match="50,257 tokens, the model 60,000"):
+            pick_tokenizer(SampleConfig(from_=tmp_path), state, replace(SHAPE, vocab_size=60000))
 
 
 @pytest.mark.parametrize("module", [sample_module, evaluate_module])
@@ -217,7 +258,7 @@ def test_a_run_on_dummy_tokens_has_no_text(tmp_path, monkeypatch, capsys, module
 def test_no_such_run_or_device(tmp_path, monkeypatch, capsys, module):
     status, _, stderr = run(monkeypatch, capsys, module, "--from", tmp_path / "gone")
     assert status == 2
-    assert stderr.startswith("error: no checkpoint under ")
+    assert stderr == f"error: can't read {tmp_path / 'gone'}: No such file or directory\n"
     status, _, stderr = run(monkeypatch, capsys, module, "--from", make_run(tmp_path), "--device", "cuda:99")
     assert status == 2
     assert stderr.startswith("error: --device cuda:99: ")
@@ -228,7 +269,7 @@ def test_a_tokenizer_larger_than_the_model(tmp_path, monkeypatch, capsys):
     out = make_run(tmp_path, data="dummy", vocab_size=100)
     status, _, stderr = run(monkeypatch, capsys, sample_module, "--from", out, "--tokenizer", "byte")
     assert status == 2
-    assert "byte tokenizer has 257 tokens, the model of" in stderr
+    assert stderr == "error: the byte tokenizer has 257 tokens, the model 100: it was trained with another vocabulary\n"
 
 
 # Evaluating
