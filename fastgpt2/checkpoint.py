@@ -7,7 +7,7 @@
         state.json             step, configuration, model shape, gradient scaler, versions
         SHA256SUMS             of the four, as `sha256sum -c SHA256SUMS` reads it
 
-The position in the data needs no state: a batch is a function of (seed, step, rank).
+The position in the data is a number of samples: a batch is a function of (seed, samples before it, rank).
 
 A checkpoint is written aside, brought to the disk, and only then renamed: one that has its name is complete, whenever
 the process is killed. Every read is checked first. A run is resumed from the newest checkpoint that is intact, since
@@ -225,6 +225,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") not in (1, FORMAT):
         raise ConfigError(f"{checkpoint / STATE} is not a checkpoint of format 1 or {FORMAT}")
     return state
+
+
+def read_progress(state: dict[str, Any]) -> Progress:
+    """Where the run of a state.json stood; what a checkpoint is too old to say has its default."""
+    known = state.get("progress", {})
+    return Progress(**{f.name: known[f.name] for f in dataclasses.fields(Progress) if f.name in known})
 
 
 def check_shape(checkpoint: Path, model: ModelConfig) -> dict[str, Any]:

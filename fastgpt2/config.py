@@ -164,8 +164,8 @@ class TrainConfig:
     """Folder for config.toml, metrics.jsonl, loss.png and checkpoints (default: a new one under runs/)."""
     eval_every: int = 0
     """Steps between validation losses; 0 turns them off."""
-    eval_batches: int = 20
-    """Batches in a validation loss."""
+    eval_sequences: int = 160
+    """Sequences in a validation loss, the same ones whatever the batch size."""
     save_every: int = 1000
     """Steps between checkpoints; one is also saved at the end. 0 saves none."""
     keep: int = 2
@@ -182,7 +182,7 @@ class TrainConfig:
                 raise ConfigError(
                     f"--{_flag(name)} {value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}"
                 )
-        positive = ("batch_size", "grad_accum", "steps", "eval_batches", "log_every")
+        positive = ("batch_size", "grad_accum", "steps", "eval_sequences", "log_every")
         for name in (
             *positive,
             "eval_every",

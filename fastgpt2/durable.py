@@ -6,11 +6,19 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
+import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from fastgpt2.config import ConfigError
 
 LOCK_NAME = ".lock"
+JSON_BYTES = 16 << 20
+"""The most that a JSON file of ours may have: the meta.json of 100,000 shards has 12 MB."""
 
 
 class OutputError(RuntimeError):
@@ -49,10 +57,45 @@ def write_text(path: Path, text: str) -> None:
         raise OutputError(f"can't write {path}: {error.strerror}") from None
 
 
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a file to read its bytes. A pipe or a device, which could wait or go on for ever, is an error.
+
+    Raises:
+        OSError: it can't be opened, or is no regular file (IsADirectoryError).
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise IsADirectoryError(errno.EISDIR, "Not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
 def sha256(path: Path) -> str:
     """A file's SHA-256, in hexadecimal."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that anyone may have written; its keys and values are for the caller to check.
+
+    Raises:
+        ConfigError: "can't read PATH: reason": it is missing, can't be read, is over JSON_BYTES, or is no JSON object.
+    """
+    try:
+        with open_regular(path) as file:
+            data = file.read(JSON_BYTES + 1)
+        if len(data) > JSON_BYTES:
+            raise ValueError(f"it has over {JSON_BYTES:,} bytes")
+        value = json.loads(data.decode("utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds no JSON object but a {type(value).__name__}")
+    except RecursionError:
+        raise ConfigError(f"can't read {path}: it is nested too deeply") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"can't read {path}: {reason}") from None
+    return value
 
 
 class InUseError(RuntimeError):

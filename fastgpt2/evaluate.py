@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastgpt2.config import ConfigError
 from fastgpt2.console import run_command
-from fastgpt2.data import DUMMY, ShardTokens, TokenSource, count_tokens, open_data, split, unigram_entropy
+from fastgpt2.data import DUMMY, ShardTokens, TokenSource, open_data, split, unigram_entropy
 from fastgpt2.device import on_its_way, pick_device
 from fastgpt2.pretrained import load_run
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, source: TokenSource, batches: int, device: torch.device | str) -> float:
-    """Mean loss in nats per token over the source's first batches, in evaluation mode (no dropout).
+def evaluate(
+    model: nn.Module,
+    source: TokenSource,
+    batches: int,
+    device: torch.device | str,
+    stop: Callable[[], bool] = lambda: False,
+) -> float:
+    """Mean loss in nats per token over the source's first batches, in evaluation mode (no dropout); NaN if stopped.
 
     Always the same batches, so that a run's values can be compared. The host waits for the device once, at
     the end; whether the model was training is restored.
@@ -28,12 +34,20 @@ def evaluate(model: nn.Module, source: TokenSource, batches: int, device: torch.
     Args:
         model: called as model(inputs, targets), int64 (B, T) each; returns its mean loss, a scalar.
         batches: batches (of grad_accum micro-batches each) to average over, at least 1.
+        stop: asked before each batch; True ends the evaluation.
+
+    Raises:
+        DataError: the data can't be read any more, or was found damaged.
     """
     was_training = model.training
     model.eval()
     try:
-        micro = (tokens for step in range(batches) for tokens in source.tokens(step))
-        losses = [_loss(model, tokens, device) for tokens in micro]
+        losses = []
+        for step in range(batches):
+            if stop():
+                return math.nan
+            losses += [_loss(model, tokens, device) for tokens in source.tokens(step)]
+        source.check()
         return torch.stack(losses).double().mean().item()
     finally:
         model.train(was_training)
@@ -47,6 +61,9 @@ def evaluate_split(
 
     Args:
         batches: stop after this many; 0 takes all.
+
+    Raises:
+        DataError: the data can't be read any more, or is damaged.
     """
     was_training = model.training
     model.eval()
@@ -55,6 +72,7 @@ def evaluate_split(
         for tokens in islice(source.sweep(), batches or None):
             losses.append(_loss(model, tokens, device))
             sizes.append(tokens.size(0) * (tokens.size(1) - 1))
+        source.check()
         # The last batch may be smaller, and counts by its tokens.
         weights = torch.tensor(sizes, dtype=torch.float64)
         return (torch.stack(losses).double().cpu() @ weights).item() / sum(sizes), sum(sizes)
@@ -101,12 +119,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"step {state['step']} of {args.run} on the val split of {data}: {tokens:,} tokens")
     print(f"loss       {loss:.4f} nats/token")
     print(f"perplexity {math.exp(min(loss, 700.0)):.2f}")
-    print(f"unigram    {_unigram(source):.4f} nats/token, the entropy of the split's own token frequencies")
-
-
-def _unigram(source: ShardTokens) -> float:
-    counts = sum(count_tokens(shard, source.vocab_size) for shard in source.shards)
-    return unigram_entropy(np.asarray(counts))
+    unigram = unigram_entropy(source.count_tokens())
+    print(f"unigram    {unigram:.4f} nats/token, the entropy of the split's own token frequencies")
 
 
 if __name__ == "__main__":

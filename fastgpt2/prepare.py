@@ -33,6 +33,7 @@ from fastgpt2.config import ConfigError
 from fastgpt2.console import run_command
 from fastgpt2.data import META_NAME, count_tokens, unigram_entropy, write_shard
 from fastgpt2.durable import sync
+from fastgpt2.shards import split_of
 from fastgpt2.tokenizer import ByteTokenizer, Gpt2Tokenizer, Tokenizer, copy_bpe_files
 
 SHARD_TOKENS = 100_000_000
@@ -356,7 +357,7 @@ def _describe(
 
 def _shard_files(out: Path) -> list[Path]:
     """meta.json and everything in a folder that `fastgpt2.data` would take for a shard."""
-    return [path for glob in (META_NAME, "*train*.bin", "*val*.bin") for path in sorted(out.glob(glob))]
+    return [*out.glob(META_NAME), *(path for path in sorted(out.glob("*.bin")) if split_of(path.name))]
 
 
 def _publish(aside: Path, out: Path) -> None:

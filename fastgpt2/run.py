@@ -53,6 +53,8 @@ class Run:
     """The implementation of each slot."""
     start: int = 0
     """Steps already done by the run that this one resumes."""
+    samples_before: int = 0
+    """Sequences that those steps took from the data."""
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
     found: list[str] = field(default_factory=list)
     """What the user should know of the checkpoints that were found."""
@@ -67,6 +69,18 @@ class Run:
     def next_tokens(self, step: int) -> Tensor:
         """The tokens of a step counted from 0, (grad_accum, B, T + 1), on their way to the device."""
         return on_its_way(self.source.tokens(step), self.device)
+
+    def samples_done(self, done: int) -> int:
+        """Sequences that the first `done` steps took from the data, in whatever batches."""
+        return self.samples_before + (done - self.start) * _samples_per_step(dataclasses.asdict(self.config))
+
+    def check_data(self) -> None:
+        """Wait until the data has been verified: what was trained on damaged data is not to be saved.
+
+        Raises:
+            DataError: it is damaged, or was changed since.
+        """
+        self.source.check()
 
     def step(self, step: int, tokens: Tensor, *, want_norm: bool = False) -> tuple[Tensor, Tensor | None]:
         """One optimizer step; launches work and waits for nothing.
@@ -144,8 +158,13 @@ def build(config: TrainConfig) -> Run:
     )
     # Last of the checks, since it makes a folder.
     latest, found = _claim_folder(config.out, config.resume) if config.out is not None else (None, [])
+    found = [*source.notes, *(val_source.notes if val_source else ()), *found]
+    progress = checkpoint.Progress()
     if latest is not None:
-        found += checkpoint.changed_settings(checkpoint.check_shape(latest, model_config), config)
+        state = checkpoint.check_shape(latest, model_config)
+        progress = checkpoint.read_progress(state)
+        found += checkpoint.changed_settings(state, config)
+        found += _changed_data(config, state["config"]["seed"], progress.data, source.fingerprint)
     torch.manual_seed(config.seed)
     model = GPT(model_config, ops, recompute=config.recompute)
     model.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
@@ -173,6 +192,10 @@ def build(config: TrainConfig) -> Run:
         run.captured = CapturedStep(device)
     if latest is not None:
         run.start = checkpoint.restore(latest, model, optimizer, scaler, device)
+        samples = progress.samples
+        # A checkpoint that is older than the field: its batches had one size.
+        run.samples_before = run.start * _samples_per_step(state["config"]) if samples is None else samples
+        source.begin_at(run.start, run.samples_before)
     return run
 
 
@@ -267,18 +290,34 @@ def kept_from_cudnn(run: Run) -> bool:
 
 
 def _open_sources(config: TrainConfig) -> tuple[TokenSource, TokenSource | None]:
-    def open_split(name: str) -> TokenSource:
+    def open_split(name: str, grad_accum: int, sequences: int) -> TokenSource:
         return open_data(
             config.data,
             split=name,
             vocab_size=int(config.vocab_size or 0),
             batch_size=int(config.batch_size or 0),
             block_size=int(config.block_size or 0),
-            grad_accum=config.grad_accum if name == "train" else 1,
+            grad_accum=grad_accum,
             seed=config.seed,
+            sequences=sequences,
         )
 
-    return open_split("train"), open_split("val") if config.eval_every else None
+    train = open_split("train", config.grad_accum, sequences=0)
+    return train, open_split("val", 1, config.eval_sequences) if config.eval_every else None
+
+
+def _samples_per_step(config: dict[str, Any]) -> int:
+    return config["batch_size"] * config["grad_accum"]
+
+
+def _changed_data(config: TrainConfig, seed: int, was: str | None, now: str) -> list[str]:
+    """What differs in the data from the checkpoint's: `was` and `now` are fingerprints, `seed` is the checkpoint's."""
+    notes = []
+    if was and now and was != now:
+        notes.append(f"changed since the checkpoint: the data in {config.data}")
+    if now and seed != config.seed:
+        notes.append(f"--seed {config.seed} orders the data anew: windows of this epoch may come again, or not at all")
+    return notes
 
 
 def _claim_folder(out: Path, resume: bool) -> tuple[Path | None, list[str]]:
