@@ -24,29 +24,31 @@ def evaluate(
     source: TokenSource,
     batches: int,
     device: torch.device | str,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool] | None = None,
 ) -> float:
-    """Mean loss in nats per token over the source's first batches, in evaluation mode (no dropout); NaN if stopped.
+    """Mean loss in nats per token over the source's first batches, in evaluation mode (no dropout).
 
-    Always the same batches, so that a run's values can be compared. The host waits for the device once, at
-    the end; whether the model was training is restored.
+    Always the same batches, so that a run's values can be compared. The host waits for the device once, at the end,
+    or with `stop` for each micro-batch but the last; whether the model was training is restored.
 
     Args:
         model: called as model(inputs, targets), int64 (B, T) each; returns its mean loss, a scalar.
         batches: batches (of grad_accum micro-batches each) to average over, at least 1.
-        stop: asked before each batch; True ends the evaluation.
+        stop: asked before each micro-batch; once it says True the result is NaN.
 
     Raises:
-        DataError: the data can't be read any more, or was found damaged.
+        DataError: the data can't be read any more, or is damaged.
     """
     was_training = model.training
     model.eval()
     try:
-        losses = []
-        for step in range(batches):
-            if stop():
+        losses: list[Tensor] = []
+        for tokens in (tokens for step in range(batches) for tokens in source.tokens(step)):
+            if stop is not None and stop():
                 return math.nan
-            losses += [_loss(model, tokens, device) for tokens in source.tokens(step)]
+            losses.append(_loss(model, tokens, device))
+            if stop is not None and len(losses) > 1:
+                losses[-2].item()  # else the host would be far ahead of the device, and asked too early
         source.check()
         return torch.stack(losses).double().mean().item()
     finally:

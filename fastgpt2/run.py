@@ -70,9 +70,14 @@ class Run:
         """The tokens of a step counted from 0, (grad_accum, B, T + 1), on their way to the device."""
         return on_its_way(self.source.tokens(step), self.device)
 
+    @property
+    def samples_per_step(self) -> int:
+        """Sequences that a step takes."""
+        return self.config.grad_accum * int(self.config.batch_size or 0)
+
     def samples_done(self, done: int) -> int:
-        """Sequences that the first `done` steps took from the data, in whatever batches."""
-        return self.samples_before + (done - self.start) * _samples_per_step(dataclasses.asdict(self.config))
+        """Sequences that the first `done` steps took from the data."""
+        return self.samples_before + (done - self.start) * self.samples_per_step
 
     def check_data(self) -> None:
         """Wait until the data has been verified: what was trained on damaged data is not to be saved.
@@ -159,12 +164,9 @@ def build(config: TrainConfig) -> Run:
     # Last of the checks, since it makes a folder.
     latest, found = _claim_folder(config.out, config.resume) if config.out is not None else (None, [])
     found = [*source.notes, *(val_source.notes if val_source else ()), *found]
-    progress = checkpoint.Progress()
     if latest is not None:
         state = checkpoint.check_shape(latest, model_config)
-        progress = checkpoint.read_progress(state)
         found += checkpoint.changed_settings(state, config)
-        found += _changed_data(config, state["config"]["seed"], progress.data, source.fingerprint)
     torch.manual_seed(config.seed)
     model = GPT(model_config, ops, recompute=config.recompute)
     model.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
@@ -192,10 +194,7 @@ def build(config: TrainConfig) -> Run:
         run.captured = CapturedStep(device)
     if latest is not None:
         run.start = checkpoint.restore(latest, model, optimizer, scaler, device)
-        samples = progress.samples
-        # A checkpoint that is older than the field: its batches had one size.
-        run.samples_before = run.start * _samples_per_step(state["config"]) if samples is None else samples
-        source.begin_at(run.start, run.samples_before)
+        _continue_data(run, state)
     return run
 
 
@@ -306,18 +305,18 @@ def _open_sources(config: TrainConfig) -> tuple[TokenSource, TokenSource | None]
     return train, open_split("val", 1, config.eval_sequences) if config.eval_every else None
 
 
-def _samples_per_step(config: dict[str, Any]) -> int:
-    return config["batch_size"] * config["grad_accum"]
-
-
-def _changed_data(config: TrainConfig, seed: int, was: str | None, now: str) -> list[str]:
-    """What differs in the data from the checkpoint's: `was` and `now` are fingerprints, `seed` is the checkpoint's."""
-    notes = []
-    if was and now and was != now:
-        notes.append(f"changed since the checkpoint: the data in {config.data}")
-    if now and seed != config.seed:
-        notes.append(f"--seed {config.seed} orders the data anew: windows of this epoch may come again, or not at all")
-    return notes
+def _continue_data(run: Run, state: dict[str, Any]) -> None:
+    """Have a resumed run take the samples that follow its checkpoint's, and note where they are others."""
+    saved, progress = state["config"], checkpoint.read_progress(state)
+    samples = progress.samples
+    # A checkpoint older than the field: all its batches had one size.
+    run.samples_before = run.start * saved["batch_size"] * saved["grad_accum"] if samples is None else samples
+    run.source.begin_at(run.start, run.samples_before)
+    data, now = run.config.data, run.source.fingerprint
+    if progress.data and now and progress.data != now:
+        run.found.append(f"changed since the checkpoint: the data in {data}")
+    elif now and saved["seed"] != run.config.seed:
+        run.found.append(f"--seed {run.config.seed} is another order of {data}: windows may come twice in this epoch")
 
 
 def _claim_folder(out: Path, resume: bool) -> tuple[Path | None, list[str]]:

@@ -392,7 +392,7 @@ def write_shard(path: Path | str, tokens: Any) -> None:
             file.write(header.tobytes())
             file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
         sync(aside)
-        os.replace(aside, path)
+        aside.rename(path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise

@@ -120,8 +120,8 @@ def _train(config: TrainConfig, reporter: Reporter) -> TrainResult:
     meter = Meter(run.device, run.start, config.grad_accum * B * T)
     val_losses: list[tuple[int, float]] = []
     done = run.start
-    tokens = run.next_tokens(done) if done < steps else None
     try:
+        tokens = run.next_tokens(done) if done < steps else None
         while tokens is not None:
             due = _due(config, done + 1, first=done == run.start, last=done + 1 == steps or reporter.stop_requested)
             loss, norm = run.step(done, tokens, want_norm=due.log)

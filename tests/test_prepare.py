@@ -289,7 +289,7 @@ def test_the_folder_is_self_contained(texts, tmp_path, bpe):
     source = ShardTokens(tmp_path / "out", "val", batch_size=1, block_size=8)
     assert source.vocab_size == meta["vocab_size"] == 50257
     tokenizer = load_tokenizer(meta["tokenizer"], tmp_path / "out")
-    shard = source.shards[0].tolist()
+    shard = source.shards[0].tokens().tolist()
     assert shard.count(50256) == meta["documents"]["val"]
     assert sorted(tokenizer.decode(shard).decode().splitlines(True)) == sorted(
         document.path.read_text() for document in assign(find(config(texts, out=tmp_path)).documents, 0.1)["val"]
