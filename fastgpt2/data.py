@@ -223,7 +223,8 @@ class ShardTokens:
                 f"the {split} split leaves out {short:,} of its {shards:,} shards, {tokens:,} of {self.token_count:,} "
                 f"tokens: they are shorter than a window, --block-size + 1 = {self.block_size + 1}"
             )
-        if (tokens := int(tails.sum())) * 100 > self.token_count:
+        # Validation takes a part of the split, or sweeps it from the first token on.
+        if split == "train" and (tokens := int(tails.sum())) * 100 > self.token_count:
             yield (
                 f"the {split} split leaves out {tokens:,} of {self.token_count:,} tokens at the ends of its shards: "
                 f"they are only a few times --block-size {self.block_size} long; longer shards lose less"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from fastgpt2.config import ConfigError
 from fastgpt2.console import run_command
-from fastgpt2.data import DUMMY, ShardTokens, TokenSource, open_data, split, unigram_entropy
+from fastgpt2.data import DUMMY, DataError, ShardTokens, TokenSource, open_data, split, unigram_entropy
 from fastgpt2.device import on_its_way, pick_device
 from fastgpt2.pretrained import load_run
 
@@ -117,11 +118,16 @@ def main(arguments: list[str] | None = None) -> None:
         block_size=model.config.block_size,
     )
     assert isinstance(source, ShardTokens)
-    loss, tokens = evaluate_split(model, source, device, args.batches)
+    for note in source.notes:
+        print(f"note: {note}", file=sys.stderr)
+    try:
+        loss, tokens = evaluate_split(model, source, device, args.batches)
+        unigram = unigram_entropy(source.count_tokens())
+    except DataError as error:
+        raise ConfigError(str(error)) from None
     print(f"step {state['step']} of {args.run} on the val split of {data}: {tokens:,} tokens")
     print(f"loss       {loss:.4f} nats/token")
     print(f"perplexity {math.exp(min(loss, 700.0)):.2f}")
-    unigram = unigram_entropy(source.count_tokens())
     print(f"unigram    {unigram:.4f} nats/token, the entropy of the split's own token frequencies")
 
 

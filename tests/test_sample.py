@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt2 import checkpoint
+from fastgpt2 import checkpoint, shards
 from fastgpt2 import evaluate as evaluate_module
 from fastgpt2 import sample as sample_module
 from fastgpt2.config import ConfigError, ModelConfig, TrainConfig
@@ -294,5 +294,20 @@ def test_the_evaluate_command(tmp_path, monkeypatch, capsys):
         f"perplexity {math.exp(loss):.2f}",
         f"unigram    {-(part * np.log(part)).sum():.4f} nats/token, the entropy of the split's own token frequencies",
     ]
+    write_shard(tmp_path / "data" / "short_val.bin", [97] * 8)
+    status, _, stderr = run(monkeypatch, capsys, evaluate_module, "--from", out, "--device", "cpu")
+    assert (status, stderr.count("\n")) == (0, 1)
+    assert stderr.startswith("note: the val split leaves out 1 of its 2 shards, 8 of 108 tokens: they are shorter than")
     status, _, stderr = run(monkeypatch, capsys, evaluate_module, "--from", out, "--batch-size", 0)
     assert (status, stderr) == (2, "error: --batch-size must be at least 1, got 0\n")
+
+
+def test_the_evaluate_command_verifies_the_split_however_large(tmp_path, monkeypatch, capsys):
+    out = make_run(tmp_path)
+    monkeypatch.setattr(shards, "AT_ONCE_BYTES", -1)
+    listed = {"val_000000.bin": {"tokens": 100, "sha256": "0" * 64}}
+    meta = {"tokenizer": "byte", "vocab_size": 257, "shards": listed}
+    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
+    status, stdout, stderr = run(monkeypatch, capsys, evaluate_module, "--from", out, "--device", "cpu")
+    assert (status, stdout, stderr.count("\n")) == (2, "", 1)
+    assert stderr.startswith(f"error: {tmp_path / 'data' / 'val_000000.bin'} is damaged or changed")
