@@ -11,6 +11,7 @@ process by SIGBUS, a read says so.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import reprlib
@@ -233,11 +234,12 @@ def _foreign(path: Path, magic: int) -> str:
     """What a file that isn't a shard may be instead, and what to do with it."""
     if magic in FOREIGN:
         return f"it is {FOREIGN[magic]}; the magic {MAGIC}, version {VERSION} is read"
-    folder = path.parent.with_name(f"{path.parent.name}-shards")
-    split = split_of(path.name) or "train"
+    folder = f"{path.parent.absolute()}-shards"
+    # Python takes JSON's strings; their double quotes stand well between the shell's single ones.
+    source, target, split = (json.dumps(str(name)) for name in (path, folder, split_of(path.name)))
     line = (
-        f"from fastgpt2.data import write_shards; import numpy as np; "
-        f"write_shards({str(folder)!r}, {split!r}, np.memmap({str(path)!r}, 'u2', 'r'))"
+        f"import numpy as np; from fastgpt2.data import write_shards; "
+        f'write_shards({target}, {split}, np.memmap({source}, "u2", "r"))'
     )
     return (
         f"it begins with {magic}, not with the magic {MAGIC}. Raw uint16 tokens, as nanoGPT writes them, become shards "
