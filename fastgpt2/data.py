@@ -214,6 +214,11 @@ class ShardTokens:
         self._epochs: dict[int, _Epoch] = {}
         self.fingerprint = _fingerprint(shards)
         self._verification = Verification(shards, self.vocab_size)
+        if not self._verification.at_once:
+            self.notes.append(
+                f"the {split} split, {self._verification.size_bytes / 1e9:.1f} GB, is verified while the run goes on: "
+                f"the first {'checkpoint' if split == 'train' else 'loss over it'} waits for that"
+            )
 
     def _never_seen(self, split: str, shards: int, tails: np.ndarray) -> Iterator[str]:
         """Notes on the tokens that are in no epoch's windows; `tails` are those at the end of each shard."""

@@ -203,7 +203,7 @@ class Shard:
             return self.sha256
         count = min(self._count, 512)
         digest = hashlib.blake2b(self._header, digest_size=16)
-        for begin in np.linspace(0, self._count - count, 64, dtype=np.int64).tolist():
+        for begin in np.linspace(0, self._count - count, 8, dtype=np.int64).tolist():
             digest.update(self.read(begin, count))
         return digest.hexdigest()
 
@@ -271,7 +271,9 @@ class Verification:
         self._failure: DataError | None = None
         self._thread = threading.Thread(target=self._run, name="verify the data", daemon=True)
         self._thread.start()
-        if 2 * sum(map(len, shards)) <= AT_ONCE_BYTES:
+        self.size_bytes = 2 * sum(map(len, shards))
+        self.at_once = self.size_bytes <= AT_ONCE_BYTES
+        if self.at_once:
             self._thread.join()
             if self._failure is not None:
                 raise ConfigError(str(self._failure))
