@@ -290,9 +290,7 @@ def test_a_flipped_bit_is_found(tmp_path, where, split, byte):
             source_of(folder, split)
     else:
         source = source_of(folder, split)
-        assert [note.split(":")[0] for note in source.notes] == [
-            f"the {split} split, 0.0 GB, is verified while the run goes on"
-        ]
+        assert source.notes[-1].startswith(f"the {split} split, 0.0 GB, is verified while the run goes on: the first")
         for _ in range(2):  # whoever asks is told
             with pytest.raises(DataError, match=message):
                 source.check()

@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -156,6 +157,15 @@ def test_a_validation_loss_by_default_is_of_20_batches_of_8(data):
     source = ShardTokens(data, "val", 8, 16)
     assert source.windows > 160
     assert result.val_losses == [(4, evaluate(watch.run.model, source, 20, "cpu"))]
+
+
+def test_no_loss_is_told_of_data_that_is_not_verified(data):
+    watch = Watch()
+    train(small(data), watch)
+    source = ShardTokens(data, "val", 4, 16)
+    source.check = mock.Mock(side_effect=DataError("damaged"))
+    with pytest.raises(DataError, match="damaged"):
+        evaluate(watch.run.model, source, 2, "cpu")
 
 
 def test_a_small_validation_split_is_said_once(data):
