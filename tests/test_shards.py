@@ -116,6 +116,16 @@ def test_a_token_outside_the_vocabulary(tmp_path, monkeypatch):
     assert ShardTokens(folder, "train", 2, 8).vocab_size == 65536
 
 
+def test_without_meta_the_vocabulary_is_gpt_2s(tmp_path):
+    write_shard(tmp_path / "train.bin", [50256] * 20)
+    assert source_of(tmp_path).vocab_size == 50257
+    write_shard(tmp_path / "train.bin", [*[50256] * 20, 50257])
+    with pytest.raises(
+        ConfigError, match=r'train\.bin: token 20 has id 50257, .* give their "vocab_size" in meta\.json'
+    ):
+        source_of(tmp_path)
+
+
 def test_every_shard_is_checked_not_the_first_alone(tmp_path):
     folder = make_folder(tmp_path / "d", train=(100, 100))
     path = folder / "some_train_000001.bin"
