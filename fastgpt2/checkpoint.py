@@ -7,7 +7,7 @@
         state.json             step, configuration, model shape, gradient scaler, progress, device, versions
         SHA256SUMS             of the four, as `sha256sum -c SHA256SUMS` reads it
 
-The position in the data needs no state: a batch is a function of (seed, step, rank).
+The position in the data is a number of samples: a batch is a function of (seed, samples before it, rank).
 
 A checkpoint is written aside, brought to the disk, and only then renamed: one that has its name is complete, whenever
 the process is killed. Every read is checked first. A run is resumed from the newest checkpoint that is intact, since

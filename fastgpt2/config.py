@@ -156,8 +156,8 @@ class TrainConfig:
     """Folder for config.toml, metrics.jsonl, loss.png and checkpoints (default: a new one under runs/)."""
     eval_every: Natural = 0
     """Steps between validation losses; 0 turns them off."""
-    eval_batches: Count = 20
-    """Batches in a validation loss."""
+    eval_sequences: Count = 160
+    """Sequences in a validation loss, the same ones whatever the batch size."""
     save_every: Natural = 1000
     """Steps between checkpoints; one is also saved at the end. 0 saves none."""
     keep: Natural = 2

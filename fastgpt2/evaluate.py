@@ -5,37 +5,53 @@ from __future__ import annotations
 import io
 import math
 import sys
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastgpt2.config import ConfigError
 from fastgpt2.console import run_command
-from fastgpt2.data import DUMMY, ShardTokens, TokenSource, count_tokens, open_data, split, unigram_entropy
+from fastgpt2.data import DUMMY, DataError, ShardTokens, TokenSource, open_data, split, unigram_entropy
 from fastgpt2.device import on_its_way, pick_device
 from fastgpt2.flags import Parser
 from fastgpt2.pretrained import check_vocabulary, load_run
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, source: TokenSource, batches: int, device: torch.device | str) -> float:
+def evaluate(
+    model: nn.Module,
+    source: TokenSource,
+    batches: int,
+    device: torch.device | str,
+    stop: Callable[[], bool] | None = None,
+) -> float:
     """Mean loss in nats per token over the source's first batches, in evaluation mode (no dropout).
 
-    Always the same batches, so that a run's values can be compared. The host waits for the device once, at
-    the end; whether the model was training is restored.
+    Always the same batches, so that a run's values can be compared. The host waits for the device once, at the end,
+    or with `stop` for each micro-batch but the last; whether the model was training is restored.
 
     Args:
         model: called as model(inputs, targets), int64 (B, T) each; returns its mean loss, a scalar.
         batches: batches (of grad_accum micro-batches each) to average over, at least 1.
+        stop: asked before each micro-batch; once it says True the result is NaN.
+
+    Raises:
+        DataError: the data can't be read any more, or is damaged.
     """
     was_training = model.training
     model.eval()
     try:
-        micro = (tokens for step in range(batches) for tokens in source.tokens(step))
-        losses = [_loss(model, tokens, device) for tokens in micro]
+        losses: list[Tensor] = []
+        for tokens in (tokens for step in range(batches) for tokens in source.tokens(step)):
+            if stop is not None and stop():
+                return math.nan
+            losses.append(_loss(model, tokens, device))
+            if stop is not None and len(losses) > 1:
+                losses[-2].item()  # else the host would be far ahead of the device, and asked too early
+        source.check()
         return torch.stack(losses).double().mean().item()
     finally:
         model.train(was_training)
@@ -49,6 +65,9 @@ def evaluate_split(
 
     Args:
         batches: stop after this many; 0 takes all.
+
+    Raises:
+        DataError: the data can't be read any more, or is damaged.
     """
     was_training = model.training
     model.eval()
@@ -57,6 +76,7 @@ def evaluate_split(
         for tokens in islice(source.sweep(), batches or None):
             losses.append(_loss(model, tokens, device))
             sizes.append(tokens.size(0) * (tokens.size(1) - 1))
+        source.check()
         # The last batch may be smaller, and counts by its tokens.
         weights = torch.tensor(sizes, dtype=torch.float64)
         return (torch.stack(losses).double().cpu() @ weights).item() / sum(sizes), sum(sizes)
@@ -110,7 +130,13 @@ def main(arguments: list[str] | None = None) -> None:
     assert isinstance(source, ShardTokens)
     if args.data:  # what the run was trained on may have a smaller vocabulary than the model: that was asked for
         check_vocabulary(f"the data in {data}", source.vocab_size, model.config)
-    loss, tokens = evaluate_split(model, source, device, min(args.batches, sys.maxsize))
+    for note in source.notes:
+        print(f"note: {note}", file=sys.stderr)
+    try:
+        loss, tokens = evaluate_split(model, source, device, min(args.batches, sys.maxsize))
+        unigram = unigram_entropy(source.count_tokens())
+    except DataError as error:
+        raise ConfigError(str(error)) from None
     if not math.isfinite(loss):
         raise ConfigError(f"the loss is {loss}: the checkpoint is of a run that diverged")
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -118,16 +144,11 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"step {state['step']} of {args.source} on the val split of {data}: {tokens:,} tokens")
     print(f"loss       {loss:.4f} nats/token")
     print(f"perplexity {_perplexity(loss)}")
-    print(f"unigram    {_unigram(source):.4f} nats/token, the entropy of the split's own token frequencies")
+    print(f"unigram    {unigram:.4f} nats/token, the entropy of the split's own token frequencies")
 
 
 def _perplexity(loss: float) -> str:
     return f"{math.exp(loss):.2f}" if loss < 20 else f"e^{loss:.2f}"
-
-
-def _unigram(source: ShardTokens) -> float:
-    counts = sum(count_tokens(shard, source.vocab_size) for shard in source.shards)
-    return unigram_entropy(np.asarray(counts))
 
 
 if __name__ == "__main__":

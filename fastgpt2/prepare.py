@@ -40,6 +40,7 @@ from fastgpt2.data import META_NAME, count_tokens, unigram_entropy, write_shard
 from fastgpt2.durable import InUseError, locked, sync
 from fastgpt2.fields import Name
 from fastgpt2.flags import read_arguments
+from fastgpt2.shards import split_of
 from fastgpt2.sources import ASIDE, Document, Found, assign, find, skipped_text, texts
 from fastgpt2.tokenizer import BPE_FILES, END_OF_TEXT, ByteTokenizer, Gpt2Tokenizer, Tokenizer, copy_bpe_files
 
@@ -306,7 +307,7 @@ def _describe(
 
 def _shard_files(out: Path) -> list[Path]:
     """meta.json and everything in a folder that `fastgpt2.data` would take for a shard."""
-    paths = [path for glob in (META_NAME, "*train*.bin", "*val*.bin") for path in sorted(out.glob(glob))]
+    paths = [*out.glob(META_NAME), *(path for path in sorted(out.glob("*.bin")) if split_of(path.name))]
     return [path for path in paths if not path.is_dir()]
 
 

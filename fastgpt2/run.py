@@ -28,7 +28,7 @@ from fastgpt2.graph import CapturedStep
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import ablation, make_ops
 from fastgpt2.optim import learning_rate, make_optimizer
-from fastgpt2.state import UNKNOWN, Progress, carried_over, changed_settings, read_progress
+from fastgpt2.state import carried_over, changed_data, changed_settings, read_progress
 
 TORCH_DTYPE = {
     "float64": torch.float64,
@@ -54,8 +54,8 @@ class Run:
     """The implementation of each slot."""
     start: int = 0
     """Steps already done by the run that this one resumes."""
-    resumed: Progress = UNKNOWN
-    """Where the run stood that this one resumes."""
+    samples_before: int = 0
+    """Sequences that those steps took from the data."""
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
     found: list[str] = field(default_factory=list)
     """What the user should know of the checkpoints that were found."""
@@ -70,6 +70,23 @@ class Run:
     def next_tokens(self, step: int) -> Tensor:
         """The tokens of a step counted from 0, (grad_accum, B, T + 1), on their way to the device."""
         return on_its_way(self.source.tokens(step), self.device)
+
+    @property
+    def samples_per_step(self) -> int:
+        """Sequences that a step takes."""
+        return self.config.grad_accum * int(self.config.batch_size or 0)
+
+    def samples_done(self, done: int) -> int:
+        """Sequences that the first `done` steps took from the data."""
+        return self.samples_before + (done - self.start) * self.samples_per_step
+
+    def check_data(self) -> None:
+        """Wait until the data has been verified: what was trained on damaged data is not to be saved.
+
+        Raises:
+            DataError: it is damaged, or was changed since.
+        """
+        self.source.check()
 
     def step(self, step: int, tokens: Tensor, *, want_norm: bool = False) -> tuple[Tensor, Tensor | None]:
         """One optimizer step; launches work and waits for nothing.
@@ -156,11 +173,10 @@ def _build(config: TrainConfig, held: contextlib.ExitStack) -> Run:
     )
     # Last of the checks, since it makes a folder.
     claimed = claim(config, held) if config.out is not None else Claim(None, [])
-    notes, resumed = claimed.notes, UNKNOWN
+    notes = [*source.notes, *(val_source.notes if val_source else ()), *claimed.notes]
     if claimed.latest is not None:
         state = checkpoint.check_shape(claimed.latest, model_config)
         notes += changed_settings(state, config) + carried_over(state, config, device)
-        resumed = read_progress(state)
     torch.manual_seed(config.seed)
     model = GPT(model_config, ops, recompute=config.recompute)
     model.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
@@ -181,7 +197,6 @@ def _build(config: TrainConfig, held: contextlib.ExitStack) -> Run:
         source,
         val_source,
         chosen,
-        resumed=resumed,
         parameters=list(model.parameters()),
         found=notes,
     )
@@ -189,6 +204,7 @@ def _build(config: TrainConfig, held: contextlib.ExitStack) -> Run:
         run.captured = CapturedStep(device)
     if claimed.latest is not None:
         run.start = checkpoint.restore(claimed.latest, model, optimizer, scaler, device)
+        _continue_data(run, state)
     return run
 
 
@@ -293,15 +309,31 @@ def kept_from_cudnn(run: Run) -> bool:
 
 
 def _open_sources(config: TrainConfig) -> tuple[TokenSource, TokenSource | None]:
-    def open_split(name: str) -> TokenSource:
+    def open_split(name: str, grad_accum: int, sequences: int) -> TokenSource:
         return open_data(
             config.data,
             split=name,
             vocab_size=int(config.vocab_size or 0),
             batch_size=int(config.batch_size or 0),
             block_size=int(config.block_size or 0),
-            grad_accum=config.grad_accum if name == "train" else 1,
+            grad_accum=grad_accum,
             seed=config.seed,
+            sequences=sequences,
         )
 
-    return open_split("train"), open_split("val") if config.eval_every else None
+    train = open_split("train", config.grad_accum, sequences=0)
+    return train, open_split("val", 1, config.eval_sequences) if config.eval_every else None
+
+
+def _continue_data(run: Run, state: dict[str, Any]) -> None:
+    """Have a resumed run take the samples that follow its checkpoint's, and note where they are others."""
+    saved, progress = state["config"], read_progress(state)
+    samples = progress.samples
+    # A checkpoint older than the field: all its batches had one size.
+    run.samples_before = run.start * saved["batch_size"] * saved["grad_accum"] if samples is None else samples
+    run.source.begin_at(run.start, run.samples_before)
+    data, now = run.config.data, run.source.fingerprint
+    if other := changed_data(progress.data, now, data):
+        run.found += other
+    elif now and saved["seed"] != run.config.seed:
+        run.found.append(f"--seed {run.config.seed} is another order of {data}: windows may come twice in this epoch")

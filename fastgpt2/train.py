@@ -23,6 +23,7 @@ from torch import Tensor
 from fastgpt2 import checkpoint
 from fastgpt2.arguments import naming_files, read_command_line
 from fastgpt2.config import TrainConfig
+from fastgpt2.data import DataError
 from fastgpt2.device import device_name, give_back_freed_memory, peak_flops, peak_memory_bytes, pick_device
 from fastgpt2.durable import OutputError, write_text
 from fastgpt2.evaluate import evaluate
@@ -90,6 +91,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> TrainResult:
     Raises:
         ConfigError: before any work, where the request can't be carried out.
         NonFiniteLossError: the loss became infinite or NaN; the message names the step and what to try.
+        DataError: the data can't be read any more, or was found damaged; the steps before that are saved.
         OutputError: a checkpoint or a record can't be written, as on a full disk; the last good checkpoint is kept.
     """
     device = pick_device(config.device)
@@ -121,8 +123,8 @@ def _train(config: TrainConfig, reporter: Reporter, held: contextlib.ExitStack) 
     meter = Meter(run.device, run.start, config.grad_accum * B * T)
     val_losses: list[tuple[int, float]] = []
     done = run.start
-    tokens = run.next_tokens(done) if done < steps else None
     try:
+        tokens = run.next_tokens(done) if done < steps else None
         while tokens is not None:
             due = _due(config, done + 1, first=done == run.start, last=done + 1 == steps or reporter.stop_requested)
             loss, norm = run.step(done, tokens, want_norm=due.log)
@@ -142,6 +144,8 @@ def _train(config: TrainConfig, reporter: Reporter, held: contextlib.ExitStack) 
                 _save(run, meter, done)
     except NonFiniteLossError as error:
         raise NonFiniteLossError(error.step, error.loss, _advice(run)) from None
+    except DataError as error:
+        raise DataError(f"{error}; {_save_what_is_good(run, meter, done)}") from None
     finally:
         if log is not None:
             log.close()
@@ -209,7 +213,7 @@ def _evaluate(run: Run, meter: Meter) -> float:
     assert run.val_source is not None
     meter.pause()
     with run.autocast():
-        loss = evaluate(run.model, run.val_source, run.config.eval_batches, run.device)
+        loss = evaluate(run.model, run.val_source, run.val_source.batches, run.device)
     meter.go_on()
     return loss
 
@@ -220,8 +224,22 @@ def _save(run: Run, meter: Meter, done: int) -> None:
     assert run.config.out is not None
     if not torch.stack([p.isfinite().all() for p in run.parameters]).all().item():
         raise NonFiniteLossError(done + 1, float("nan"))
-    checkpoint.save(run.config.out, done, run.config, run.model, run.optimizer, run.scaler)
+    run.check_data()
+    progress = checkpoint.Progress(samples=run.samples_done(done), data=run.source.fingerprint or None)
+    checkpoint.save(run.config.out, done, run.config, run.model, run.optimizer, run.scaler, progress)
     meter.go_on()
+
+
+def _save_what_is_good(run: Run, meter: Meter, done: int) -> str:
+    """Save the steps before the data failed, unless what they were trained on is damaged; returns what to do then."""
+    if run.config.out is None:
+        return "nothing is saved without --out"
+    # Raises the same again where the data was damaged from the beginning.
+    with contextlib.suppress(DataError):
+        if run.config.save_every and done > run.start:
+            _save(run, meter, done)
+    saved = checkpoint.checkpoints(run.config.out)
+    return f"then continue after {saved[-1].name} with --resume --out {run.config.out}" if saved else "nothing is saved"
 
 
 def _advice(run: Run) -> str:
@@ -277,7 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
             config = dataclasses.replace(config, out=folder.enter_context(new_folder(Path("runs"))))
         try:
             train(config, display)
-        except (NonFiniteLossError, OutputError) as error:
+        except (NonFiniteLossError, OutputError, DataError) as error:
             display.error(str(error))
             return 1
         except torch.OutOfMemoryError:

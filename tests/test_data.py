@@ -214,69 +214,144 @@ def test_val_windows_are_the_same_for_all_seeds(tmp_path):
     assert not torch.equal(*train)
 
 
-def test_shard_bytes_are_llm_c_s(tmp_path):
-    write_shard(tmp_path / "a_train.bin", np.array([1, 258, 50256]))
-    raw = (tmp_path / "a_train.bin").read_bytes()
-    assert len(raw) == 1024 + 6
-    assert raw[:12] == (20240520).to_bytes(4, "little") + (1).to_bytes(4, "little") + (3).to_bytes(4, "little")
-    assert raw[12:1024] == bytes(1012)
-    assert raw[1024:] == b"\x01\x00\x02\x01\x50\xc4"
-    assert data.open_shard(tmp_path / "a_train.bin", 50257).tolist() == [1, 258, 50256]
+# Where a resumed run goes on
 
 
-# What is wrong with a folder or a shard: one line that names it
+@pytest.mark.parametrize("seed", range(8))
+def test_other_batches_neither_repeat_nor_skip_windows(tmp_path, seed):
+    """Whatever the batches of the parts of a run were, it has taken the first samples of the order, each once."""
+    rng = np.random.default_rng(seed)
+    folder = make_folder(tmp_path / "d", train=rng.integers(20, 300, 3).tolist())
+    alone = ShardTokens(folder, "train", 1, 8, seed=seed)
+    step, samples, seen = 0, 0, []
+    for _ in range(6):
+        batch, accum, world = rng.integers(1, 6, 3).tolist()
+        ranks = [ShardTokens(folder, "train", batch, 8, accum, seed, rank, world) for rank in range(world)]
+        for source in ranks:
+            source.begin_at(step, samples)
+        steps = int(rng.integers(0, 5))
+        for _ in range(steps):
+            # The order of samples is micro-step, rank, row.
+            batches = torch.stack([source.tokens(step) for source in ranks], dim=1)
+            seen += batches[..., 0].flatten().tolist()
+            step += 1
+        samples += steps * batch * accum * world
+    assert samples == len(seen)
+    assert seen == [alone.tokens(g)[0, 0, 0].item() for g in range(samples)]
 
 
-def broken(folder: Path, contents: bytes) -> Path:
-    make_folder(folder)
-    (folder / "some_train_000000.bin").write_bytes(contents)
-    return folder
+def test_a_source_that_begins_at_its_own_step_is_the_same(source):
+    plain, begun = source(), source()
+    begun.begin_at(5, 5 * 2 * 4 * 3)
+    for step in (5, 6, 40):
+        assert torch.equal(plain.tokens(step), begun.tokens(step))
 
 
-def header(magic=20240520, version=1, count=0) -> bytes:
-    return np.array([magic, version, count] + [0] * 253, dtype="<i4").tobytes()
+def test_a_position_is_never_too_large(tmp_path):
+    source = ShardTokens(make_folder(tmp_path / "d"), "train", 3, 8, grad_accum=2)
+    source.begin_at(1, 0)
+    step = 1 + source.windows * 10**30  # a whole number of epochs, in an integer of its own order
+    source.begin_at(0, 0)
+    assert source.tokens(step).shape == (2, 3, 9)
+    source.begin_at(step, 5)
+    first = source.tokens(step)
+    source.begin_at(0, 5)
+    assert torch.equal(first, source.tokens(0))
 
 
-@pytest.mark.parametrize(
-    ("contents", "message"),
-    [
-        (b"", r"some_train_000000\.bin is empty"),
-        (b"\x28", r"some_train_000000\.bin is truncated: 1 bytes, the header alone has 1024"),
-        (header(count=9)[:500], r"some_train_000000\.bin is truncated: 500 bytes, the header alone has 1024"),
-        (header(count=9) + bytes(17), r"truncated: its header's 9 tokens need 1042 bytes, the file has 1041"),
-        (header(count=9) + bytes(20), r"too long: its header's 9 tokens need 1042 bytes, the file has 1044"),
-        (header(count=-1) + bytes(20), r"too long: its header's -1 tokens"),
-        (header(count=0), r"some_train_000000\.bin holds no tokens"),
-        (header(magic=20240801, count=9) + bytes(18), r"no token shard: it begins with 20240801, not .* 20240520"),
-        (b"once upon a time" * 100, r"some_train_000000\.bin is no token shard"),
-        (header(version=7, count=9) + bytes(18), r"some_train_000000\.bin is a shard of version 7: only version 1"),
-    ],
-)
-def test_a_shard_that_is_none(tmp_path, contents, message):
-    with pytest.raises(ConfigError, match=message) as error:
-        ShardTokens(broken(tmp_path / "d", contents), "train", 2, 8)
+# A number of sequences
+
+
+@pytest.mark.parametrize("kind", ["dummy", "dummy-fixed", "shards"])
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 7, 8, 200])
+def test_so_many_sequences_whatever_the_batch(tmp_path, kind, batch_size):
+    data = str(make_folder(tmp_path / "d", val=(2000,))) if kind == "shards" else kind
+    shape = {"split": "val", "vocab_size": 50257, "block_size": 8}
+    source = open_data(data, batch_size=batch_size, sequences=160, **shape)
+    # Of the default batch these are the ones that 20 batches of 8 were.
+    default = open_data(data, batch_size=8, **shape)
+    rows, expected = (
+        torch.cat([s.tokens(i)[0] for i in range(n)]) for s, n in ((source, source.batches), (default, 20))
+    )
+    assert torch.equal(rows, expected)
+    assert source.notes == []
+    if kind == "shards":
+        assert source.batch_size == {1: 1, 3: 2, 4: 4, 7: 5, 8: 8, 200: 160}[batch_size]
+        assert len(torch.unique(rows[:, 0])) == 160
+
+
+def test_a_split_with_fewer_windows_is_taken_once(tmp_path):
+    folder = make_folder(tmp_path / "d", val=(8 * 14,))
+    source = ShardTokens(folder, "val", 8, 8, sequences=160)
+    assert source.windows == 13
+    assert (source.batches, source.batch_size) == (13, 1)
+    assert len({source.tokens(i)[0, 0, 0].item() for i in range(13)}) == 13
+    assert source.notes == ["a val loss takes all 13 windows of the split, not 160"]
+    assert ShardTokens(folder, "val", 8, 8, sequences=13).notes == []
+
+
+# Tokens that no epoch has
+
+
+def test_shards_shorter_than_a_window_are_said(tmp_path):
+    source = ShardTokens(make_folder(tmp_path / "d", train=(1200, *[8] * 50, 9)), "train", 2, 8)
+    assert source.notes == [
+        "the train split leaves out 50 of its 52 shards, 400 of 1,609 tokens: they are shorter than a window, "
+        "--block-size + 1 = 9"
+    ]
+    assert ShardTokens(tmp_path / "d", "val", 2, 8).notes == []
+
+
+def test_ends_of_shards_that_no_epoch_takes_are_said(tmp_path):
+    """What the note says is what 200 epochs leave out."""
+    source = ShardTokens(make_folder(tmp_path / "d", train=(23, 39, 9, 16, 17)), "train", 1, 8)
+    read = {token for step in range(200 * source.windows) for token in source.tokens(step)[0, 0].tolist()}
+    never = source.token_count - len(read)
+    assert never == 7 + 7 + 1
+    assert source.notes == [
+        f"the train split leaves out {never} of 104 tokens at the ends of its shards: they are only a few times "
+        "--block-size 8 long; longer shards lose less"
+    ]
+    assert ShardTokens(make_folder(tmp_path / "e", train=(8 * 1000 + 7,)), "train", 1, 8).notes == []
+
+
+# What identifies the data
+
+
+def test_a_fingerprint_is_of_the_contents(tmp_path):
+    def fingerprint(name: str, train=(1000,), changed: int | None = None, sums: bool = False) -> str:
+        folder = make_folder(tmp_path / name, train=train)
+        if changed is not None:
+            tokens = np.arange(1000)
+            tokens[changed] = 0
+            write_shard(folder / "some_train_000000.bin", tokens)
+        if sums:
+            path = folder / "some_train_000000.bin"
+            listed = {path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}}
+            (folder / "meta.json").write_text(json.dumps({"vocab_size": 50257, "shards": listed}))
+        return ShardTokens(folder, "train", 2, 8).fingerprint
+
+    for sums in (False, True):
+        same = fingerprint("a", sums=sums)
+        assert len(same) == 32
+        assert fingerprint("b", sums=sums) == same
+        assert fingerprint("c", train=(1000, 9), sums=sums) != same
+        assert fingerprint("d", train=(1001,), sums=sums) != same
+        for changed in (1, 500, 999):
+            assert fingerprint("e", changed=changed, sums=sums) != same
+    assert DummyTokens(97, 3, 8).fingerprint == ""
+
+
+# What --data names
+
+
+@pytest.mark.parametrize("name", ["", "~nobody-of-this-name/x", "x" * 300, "a\0b", "file/below"])
+def test_a_name_that_can_name_no_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="--data") as error:
+        data_vocab_size(name)
     assert "\n" not in str(error.value)
-
-
-def test_a_token_outside_the_vocabulary(tmp_path, monkeypatch):
-    folder = make_folder(tmp_path / "d", vocab_size=257)
-    tokens = np.zeros(1000, dtype=np.int64)
-    tokens[[777, 900]] = 257, 60000
-    write_shard(folder / "some_train_000000.bin", tokens)
-    for chunk in (1 << 24, 100):
-        monkeypatch.setattr(data, "SCAN_TOKENS", chunk)
-        with pytest.raises(ConfigError, match=r"some_train_000000\.bin: token 777 has id 257, .* vocabulary of 257"):
-            ShardTokens(folder, "train", 2, 8)
-    (folder / "meta.json").write_text('{"vocab_size": 65536}')
-    assert ShardTokens(folder, "train", 2, 8).vocab_size == 65536
-
-
-def test_every_shard_is_checked_not_the_first_alone(tmp_path):
-    folder = make_folder(tmp_path / "d", train=(100, 100))
-    path = folder / "some_train_000001.bin"
-    path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(ConfigError, match=r"some_train_000001\.bin is truncated"):
-        ShardTokens(folder, "train", 2, 8)
 
 
 def test_no_such_data(tmp_path):
@@ -286,32 +361,6 @@ def test_no_such_data(tmp_path):
         (tmp_path / "file").write_text("x")
         with pytest.raises(ConfigError, match="is not a folder; give dummy, dummy-fixed"):
             function(str(tmp_path / "file"))
-
-
-def test_no_shard_in_the_folder(tmp_path):
-    with pytest.raises(ConfigError, match=r"no train shard in .*\*train\*\.bin; python -m fastgpt2\.prepare"):
-        ShardTokens(tmp_path, "train", 2, 8)
-    with pytest.raises(ConfigError, match="no val shard"):
-        ShardTokens(make_folder(tmp_path / "d", val=()), "val", 2, 8)
-
-
-def test_a_listed_shard_that_is_missing(tmp_path):
-    folder = make_folder(tmp_path / "d")
-    shards = {"some_train_000000.bin": {}, "some_train_000001.bin": {}, "some_val_000000.bin": {}}
-    (folder / "meta.json").write_text(json.dumps({"vocab_size": 50257, "shards": shards}))
-    with pytest.raises(ConfigError, match=r"lacks some_train_000001\.bin, which its meta\.json lists"):
-        ShardTokens(folder, "train", 2, 8)
-    assert ShardTokens(folder, "val", 2, 8).token_count == 200
-
-
-@pytest.mark.parametrize(
-    "meta", ["", "{", "[]", "{}", '{"vocab_size": "many"}', '{"vocab_size": 65537}', '{"vocab_size": 0}']
-)
-def test_a_meta_that_is_none(tmp_path, meta):
-    folder = make_folder(tmp_path / "d")
-    (folder / "meta.json").write_text(meta)
-    with pytest.raises(ConfigError, match=r"meta\.json"):
-        data_vocab_size(str(folder))
 
 
 def test_vocabularies(tmp_path):
@@ -355,7 +404,7 @@ def test_count_tokens(monkeypatch):
 def test_data_needs_torch_and_numpy_alone():
     """A training image may lack the packages of the command line."""
     imported = set()
-    for module in ("config", "data"):
+    for module in ("config", "data", "durable", "shards"):
         for node in ast.walk(ast.parse(Path(data.__file__).with_name(f"{module}.py").read_text())):
             if isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
@@ -363,4 +412,5 @@ def test_data_needs_torch_and_numpy_alone():
                 imported.add(node.module)
     packages = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
     assert packages <= {"torch", "numpy", "fastgpt2"}
-    assert {name for name in imported if name.startswith("fastgpt2")} <= {"fastgpt2.config"}
+    ours = {name.removeprefix("fastgpt2.") for name in imported if name.startswith("fastgpt2")}
+    assert ours <= {"config", "durable", "shards"}

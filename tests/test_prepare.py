@@ -529,7 +529,7 @@ def test_the_folder_is_self_contained(texts, tmp_path, bpe):
     assert source.vocab_size == meta["vocab_size"] == 50257
     assert meta["tokenizer"] == "gpt2"
     tokenizer = load_tokenizer(meta["tokenizer"], tmp_path / "out", sha256=meta["tokenizer_sha256"])
-    shard = source.shards[0].tolist()
+    shard = source.shards[0].tokens().tolist()
     assert shard.count(50256) == meta["documents"]["val"]
     assert sorted(tokenizer.decode(shard).decode().splitlines(True)) == sorted(
         document.path.read_text() for document in assign(found_in(texts).documents, 0.1)["val"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt2 import checkpoint
+from fastgpt2 import checkpoint, shards
 from fastgpt2 import evaluate as evaluate_module
 from fastgpt2 import sample as sample_module
 from fastgpt2.config import ConfigError, ModelConfig, TrainConfig
@@ -92,7 +92,7 @@ PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
         ({"top_k": 2, "top_p": 0.6}, [0, 1, 0, 0, 0]),  # of the two that top_k leaves, the first has 0.615
         ({"temperature": 0.0}, [0, 1, 0, 0, 0]),
         ({"temperature": 1e-320}, [0, 1, 0, 0, 0]),
-        ({"temperature": 1e308}, [1, 1, 1, 1, 1]),
+        ({"temperature": 1e38}, [1, 1, 1, 1, 1]),
     ],
 )
 def test_tokens_are_drawn_from_the_distribution_asked_for(changes, expected):
@@ -112,7 +112,7 @@ def test_tokens_are_drawn_from_the_distribution_asked_for(changes, expected):
         ({"temperature": math.inf}, "--temperature"),
         ({"top_k": -1}, "--top-k must be at least 0, got -1"),
         ({"top_p": 0.0}, "--top-p must be over 0 and at most 1, got 0.0"),
-        ({"top_p": math.nan}, "--top-p must be over 0 and at most 1, got nan"),
+        ({"top_p": math.nan}, "--top-p must be a finite number, got nan"),
     ],
 )
 def test_ranges(changes, message):
@@ -327,7 +327,7 @@ def test_the_evaluate_command(tmp_path, monkeypatch, capsys):
     assert (status, stderr) == (0, "")
     source = ShardTokens(tmp_path / "data", "val", batch_size=5, block_size=8)
     loss, _ = evaluate_split(make_model(), source, "cpu")
-    counts = np.bincount(source.shards[0])
+    counts = np.bincount(source.shards[0].tokens())
     part = counts[counts > 0] / 100
     assert stdout.splitlines() == [
         f"step 3 of {out} on the val split of {tmp_path / 'data'}: 96 tokens",
@@ -335,5 +335,20 @@ def test_the_evaluate_command(tmp_path, monkeypatch, capsys):
         f"perplexity {math.exp(loss):.2f}",
         f"unigram    {-(part * np.log(part)).sum():.4f} nats/token, the entropy of the split's own token frequencies",
     ]
+    write_shard(tmp_path / "data" / "short_val.bin", [97] * 8)
+    status, _, stderr = run(monkeypatch, capsys, evaluate_module, "--from", out, "--device", "cpu")
+    assert (status, stderr.count("\n")) == (0, 1)
+    assert stderr.startswith("note: the val split leaves out 1 of its 2 shards, 8 of 108 tokens: they are shorter than")
     status, _, stderr = run(monkeypatch, capsys, evaluate_module, "--from", out, "--batch-size", 0)
     assert (status, stderr) == (2, "error: --batch-size must be at least 1, got 0\n")
+
+
+def test_the_evaluate_command_verifies_the_split_however_large(tmp_path, monkeypatch, capsys):
+    out = make_run(tmp_path)
+    monkeypatch.setattr(shards, "AT_ONCE_BYTES", -1)
+    listed = {"val_000000.bin": {"tokens": 100, "sha256": "0" * 64}}
+    meta = {"tokenizer": "byte", "vocab_size": 257, "shards": listed}
+    (tmp_path / "data" / "meta.json").write_text(json.dumps(meta))
+    status, stdout, stderr = run(monkeypatch, capsys, evaluate_module, "--from", out, "--device", "cpu")
+    assert (status, stdout, stderr.count("\n")) == (2, "", 1)
+    assert stderr.startswith(f"error: {tmp_path / 'data' / 'val_000000.bin'} is damaged or changed")

@@ -103,12 +103,12 @@ def saved_steps(config: TrainConfig) -> list[int]:
         return [int(path.name.removeprefix("step-")) for path in checkpoint.checkpoints(Path(folder) / "run")]
 
 
-def validated_batches(config: TrainConfig) -> int:
-    """Batches that one validation draws."""
+def validated_sequences(config: TrainConfig) -> int:
+    """Sequences that one validation draws."""
     with mock.patch("fastgpt2.data.DummyTokens.tokens", autospec=True, side_effect=DummyTokens.tokens) as tokens:
         train(config)
     sources = [call.args[0] for call in tokens.call_args_list]
-    return sum(source.shape[0] for source in sources if source.stream == "val")
+    return sum(source.shape[0] * source.shape[1] for source in sources if source.stream == "val")
 
 
 ONE_EVALUATION = {"eval_every": 6, "grad_accum": 2, "steps": 6}
@@ -154,7 +154,7 @@ ARRIVALS: list[tuple[str, Any, Callable[[TrainConfig], Any], Any, dict[str, Any]
     ("recompute", True, lambda config: build(config).model.recompute, True, {}),
     ("eval_every", 2, lambda config: [step for step, _ in train(config).val_losses], [2, 4, 6], {}),
     ("eval_every", 4, logged_steps, [1, 4, 6], {}),
-    ("eval_batches", 3, validated_batches, 3, ONE_EVALUATION),
+    ("eval_sequences", 9, validated_sequences, 9, ONE_EVALUATION),
     ("save_every", 2, saved_steps, [4, 6], {}),
     ("save_every", 4, logged_steps, [1, 4, 6], {}),
     ("save_every", 0, saved_steps, [], {}),
@@ -183,7 +183,7 @@ def test_no_setting_is_left_out() -> None:
 
 LEAST = [
     *((ModelConfig, name, 1) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")),
-    *((TrainConfig, name, 1) for name in ("batch_size", "grad_accum", "steps", "eval_batches", "log_every")),
+    *((TrainConfig, name, 1) for name in ("batch_size", "grad_accum", "steps", "eval_sequences", "log_every")),
     *((TrainConfig, name, 0) for name in ("eval_every", "save_every", "keep", "warmup_steps", "seed")),
     *((TrainConfig, name, 0) for name in ("lr", "weight_decay", "grad_clip")),
 ]

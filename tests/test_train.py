@@ -148,13 +148,13 @@ def test_the_model_is_in_train_mode_and_evaluation_puts_it_back() -> None:
         def stepped(self, done: int) -> None:
             modes.append(self.run.model.training)
 
-    result = train(tiny(dropout=0.1, eval_every=2, eval_batches=2), Modes())
+    result = train(tiny(dropout=0.1, eval_every=2, eval_sequences=6), Modes())
     assert modes == [True] * 6
     assert [step for step, _ in result.val_losses] == [2, 4, 6]
 
 
 def test_evaluation_changes_nothing() -> None:
-    plain, evaluated = train(tiny(dropout=0.1)), train(tiny(dropout=0.1, eval_every=1, eval_batches=2))
+    plain, evaluated = train(tiny(dropout=0.1)), train(tiny(dropout=0.1, eval_every=1, eval_sequences=6))
     assert plain.losses == evaluated.losses
 
 
@@ -286,7 +286,7 @@ def test_validation_computes_in_the_runs_precision() -> None:
             product = run.model.h[0].attn.c_attn
             product.register_forward_hook(lambda module, i, output: seen.append((module.training, output.dtype)))
 
-    train(tiny(dtype="bfloat16", steps=1, eval_every=1, eval_batches=1), Hook())
+    train(tiny(dtype="bfloat16", steps=1, eval_every=1, eval_sequences=3), Hook())
     assert seen == [(True, torch.bfloat16), (False, torch.bfloat16)]
 
 
@@ -381,7 +381,7 @@ def test_the_clock_stands_still_outside_steps_and_the_first_interval_is_left_out
 
 
 def test_metrics_are_complete(tmp_path: Path) -> None:
-    schedule = {"log_every": 10, "save_every": 0, "eval_every": 20, "eval_batches": 1}
+    schedule = {"log_every": 10, "save_every": 0, "eval_every": 20, "eval_sequences": 3}
     result = train(tiny(out=tmp_path / "run", steps=25, grad_accum=2, **schedule))
     records = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     assert [r["step"] for r in records] == [1, 10, 20, 25]
