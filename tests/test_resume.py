@@ -244,6 +244,7 @@ def test_progress_comes_back_and_may_be_missing(out: Path) -> None:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     save(out, 6, scaler, saved)
     assert read_progress(checkpoint.read_state(step(out, 6))) == saved
+    assert checkpoint.read_state(step(out, 6))["device"] == "cpu"
     assert build(with_(out=out, resume=True)).resumed == saved
     save(out, 7, scaler, dataclasses.replace(saved, loss=math.inf))
     assert read_progress(checkpoint.read_state(step(out, 7))).loss is None
