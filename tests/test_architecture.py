@@ -26,6 +26,7 @@ FASTGPT2 = {
     "durable": set(),
     "checkpoint": {"config", "durable"},
     "metrics": {"config", "device", "durable"},
+    "signals": set(),
     "tokenizer": {"config", "data"},
     "prepare": {"config", "console", "data", "durable", "tokenizer"},
     "device": {"config"},
