@@ -93,11 +93,8 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else error
         saved = checkpoints(out)
-        last = f"the last good one is {saved[-1]}: continue" if saved else "none had been saved: start again"
-        resume = f"with --resume --out {out} " if saved else ""
-        raise OutputError(
-            f"can't save the checkpoint of step {step} in {folder}: {reason}; {last} {resume}when that is mended"
-        ) from None
+        last = f"the last good one is {saved[-1]}" if saved else "none had been saved"
+        raise OutputError(f"can't save the checkpoint of step {step} in {folder}: {reason}; {last}") from None
     if config.keep:
         for old in checkpoints(out)[: -config.keep]:
             _remove(old)

@@ -34,6 +34,10 @@ SCAN_TOKENS = 1 << 24
 """Tokens looked at together when a shard is checked: 32 MiB."""
 
 
+class DataError(RuntimeError):
+    """The data can't be read any more. The message is one line."""
+
+
 class TokenSource(Protocol):
     """What the trainer and the evaluation read from."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -19,21 +20,33 @@ from fastgpt2.pretrained import load_run
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, source: TokenSource, batches: int, device: torch.device | str) -> float:
+def evaluate(
+    model: nn.Module,
+    source: TokenSource,
+    batches: int,
+    device: torch.device | str,
+    stop: Callable[[], bool] | None = None,
+) -> float:
     """Mean loss in nats per token over the source's first batches, in evaluation mode (no dropout).
 
-    Always the same batches, so that a run's values can be compared. The host waits for the device once, at
-    the end; whether the model was training is restored.
+    Always the same batches, so that a run's values can be compared. The host waits for the device once, at the end,
+    or with `stop` for each micro-batch but the last; whether the model was training is restored.
 
     Args:
         model: called as model(inputs, targets), int64 (B, T) each; returns its mean loss, a scalar.
         batches: batches (of grad_accum micro-batches each) to average over, at least 1.
+        stop: asked before each micro-batch; once it says True the result is NaN.
     """
     was_training = model.training
     model.eval()
     try:
-        micro = (tokens for step in range(batches) for tokens in source.tokens(step))
-        losses = [_loss(model, tokens, device) for tokens in micro]
+        losses: list[Tensor] = []
+        for tokens in (tokens for step in range(batches) for tokens in source.tokens(step)):
+            if stop is not None and stop():
+                return math.nan
+            losses.append(_loss(model, tokens, device))
+            if stop is not None and len(losses) > 1:
+                losses[-2].item()  # else the host would be far ahead of the device, and asked too early
         return torch.stack(losses).double().mean().item()
     finally:
         model.train(was_training)

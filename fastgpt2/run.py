@@ -22,7 +22,7 @@ from torch import Tensor
 from fastgpt2 import checkpoint
 from fastgpt2.attention import CUDNN, sdpa_attention, sdpa_picks
 from fastgpt2.config import ConfigError, TrainConfig
-from fastgpt2.data import TokenSource, data_end_of_text, data_vocab_size, open_data, split
+from fastgpt2.data import ShardTokens, TokenSource, data_end_of_text, data_vocab_size, open_data, split
 from fastgpt2.device import keep_freed_memory, on_its_way, pick_device
 from fastgpt2.graph import CapturedStep
 from fastgpt2.model import GPT, saved_bytes
@@ -53,6 +53,8 @@ class Run:
     """The implementation of each slot."""
     start: int = 0
     """Steps already done by the run that this one resumes."""
+    samples_before: int = 0
+    """Sequences that those steps took from the data."""
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
     found: list[str] = field(default_factory=list)
     """What the user should know of the checkpoints that were found."""
@@ -115,6 +117,23 @@ class Run:
     def _norm(self) -> Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
+    @property
+    def samples_per_step(self) -> int:
+        """Sequences that a step takes."""
+        return self.config.grad_accum * int(self.config.batch_size or 0)
+
+    def samples_done(self, done: int) -> int:
+        """Sequences that the first `done` steps took from the data."""
+        return self.samples_before + (done - self.start) * self.samples_per_step
+
+    def epoch(self, done: int) -> float | None:
+        """Passes over the data in the first `done` steps; None for dummy tokens, which have no end."""
+        return self.samples_done(done) / self.source.windows if isinstance(self.source, ShardTokens) else None
+
+    def progress(self, done: int, loss: float, diverged: bool) -> checkpoint.Progress:
+        """What a checkpoint after `done` steps keeps beside the tensors."""
+        return checkpoint.Progress(samples=self.samples_done(done), loss=loss, diverged=diverged)
+
     def skipped_steps(self, done: int) -> int:
         """Of the `done` steps, those that the gradient scaler left out: the fused optimizer didn't count them."""
         if not self.scaler.is_enabled() or not self.optimizer.state:
@@ -173,6 +192,7 @@ def build(config: TrainConfig) -> Run:
         run.captured = CapturedStep(device)
     if latest is not None:
         run.start = checkpoint.restore(latest, model, optimizer, scaler, device)
+        run.samples_before = run.start * run.samples_per_step
     return run
 
 
