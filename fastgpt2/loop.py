@@ -126,7 +126,9 @@ class Loop:
             self._diverged_said = True
             self.reporter.warn(
                 f"the run has diverged: up to step {self.done} the loss is {self._worst():.4g}, over "
-                f"{self.loss_that_diverged:.4g}, twice that of a uniform guess; {advice(self.run)}"
+                f"{self.loss_that_diverged:.4g}, twice that of a uniform guess; "
+                # The newest checkpoint will be one of the diverged run.
+                + advice(self.run, "it is kept: to go back, move those after it away and use")
             )
 
     def _position(self) -> dict[str, Any]:
@@ -212,10 +214,10 @@ def _check_finite(run: Run, step: int, loss: float) -> None:
         raise NonFiniteLossError(step, loss, what=f"{first} is not finite after step {step}")
 
 
-def advice(run: Run) -> str:
-    """What to do about a loss that is not finite."""
+def advice(run: Run, back: str = "continue from it with") -> str:
+    """What to do about a loss that is not finite, or far too high."""
     out = run.config.out
     saved = checkpoint.checkpoints(out) if out is not None else []
     where = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved"
-    resume = f" (continue from it with --resume --out {out})" if saved else ""
+    resume = f" ({back} --resume --out {out})" if saved else ""
     return f"{where}{resume}; try a lower --lr, --grad-clip 1.0 or --warmup-steps 100, or a wider --dtype"

@@ -323,7 +323,7 @@ def test_a_run_that_diverged_says_so_once_and_its_checkpoints_know(
     (text,) = watch.warnings
     assert text.startswith(
         f"the run has diverged: up to step 4 the loss is {limit + 0.1:.4g}, over {limit:.4g}, twice that of a uniform "
-        f"guess; the last good checkpoint is {tmp_path / 'checkpoints' / 'step-00000002'}"
+        f"guess; the last good checkpoint is {tmp_path / 'checkpoints' / 'step-00000002'} (it is kept: "
     )
     assert "--lr" in text and result.steps_done == 10
 
