@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from fastgpt2 import signals
 from fastgpt2.config import preset_name
+from fastgpt2.console import discard_unwritten, printable, unfailing
 from fastgpt2.device import device_name
-from fastgpt2.metrics import read_json_lines
+from fastgpt2.metrics import curve, read_json_lines
 from fastgpt2.model import parameter_count
-from fastgpt2.train import Reporter
+from fastgpt2.reporter import Reporter
 
 if TYPE_CHECKING:
     from fastgpt2.run import Run
@@ -24,13 +28,19 @@ if TYPE_CHECKING:
 
 
 class TrainDisplay(Reporter):
-    """A progress bar on a terminal, a line a logged step elsewhere. The first Ctrl-C (or SIGTERM) ends the run
-    after the step at hand with a checkpoint, the second at once."""
+    """A progress bar on a terminal, a line a logged step elsewhere; output that can't be written is dropped.
+
+    As a context it answers the signals that ask to stop: the first ends the run after the step at hand with a
+    checkpoint, a second Ctrl-C ends it at once. Before there is a run, the first ends the process.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
-        # A pipe or a log file has no width of its own: rich's 80 columns would wrap paths.
-        self.console = console or Console(width=None if Console().is_terminal else 120, soft_wrap=False)
+        self.console = console or _console(sys.stdout)
         self.live = self.console.is_terminal
+        self.stopped_by: signal.Signals | None = None
+        """The first signal that asked to stop."""
+        self._can_save = False
+        self._interrupts = 0
         self._handlers: dict[signal.Signals, Any] = {}
         self._progress = Progress(
             TextColumn("step"),
@@ -43,65 +53,71 @@ class TrainDisplay(Reporter):
         )
 
     def __enter__(self) -> TrainDisplay:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._stop)
+        self._handlers = signals.handle(self._stop)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        discard_unwritten(sys.stdout)
+        signals.put_back(self._handlers)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_requested:
+        if not self._can_save:
+            signals.end_at_once(number)
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             raise KeyboardInterrupt
-        self.stop_requested = True
-        self.note("stopping after this step (once more to stop at once)")
+        if not self.stop_requested:
+            self.stop_requested, self.stopped_by = True, signal.Signals(number)
+            again = " (press Ctrl-C again to stop now)" if number == signal.SIGINT else ""
+            line = "\n" if self.live else ""  # the bar has no end of line
+            signals.say(f"{line}{self.stopped_by.name}: stopping after this step{again}")
 
     def started(self, run: Run) -> None:
+        self._can_save = True
         config, shape = run.config, run.model.config
         self.console.print(
-            f"[bold]{preset_name(shape)}[/bold]: {parameter_count(shape):,} parameters "
+            f"{preset_name(shape)}: {parameter_count(shape):,} parameters "
             f"(L={shape.n_layer} H={shape.n_head} C={shape.n_embd} T={shape.block_size} V={shape.vocab_size}) "
             f"on {device_name(run.device)}, {config.dtype}"
         )
         parts = [f"{slot} {name}" for slot, name in run.chosen.items()]
         switches = {"compiled": config.compile, "recomputed": config.recompute, "one CUDA graph": config.cuda_graph}
         self.console.print(", ".join(parts + [name for name, on in switches.items() if on]))
-        tokens = config.grad_accum * int(config.batch_size or 0) * shape.block_size
+        tokens = run.samples_per_step * shape.block_size
         self.console.print(f"{config.steps} steps of {tokens:,} tokens from {config.data}; writing to {config.out}")
         self._progress.start()
         self._task = self._progress.add_task("", total=config.steps, completed=run.start, status="starting")
         self._steps = int(config.steps or 0)
+        self._status = ""
 
     def note(self, text: str) -> None:
-        self.console.print(f"[dim]{text}[/dim]", highlight=False, soft_wrap=True)
+        self.console.print(Text(text, "dim"))
+
+    def warn(self, text: str) -> None:
+        self.console.print(Text(f"warning: {text}", "yellow"))
 
     def error(self, text: str) -> None:
         """One line that says why the run ended."""
         self._progress.stop()
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/bold red] {text}", highlight=False)
+        _console(sys.stderr).print(Text(f"error: {text}", "red"))
 
     def stepped(self, done: int) -> None:
         self._progress.update(self._task, completed=done)
 
     def logged(self, record: dict[str, Any]) -> None:
         mfu = "" if record["mfu"] is None else f"  mfu {record['mfu']:.1%}"
-        val = f"  val {record['val_loss']:.4f}" if "val_loss" in record else ""
-        status = f"loss {record['loss']:.4f}{val}  {record['tokens_per_s']:,.0f} tok/s{mfu}"
+        status = f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tok/s{mfu}"
         self._progress.update(self._task, status=status)
         if not self.live:
-            self.console.print(
-                f"step {record['step']:>6}/{self._steps}  {status}  {record['step_ms']:.0f} ms",
-                highlight=False,
-            )
-        elif val:
-            self.console.print(f"step {record['step']}:{val}", highlight=False)
+            self.console.print(f"step {record['step']:>6}/{self._steps}  {status}  {record['step_ms']:.0f} ms")
+
+    def validated(self, record: dict[str, Any]) -> None:
+        self.console.print(f"step {record['step']:>6}/{self._steps}  val {record['val_loss']:.4f}")
 
     def finished(self, result: TrainResult) -> None:
         self._progress.stop()
         out = result.out
-        table = Table(title="fastgpt2", show_header=False, title_justify="left")
         rows = {
             "steps": f"{result.steps_done} of {result.config.steps}",
             "final loss": f"{result.losses[-1]:.4f} nats" if result.losses else "no step was made",
@@ -114,15 +130,35 @@ class TrainDisplay(Reporter):
         }
         if out is not None:
             rows["metrics"] = str(out / "metrics.jsonl")
-            rows["loss curve"] = str(plot_losses(out, result))
+            rows["loss curve"] = self._plot(out, result)
             if result.config.save_every:
                 rows["checkpoints"] = str(out / "checkpoints")
+        table = Table(title="fastgpt2", show_header=False, title_justify="left")
+        table.add_column()
+        table.add_column(overflow="fold")  # a path that is cut is no path
         for name, value in rows.items():
             if value is not None:
                 table.add_row(name, value)
         self.console.print(table)
-        if self.stop_requested and out is not None and result.config.save_every:
-            self.console.print(f"stopped early; continue with --resume --out {out}", highlight=False)
+        stopped = self.stop_requested and result.steps_done < int(result.config.steps or 0)
+        if stopped and out is not None and result.config.save_every and result.steps_done and not result.missing:
+            self.console.print(f"stopped early; continue with --resume --out {out}")
+
+    def _plot(self, out: Path, result: TrainResult) -> str | None:
+        """Draw the loss curve; its path, or None where that can't be done, which is no reason for a run to fail."""
+        try:
+            return str(plot_losses(out, result))
+        except Exception as error:  # a full disk, a missing package, strange records in the file
+            self.note(f"can't draw {out / 'loss.png'}: {' '.join(str(error).split()) or type(error).__name__}")
+            return None
+
+
+def _console(stream: TextIO | None) -> Console:
+    """A console for the user's text: in a path [lr=0.1] is no style and :x: no picture."""
+    file = unfailing(stream)
+    # A pipe or a log file has no width of its own: rich's 80 columns would wrap paths.
+    width = None if file.isatty() else 120
+    return Console(file=file, width=width, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def _memory_kind(result: TrainResult) -> str:
@@ -131,39 +167,27 @@ def _memory_kind(result: TrainResult) -> str:
 
 def plot_losses(out: Path, result: TrainResult) -> Path:
     """Draw metrics.jsonl of a run as loss.png beside it; returns its path."""
-    # A Figure by itself: pyplot's would choose a backend for the whole process, a notebook's among them.
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # without pyplot, whose backend is the caller's, such as a notebook's
 
     records = read_json_lines(out / "metrics.jsonl")
     config = result.config
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
+    steps, losses = curve(records, "loss")
     # A few points are seen as points; many are a line.
-    marker = "o" if len(records) < 30 else None
-    axes.plot(
-        [r["step"] for r in records],
-        [r["loss"] for r in records],
-        label="training",
-        marker=marker,
-        markersize=3,
-    )
-    validated = [r for r in records if "val_loss" in r]
-    if validated:
-        axes.plot(
-            [r["step"] for r in validated],
-            [r["val_loss"] for r in validated],
-            "o-",
-            label="validation",
-            markersize=4,
-        )
+    axes.plot(steps, losses, label="training", marker="o" if len(steps) < 30 else None, markersize=3)
+    validated = curve(records, "val_loss")
+    if validated[0]:
+        axes.plot(*validated, "o-", label="validation", markersize=4)
     if config.data.startswith("dummy"):
         floor = math.log(int(config.vocab_size or 1))
         label = "floor" if config.data == "dummy" else "uniform guess"
         axes.axhline(floor, color="gray", linestyle="--", label=f"{label}: ln {config.vocab_size} = {floor:.3f}")
         if config.data == "dummy":  # noise around the floor is not a trend: show it on a scale that says so
-            axes.set_ylim(floor - 0.5, max([floor + 0.5, *(r["loss"] + 0.1 for r in records)]))
+            axes.set_ylim(floor - 0.5, max([floor + 0.5, *(loss + 0.1 for loss in losses)]))
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
     title = f"{preset_name(result.model.config)} on {config.data}"
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.set_title(printable(title), parse_math=False)  # $ is a part of the name
     axes.grid(alpha=0.3)
     axes.legend()
     path = out / "loss.png"

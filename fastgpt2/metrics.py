@@ -6,8 +6,9 @@ step. Between two reads the host only launches work.
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from fastgpt2.durable import OutputError, write_text
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or NaN. `step` is the first such step, counted from 1."""
+    """The loss, a weight or the optimizer's state became infinite or NaN. `step` is the first such step, counted from
+    1, and `loss` its loss. `what` says more than the loss does, `advice` what to try."""
 
-    def __init__(self, step: int, loss: float, advice: str = "") -> None:
-        super().__init__(f"the loss of step {step} is {loss}" + (f": {advice}" if advice else ""))
-        self.step, self.loss = step, loss
+    def __init__(self, step: int, loss: float, advice: str = "", what: str = "") -> None:
+        self.step, self.loss, self.what = step, loss, what or f"the loss of step {step} is {loss}"
+        super().__init__(self.what + (f": {advice}" if advice else ""))
 
 
 class Meter:
@@ -36,6 +38,8 @@ class Meter:
     def __init__(self, device: torch.device, start_step: int, tokens_per_step: int) -> None:
         self.device, self.tokens_per_step = device, tokens_per_step
         self.losses: list[float] = []
+        self.interval: list[float] = []
+        """Losses of the steps between the last two reads."""
         self._start_step = start_step
         self._waiting: list[Tensor] = []
         self._skipped = 0.0
@@ -46,6 +50,11 @@ class Meter:
     def add(self, loss: Tensor) -> None:
         """Keep a step's loss, a scalar on the device, without waiting for it."""
         self._waiting.append(loss)
+
+    @property
+    def unread(self) -> int:
+        """Steps since the last read."""
+        return len(self._waiting)
 
     def read(self) -> float:
         """Wait for the device, move the waiting losses into `losses`, return the mean ms a step since the last read.
@@ -61,9 +70,10 @@ class Meter:
             self.seconds.append((len(values), seconds))
         self._waiting.clear()
         for value in values:
-            if value - value != 0.0:  # inf - inf and nan - nan are nan
+            if not math.isfinite(value):
                 raise NonFiniteLossError(self._start_step + len(self.losses) + 1, value)
             self.losses.append(value)
+        self.interval = values
         return 1e3 * seconds / max(1, len(values))
 
     def pause(self) -> None:
@@ -84,45 +94,99 @@ class Meter:
 
 
 class JsonLines:
-    """A file of one JSON object a line, flushed as it is written."""
+    """A file of one JSON object a line, written at once; on the disk after `sync`."""
 
     def __init__(self, path: Path, *, keep_up_to_step: int | None = None) -> None:
-        """Start the file anew, or keep the records up to a step, where a resumed run goes on."""
-        kept = [] if keep_up_to_step is None else [r for r in read_json_lines(path) if r["step"] <= keep_up_to_step]
-        write_text(path, "".join(map(_line, kept)))
-        self._file = path.open("a", encoding="utf-8")
+        """Start the file anew, or keep the records up to a step, where a resumed run goes on.
+
+        Raises:
+            OutputError: it can't be read or written.
+        """
+        self.kept: list[dict[str, Any]] = []
+        """The records that were kept."""
+        if keep_up_to_step is not None:
+            try:
+                self.kept = [r for r in read_json_lines(path) if r["step"] <= keep_up_to_step]
+            except OSError as error:
+                raise OutputError(f"can't read {path}: {error.strerror}") from None
+        write_text(path, "".join(map(_line, self.kept)))
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a record.
 
         Raises:
-            OutputError: the disk is full, or gone.
+            OutputError: the disk is full, or gone; the record is kept and written with the next one.
+        """
+        self._unwritten += _line(record).encode()
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what could not be written before.
+
+        Raises:
+            OutputError: it still can't be written.
         """
         try:
-            self._file.write(_line(record))
-            self._file.flush()
+            while self._unwritten:
+                # A disk that becomes full takes a part of a line. The next try goes on in the middle of it.
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
-            raise OutputError(f"can't write {self._file.name}: {error.strerror}") from None
+            raise OutputError(f"can't write {self._path}: {error.strerror}") from None
+
+    def sync(self) -> None:
+        """Wait until all records are on the disk.
+
+        Raises:
+            OutputError: they can't be written.
+        """
+        self.flush()
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OutputError(f"can't write {self._path}: {error.strerror}") from None
 
     def close(self) -> None:
-        # What could not be written, which `write` has said, is tried once more.
-        with contextlib.suppress(OSError):
+        """Close the file.
+
+        Raises:
+            OutputError: some records could not be written.
+        """
+        try:
+            self.sync()
+        finally:
             self._file.close()
 
 
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record) + "\n"
+    """A record as strict JSON, which has no infinity and no NaN: null stands for them."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite) + "\n"
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file, none if there is no file. What is no record of a step, as a last line cut off by a
-    crash, is left out."""
+    """The records of a metrics file, none if there is no file. Lines that are no record of a step, such as one
+    truncated by a crash, are skipped. NaN and infinity, which are no JSON, are read as None.
+
+    Raises:
+        OSError: the file can't be read.
+    """
     if not path.exists():
         return []
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records.append(record)
+        try:
+            record = json.loads(line, parse_constant=lambda _: None)
+        except (ValueError, RecursionError):  # ValueError: not JSON, or a number of thousands of digits
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
     return records
+
+
+def curve(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the records that have a finite number under a name."""
+    points = [(r["step"], r[name]) for r in records if type(r.get(name)) in (int, float) and abs(r[name]) < 1e300]
+    return [step for step, _ in points], [float(value) for _, value in points]

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastgpt2 import checkpoint
 from fastgpt2.attention import CUDNN, sdpa_attention, sdpa_picks
 from fastgpt2.config import ConfigError, TrainConfig
-from fastgpt2.data import TokenSource, data_end_of_text, data_vocab_size, open_data, split
+from fastgpt2.data import ShardTokens, TokenSource, data_end_of_text, data_vocab_size, open_data, split
 from fastgpt2.device import keep_freed_memory, on_its_way, pick_device
 from fastgpt2.folder import Claim, claim
 from fastgpt2.graph import CapturedStep
@@ -134,6 +134,15 @@ class Run:
 
     def _norm(self) -> Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def epoch(self, done: int) -> float | None:
+        """Passes over the data in the first `done` steps; None for dummy tokens, which have no end."""
+        return self.samples_done(done) / self.source.windows if isinstance(self.source, ShardTokens) else None
+
+    def progress(self, done: int, loss: float, diverged: bool) -> checkpoint.Progress:
+        """What a checkpoint after `done` steps keeps beside the tensors."""
+        data = self.source.fingerprint or None
+        return checkpoint.Progress(self.samples_done(done), data, loss, diverged)
 
     def skipped_steps(self, done: int) -> int:
         """Of the `done` steps, those that the gradient scaler left out: the fused optimizer didn't count them."""

@@ -464,18 +464,23 @@ def test_a_save_without_room_is_one_line_and_leaves_everything_as_it_was(out: Pa
     assert checkpoint.to_resume(out) == (step(out, 7), [])
 
 
-def test_a_run_that_has_no_room_left_ends_in_one_line(tmp_path: Path) -> None:
+def test_a_run_that_has_no_room_goes_on_and_says_what_is_missing(tmp_path: Path) -> None:
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
+        "import fastgpt2.loop; fastgpt2.loop.LAST_TRIES_S = (); "
         "from fastgpt2.train import main; sys.exit(main())"
     )
     flags = ["--model", "tiny", "--steps", "5", "--save-every", "2", "--device", "cpu", "--out", str(tmp_path)]
     done = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == (
-        f"error: can't save the checkpoint of step 2 in {tmp_path / 'checkpoints'}: "
-        "Error while serializing: I/O error: File too large (os error 27); none had been saved\n"
-    )
+    reason = "Error while serializing: I/O error: File too large (os error 27); none had been saved"
+    for number, then in ((2, "going on, next try after step 4"), (4, "going on, next try after step 5"),
+                         (5, "going on, next try at the end"), (5, "this was the last try")):  # fmt: skip
+        failed = f"can't save the checkpoint of step {number} in {tmp_path / 'checkpoints'}: {reason}"
+        assert f"warning: {failed}; {then}\n" in done.stdout
+    assert "can't draw" in done.stdout
+    assert [r["step"] for r in read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2, 4, 5]
+    assert done.stderr == f"error: the state after step 5 is not saved: {failed}\n"
 
 
 def test_small_files_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -485,7 +490,8 @@ def test_small_files_are_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with room_for(path.stat().st_size + 5), pytest.raises(OutputError, match=r"can't write .*metrics\.jsonl: File too"):
         log.write({"step": 2})
     with room_for(1):
-        log.close()
+        with pytest.raises(OutputError, match=r"can't write .*metrics\.jsonl: File too large"):
+            log.close()
         for write in (lambda: write_text(path, "text"), lambda: JsonLines(path, keep_up_to_step=1)):
             with pytest.raises(OutputError, match=r"can't write .*metrics\.jsonl: File too large"):
                 write()

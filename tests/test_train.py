@@ -384,17 +384,26 @@ def test_metrics_are_complete(tmp_path: Path) -> None:
     schedule = {"log_every": 10, "save_every": 0, "eval_every": 20, "eval_sequences": 3}
     result = train(tiny(out=tmp_path / "run", steps=25, grad_accum=2, **schedule))
     records = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    validated = [r for r in records if "val_loss" in r]
+    records = [r for r in records if "val_loss" not in r]
+    assert [(r["step"], r["val_loss"]) for r in validated] == result.val_losses
+    assert [r["step"] for r in validated] == [20, 25]
+    assert all(set(r) == {"step", "val_loss", "tokens", "seconds"} for r in validated)
     assert [r["step"] for r in records] == [1, 10, 20, 25]
-    for r in records:
-        assert set(r) - {"val_loss"} == {
-            "step", "loss", "lr", "grad_norm", "step_ms", "tokens_per_s", "mfu", "mfu_formula", "memory_bytes"
+    for r, before in zip(records, [0, 1, 10, 20], strict=True):
+        assert set(r) == {
+            "step", "loss", "last_loss", "lr", "grad_norm", "step_ms", "tokens_per_s", "mfu", "mfu_formula",
+            "memory_bytes", "tokens", "seconds", "epoch",
         }  # fmt: skip
-        assert r["loss"] == result.losses[r["step"] - 1]  # every digit
+        losses = result.losses[before : r["step"]]
+        assert r["loss"] == math.fsum(losses) / len(losses) and r["last_loss"] == losses[-1]  # every digit
+        assert (r["tokens"], r["epoch"]) == (r["step"] * 96, None)
         assert r["mfu"] is None
         assert r["mfu_formula"] == "llm.c"
         assert r["tokens_per_s"] == pytest.approx(96 / r["step_ms"] * 1e3)
         assert r["memory_bytes"] > 50 << 20
-    assert [r["step"] for r in records if "val_loss" in r] == [20, 25]
+    seconds = [r["seconds"] for r in read_json_lines(tmp_path / "run" / "metrics.jsonl")]
+    assert seconds == sorted(seconds) and 0.0 < seconds[0] < seconds[-1] < result.seconds
     assert parse(["--config", str(tmp_path / "run" / "config.toml")]) == result.config
 
 
@@ -407,8 +416,7 @@ def test_the_peak_of_memory_stays_when_memory_is_given_back() -> None:
 
 
 def test_a_record_tells_the_share_of_a_known_gpus_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    # fastgpt2.train is the function as well.
-    monkeypatch.setattr(sys.modules["fastgpt2.train"], "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("fastgpt2.loop.device_name", lambda device: "NVIDIA H100 80GB HBM3")
     watch = Watch()
     result = train(tiny(log_every=2), watch)
     flops = FLOPS_PER_TOKEN["llm.c"](result.model.config)
@@ -603,7 +611,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
                 self.run.parameters[-1].data[0] = math.inf
 
     before, good = (tmp_path / "checkpoints" / f"step-{step:08d}" for step in (2, 3))
-    message = rf"the loss of step 5 is nan: the last good checkpoint is {good} \(continue from it with --resume --out "
+    message = rf"ln_f\.bias is not finite after step 4: the last good checkpoint is {good} \(continue from it with "
     with pytest.raises(NonFiniteLossError, match=message):
         train(tiny(out=tmp_path, save_every=1), Poison())
     assert sorted((tmp_path / "checkpoints").iterdir()) == [before, good]

@@ -1,0 +1,232 @@
+"""The loop of a run: steps, and what follows them, in the order in which a run that is killed loses least.
+
+It waits for the device at logging steps only: losses are kept there until then, and the next batch is drawn and copied
+while the device works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt2 import checkpoint
+from fastgpt2.config import TrainConfig
+from fastgpt2.data import DataError
+from fastgpt2.device import device_name, peak_flops, peak_memory_bytes
+from fastgpt2.evaluate import evaluate
+from fastgpt2.metrics import Meter, NonFiniteLossError
+from fastgpt2.model import FLOPS_PER_TOKEN
+from fastgpt2.optim import learning_rate
+from fastgpt2.outputs import Outputs
+from fastgpt2.reporter import Reporter
+from fastgpt2.run import Run
+
+MFU_FORMULA = "llm.c"
+LAST_TRIES_S = (1.0, 2.0, 4.0)
+"""Seconds between the tries to save a run's last state, where the first one fails."""
+
+
+@dataclass(frozen=True)
+class _Due:
+    """What is to be done after a step."""
+
+    log: bool
+    save: bool
+    evaluate: bool
+
+
+def _due(config: TrainConfig, step: int, *, first: bool) -> _Due:
+    """The first step is logged by itself: it holds the warm-up and the compilation."""
+    last = step == config.steps
+    save_now = bool(config.save_every) and (step % config.save_every == 0 or last)
+    evaluate_now = bool(config.eval_every) and (step % config.eval_every == 0 or last)
+    log_now = first or last or save_now or evaluate_now or step % config.log_every == 0
+    return _Due(log_now, save_now, evaluate_now)
+
+
+class Loop:
+    """The steps of a run, and what follows each: first its record, then a checkpoint, then what is optional."""
+
+    def __init__(self, run: Run, reporter: Reporter, outputs: Outputs, began: float) -> None:
+        config = run.config
+        self.run, self.reporter, self.outputs, self.began = run, reporter, outputs, began
+        self.steps, self.block_size = int(config.steps or 0), int(config.block_size or 0)
+        self.meter = Meter(run.device, run.start, run.samples_per_step * self.block_size)
+        self.val_losses: list[tuple[int, float]] = []
+        self.done = run.start
+        self.loss_that_diverged = 2.0 * math.log(int(config.vocab_size or 1)) + 1.0
+        """Twice a uniform guess's loss, in nats, and 1 for the smallest vocabularies."""
+        self._diverged_said = False
+
+    def go(self) -> None:
+        """Make the steps until the last, or until the reporter asks to stop, and save what they led to."""
+        try:
+            self._steps()
+        except DataError as error:
+            # Raised again where the steps may have been trained on damaged data: then they are not saved.
+            with contextlib.suppress(DataError):
+                self._end()
+            raise DataError(f"{error}; {self._how_to_go_on()}") from None
+        self._end()
+
+    def _steps(self) -> None:
+        run, reporter = self.run, self.reporter
+        tokens = self._next_tokens()
+        while tokens is not None and not reporter.stop_requested:
+            due = _due(run.config, self.done + 1, first=self.done == run.start)
+            loss, norm = run.step(self.done, tokens, want_norm=due.log)
+            self.done += 1
+            self.meter.add(loss)
+            reporter.stepped(self.done)
+            tokens = self._next_tokens()
+            if due.log:
+                self._log(norm)
+            if due.save and self.outputs.saves:
+                self._save(f"going on, next try {self._next_save()}")
+            if due.evaluate:
+                self._evaluate()
+
+    def _next_tokens(self) -> Tensor | None:
+        return self.run.next_tokens(self.done) if self.done < self.steps else None
+
+    def _end(self) -> None:
+        """Log and save what the last step was not due for, or what could not be saved then."""
+        if self.meter.unread:
+            self._log(None)
+        for seconds in (*LAST_TRIES_S, 0.0):
+            if not self.outputs.saves or self.outputs.saved_step == self.done:
+                break
+            if not self._save(f"next try in {seconds:g} s" if seconds else "this was the last try"):
+                time.sleep(seconds)
+
+    def _how_to_go_on(self) -> str:
+        out = self.run.config.out
+        saved = checkpoint.checkpoints(out) if out is not None else []
+        return f"then continue after {saved[-1].name} with --resume --out {out}" if saved else "nothing is saved"
+
+    def _log(self, norm: Tensor | None) -> None:
+        """Tell the record of the steps since the last one; waits for the device."""
+        step_ms = self.meter.read()
+        speed = self.meter.tokens_per_step / step_ms * 1e3
+        record = {
+            "step": self.done,
+            "loss": self._mean(),
+            "last_loss": self.meter.losses[-1],
+            "lr": learning_rate(self.done - 1, self.run.config),
+            "grad_norm": None if norm is None else norm.item(),
+            "step_ms": step_ms,
+            "tokens_per_s": speed,
+            "mfu": mfu(self.run, speed),
+            "mfu_formula": MFU_FORMULA,
+            "memory_bytes": peak_memory_bytes(self.run.device),
+            "epoch": self.run.epoch(self.done),
+            **self._position(),
+        }
+        self.outputs.record(record)
+        self.reporter.logged(record)
+        if self._diverged() and not self._diverged_said:
+            self._diverged_said = True
+            self.reporter.warn(
+                f"the run has diverged: up to step {self.done} the loss is {self._worst():.4g}, over "
+                f"{self.loss_that_diverged:.4g}, twice that of a uniform guess; "
+                # The newest checkpoint will be one of the diverged run.
+                + advice(self.run, "it is kept: to go back, move those after it away and use")
+            )
+
+    def _position(self) -> dict[str, Any]:
+        """How far the run is, over all its starts: what each record ends with."""
+        return {
+            "tokens": self.run.samples_done(self.done) * self.block_size,
+            "seconds": self.outputs.seconds_before + time.perf_counter() - self.began,
+        }
+
+    def _mean(self) -> float:
+        return math.fsum(self.meter.interval) / len(self.meter.interval)
+
+    def _worst(self) -> float:
+        """The mean loss since the last record or the last step's: a run may have diverged in the last steps."""
+        return max(self._mean(), self.meter.losses[-1])
+
+    def _diverged(self) -> bool:
+        return self._worst() > self.loss_that_diverged
+
+    def _next_save(self) -> str:
+        every = self.run.config.save_every
+        step = min((self.done // every + 1) * every, self.steps)
+        return f"after step {step}" if self.done < step else "at the end"
+
+    def _save(self, otherwise: str) -> bool:
+        """Save a checkpoint that is known to be good: the losses have been read, and the rest is finite.
+
+        Args:
+            otherwise: what happens if it can't be saved, for the warning.
+        """
+        self.meter.pause()
+        _check_finite(self.run, self.done, self.meter.losses[-1])
+        self.run.check_data()
+        progress = self.run.progress(self.done, self._mean(), self._diverged())
+        saved = self.outputs.save(self.done, progress, otherwise)
+        self.meter.go_on()
+        return saved
+
+    def _evaluate(self) -> None:
+        """The validation loss; where a stop is asked for, none."""
+        run, reporter = self.run, self.reporter
+        if run.val_source is None or reporter.stop_requested:
+            return
+        self.meter.pause()
+        with run.autocast():
+            loss = evaluate(
+                run.model,
+                run.val_source,
+                run.val_source.batches,
+                run.device,
+                stop=lambda: reporter.stop_requested,
+            )
+        self.meter.go_on()
+        if reporter.stop_requested and math.isnan(loss):
+            return
+        self.val_losses.append((self.done, loss))
+        record = {"step": self.done, "val_loss": loss, **self._position()}
+        self.outputs.record(record)
+        reporter.validated(record)
+
+
+def mfu(run: Run, tokens_per_s: float) -> float | None:
+    """Model FLOPs over the device's dense peak in this precision; None where the peak is not known."""
+    peak = peak_flops(device_name(run.device), str(run.config.dtype))
+    return peak and tokens_per_s * FLOPS_PER_TOKEN[MFU_FORMULA](run.model.config) / peak
+
+
+def _check_finite(run: Run, step: int, loss: float) -> None:
+    """See that all weights and the optimizer's averages are finite: a gradient of 1e30 leaves a loss that looks fine
+    and an average of squares that is infinite for ever. Waits for the device once.
+
+    Raises:
+        NonFiniteLossError: which of them is not.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in run.model.named_parameters():
+        tensors[name] = parameter
+        for key, state in run.optimizer.state.get(parameter, {}).items():
+            if key != "step":  # a count, which may be on another device
+                tensors[f"the optimizer's {key} of {name}"] = state
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()])
+    if not finite.all().item():
+        first = next(name for name, good in zip(tensors, finite.tolist(), strict=True) if not good)
+        raise NonFiniteLossError(step, loss, what=f"{first} is not finite after step {step}")
+
+
+def advice(run: Run, back: str = "continue from it with") -> str:
+    """What to do about a loss that is not finite, or far too high."""
+    out = run.config.out
+    saved = checkpoint.checkpoints(out) if out is not None else []
+    where = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved"
+    resume = f" ({back} --resume --out {out})" if saved else ""
+    return f"{where}{resume}; try a lower --lr, --grad-clip 1.0 or --warmup-steps 100, or a wider --dtype"

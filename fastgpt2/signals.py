@@ -1,0 +1,54 @@
+"""The signals that ask a process to stop, as a terminal, a scheduler or a cloud sends them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+Handler = Callable[[int, FrameType | None], None]
+
+STOPPING = [
+    signal.Signals[name]
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    if name in signal.Signals.__members__  # Windows has the first two alone
+]
+
+
+def handle(handler: Handler) -> dict[signal.Signals, Any]:
+    """Have a function called by each signal that asks to stop; returns the handlers before, for `put_back`.
+
+    SIGHUP stays ignored where it was, which is what nohup asks for. Off the main thread nothing is changed: Python
+    allows it there alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    wanted = [n for n in STOPPING if not (n.name == "SIGHUP" and signal.getsignal(n) is signal.SIG_IGN)]
+    return {number: signal.signal(number, handler) for number in wanted}
+
+
+def put_back(handlers: dict[signal.Signals, Any]) -> None:
+    """Undo `handle`."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def end_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
+    """A handler for a process that has nothing to save: one line, and the status 128 + the signal's number.
+
+    It may interrupt an import, where an exception would be caught or would leave half a module: so none is raised.
+    """
+    say(f"stopped by {signal.Signals(number).name}: no step was being computed, so there is nothing to save")
+    os._exit(128 + number)
+
+
+def say(line: str) -> None:
+    """Write a line to stderr from a handler, where `print` would fail if the handler had interrupted a `print`."""
+    if sys.stderr is not None:  # None: closed at the start, and another file may have its number
+        with contextlib.suppress(OSError):
+            os.write(2, f"{line}\n".encode())

@@ -1,0 +1,304 @@
+"""What a run prints: nothing that can't be printed ends it, and the user's text is shown as it is."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import pytest
+
+from fastgpt2 import TrainConfig, train
+from fastgpt2.console import discard_unwritten, unfailing
+from fastgpt2.display import TrainDisplay, plot_losses
+from fastgpt2.train import TrainResult, main
+
+RUN = ["--model", "tiny", "--batch-size", "2", "--block-size", "8", "--device", "cpu", "--steps", "4"]
+NAMES = ["[lr=0.1,wd=0]", "x[/dim]", "[bold]x[/bold]", "[/]", ":smile:", "a\\[b", "$x$ $", "a  b", "ü" * 90]
+
+
+def without_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastgpt2.display.plot_losses", lambda out, result: out / "loss.png")
+
+
+# ------------------------------------------------------------------------------------- output that goes away
+
+
+def nobody_reads() -> TextIO:
+    read, write = os.pipe()
+    os.close(read)
+    return open(write, "w")
+
+
+def full() -> TextIO:
+    return open("/dev/full", "w")
+
+
+def terminal_that_is_gone() -> TextIO:
+    master, slave = os.openpty()
+    stream = os.fdopen(slave, "w")
+    os.close(master)
+    return stream
+
+
+def closed() -> TextIO:
+    stream = io.TextIOWrapper(io.BytesIO())
+    stream.close()
+    return stream
+
+
+GONE = [nobody_reads, full, terminal_that_is_gone, closed, lambda: None]
+EACH_GONE = pytest.mark.parametrize("make", GONE, ids=["pipe", "full disk", "terminal", "closed", "none"])
+
+
+@EACH_GONE
+def test_what_can_not_be_written_is_dropped(make: Callable[[], TextIO]) -> None:
+    stream = make()
+    output = unfailing(stream)
+    for _ in range(3):
+        assert output.write("text\n") == 5
+        output.flush()
+    assert not output.isatty() or make is terminal_that_is_gone
+    discard_unwritten(stream)
+    assert discard_unwritten(stream) is None or make is closed
+    if make not in (closed, GONE[-1]):
+        stream.close()  # which writes what is held back
+
+
+def test_output_goes_on_when_the_disk_has_room_again() -> None:
+    class Disk(io.StringIO):
+        room, flushed = False, 0
+
+        def flush(self) -> None:
+            if not self.room:
+                raise OSError(28, "No space left on device")
+            self.flushed += 1
+
+    disk = Disk()
+    output = unfailing(disk)
+    output.write("one ")
+    output.flush()
+    disk.room = True
+    output.write("two")
+    output.flush()
+    assert disk.getvalue() == "one two" and disk.flushed == 1
+
+
+@EACH_GONE
+@pytest.mark.parametrize("both", [False, True], ids=["stdout", "stdout and stderr"])
+def test_a_run_outlives_its_output(
+    make: Callable[[], TextIO], both: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_picture(monkeypatch)
+    monkeypatch.setattr(sys, "stdout", make())
+    if both:
+        monkeypatch.setattr(sys, "stderr", make())
+    assert main([*RUN, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "checkpoints" / "step-00000004").is_dir()
+
+
+def test_a_terminal_may_go_away_under_the_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_picture(monkeypatch)
+    master, slave = os.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setattr(sys, "stdout", terminal)
+        stepped = TrainDisplay.stepped
+        shown = []
+
+        def then(self: TrainDisplay, done: int) -> None:
+            stepped(self, done)
+            if done == 1:
+                assert self.live
+                shown.append(os.read(master, 65536))
+                os.close(master)
+
+        monkeypatch.setattr(TrainDisplay, "stepped", then)
+        assert main([*RUN, "--out", str(tmp_path)]) == 0
+    assert b"writing to" in shown[0] and (tmp_path / "checkpoints" / "step-00000004").is_dir()
+
+
+# Each in a process of its own, forked after the slow imports, that ends as Python does.
+ENDINGS = """
+import contextlib, io, os, sys
+from pathlib import Path
+from fastgpt2 import console, display
+from fastgpt2.train import main
+display.plot_losses = lambda out, result: out / "loss.png"
+
+
+def ends(name, prepare, command):
+    if child := os.fork():
+        print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        sys.stdout.flush()
+        return
+    prepare()
+    console.run_command(command)
+
+
+def pipe(*numbers):
+    read, write = os.pipe()
+    for number in numbers:
+        os.dup2(write, number)
+    os.close(read)
+    os.close(write)
+
+
+def file(path, *numbers):
+    opened = os.open(path, os.O_RDWR)
+    for number in numbers:
+        os.dup2(opened, number)
+
+
+def close():
+    sys.stdout = None
+    os.close(1)
+
+
+def run(name):
+    return lambda: main([*sys.argv[1:], "--out", name])
+
+
+def refuse():
+    from fastgpt2 import ConfigError
+    raise ConfigError("no")
+
+
+with contextlib.redirect_stdout(io.StringIO()):
+    run("first")()  # does the imports
+ends("pipes", lambda: pipe(1, 2), run("pipes"))
+ends("full", lambda: file("/dev/full", 1), run("full"))
+ends("closed", close, run("closed"))
+# The output of other commands is what they are for: a status says that it is lost.
+ends("print_pipe", lambda: pipe(1), lambda: print("text"))
+ends("print_full", lambda: file("/dev/full", 1), lambda: print("text"))
+ends("refused", lambda: pipe(2), refuse)
+"""
+
+
+def test_no_output_changes_how_a_run_ends(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", ENDINGS, *RUN]
+    # Where output is not buffered it fails as it is printed, and not at the end.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    ends = {name: int(status) for name, status in (line.split() for line in done.stdout.splitlines())}
+    runs = dict.fromkeys(["pipes", "full", "closed"], 0)
+    assert ends == runs | {"print_pipe": 1, "print_full": 1, "refused": 2}, done.stderr
+    for name in runs:
+        assert (tmp_path / name / "checkpoints" / "step-00000004").is_dir(), name
+        text = (tmp_path / name / "metrics.jsonl").read_text()
+        assert text.count("\n") == text.count('{"step": ') == 2, text  # what was printed is not in it
+    assert done.stderr == "error: No space left on device\n"
+
+
+# ------------------------------------------------------------------------------------------- the user's text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paths_are_shown_as_they_are(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_picture(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    assert main([*RUN, "--out", name]) == 0
+    output = capsys.readouterr().out
+    assert f"writing to {name}\n" in output
+    folded = "".join(line.strip("│ ").split("│")[-1].strip() for line in output.splitlines())
+    for part in ("metrics.jsonl", "loss.png", "checkpoints"):
+        assert f"{name}/{part}".replace(" ", "") in folded.replace(" ", "")
+
+
+def test_notes_warnings_and_errors_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    display = TrainDisplay()
+    for name in NAMES:
+        display.note(name)
+        display.warn(name)
+        display.error(name)
+    output, errors = capsys.readouterr()
+    assert output == "".join(f"{name}\nwarning: {name}\n" for name in NAMES)
+    assert errors == "".join(f"error: {name}\n" for name in NAMES)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_an_encoding_does_not_have_is_escaped(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_picture(monkeypatch)
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode("ł".encode() + b"\xff")  # a name that is not UTF-8
+    display = TrainDisplay()
+    train(TrainConfig(model="tiny", steps=2, batch_size=1, block_size=8, device="cpu"), display)
+    display.note(f"in {name}")
+    sys.stdout.flush()
+    text = raw.getvalue().decode(encoding)
+    assert ("in ł\\udcff\n" if encoding == "utf-8" else "in \\u0142\\udcff\n") in text
+    assert ("┌" in text) == (encoding == "utf-8") and "final loss" in text
+
+
+# ---------------------------------------------------------------------------------------------- the picture
+
+
+def result_of(out: Path, **changes: Any) -> TrainResult:
+    config = TrainConfig(model="tiny", steps=2, batch_size=1, block_size=8, device="cpu", out=out, **changes)
+    return train(config)
+
+
+STRANGE = ["", "7\n", '{"step": 1, "loss": "low"}\n', '{"step": 1, "loss": null}\n{"step": 2, "val_loss": 3.0}\n']
+
+
+@pytest.mark.parametrize("text", [None, *STRANGE])
+def test_a_picture_is_drawn_of_whatever_records_there_are(text: str | None, tmp_path: Path) -> None:
+    result = result_of(tmp_path, save_every=0)
+    if text is not None:
+        (tmp_path / "metrics.jsonl").write_text(text)
+    result.config = result.config.__class__(**{**vars(result.config), "data": "$x_{ \udcff $ data"})
+    assert plot_losses(tmp_path, result).read_bytes().startswith(b"\x89PNG")
+
+
+def no_matplotlib(out: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    return "import of matplotlib.figure halted"
+
+
+def a_folder_in_its_place(out: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (out / "loss.png").mkdir()
+    return "Is a directory"
+
+
+def records_that_can_not_be_read(out: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (out / "metrics.jsonl").unlink()
+    (out / "metrics.jsonl").mkdir()
+    return "Is a directory"
+
+
+@pytest.mark.parametrize("spoil", [no_matplotlib, a_folder_in_its_place, records_that_can_not_be_read])
+def test_a_picture_that_can_not_be_drawn_is_a_note(
+    spoil: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished = TrainDisplay.finished
+    reasons = []
+
+    def spoiled(self: TrainDisplay, result: TrainResult) -> None:
+        reasons.append(spoil(tmp_path, monkeypatch))
+        finished(self, result)
+
+    monkeypatch.setattr(TrainDisplay, "finished", spoiled)
+    assert main([*RUN, "--out", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert f"can't draw {tmp_path / 'loss.png'}: " in output and reasons[0] in output
+    assert "final loss" in output and "loss curve" not in output
+
+
+def test_drawing_leaves_the_callers_backend_alone(tmp_path: Path) -> None:
+    import matplotlib
+
+    before = matplotlib.rcParams._get("backend")  # type: ignore[attr-defined]
+    plot_losses(tmp_path, result_of(tmp_path))
+    assert matplotlib.rcParams._get("backend") is before  # type: ignore[attr-defined]
