@@ -313,7 +313,7 @@ def cut_shard(scene: Scene, expected: Expected) -> None:
 
 def killed_prepare(scene: Scene, expected: Expected) -> None:
     """prepare is killed: what it leaves is whole, refused, or nothing; repeated it gives the same bytes."""
-    good = {path.name: path.read_bytes() for path in scene.data.iterdir() if path.is_file()}
+    good = {path.name: path.read_bytes() for path in scene.data.glob("[!.]*")}
     flags = [str(scene.data.parent.parent / "text"), "--out", str(scene.data), "--tokenizer", "byte", "--overwrite"]
     flags += ["--val-fraction", "0.1"]
     run = Process(prepare_main, flags, scene.log)
