@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastgpt2 import checkpoint
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.fields import checked, flag
 from fastgpt2.flags import given_flags, make_parser
-from fastgpt2.toml import UnreadableError, check_settings, load_toml, read_toml
+from fastgpt2.folder import settings_of_run
+from fastgpt2.toml import read_toml
 
 PROGRAM = "python -m fastgpt2.train"
 
@@ -46,26 +45,10 @@ def read_command_line(arguments: list[str]) -> tuple[TrainConfig, dict[str, str]
         layers.insert(0, (str(file), read_toml(file)))
     asked = {name: value for _, layer in layers for name, value in layer.items()}
     if asked.get("resume") and "out" in asked:
-        layers.insert(0, _settings_of_run(asked["out"]))
+        layers.insert(0, settings_of_run(asked["out"]))
     settings, origins = _merged(layers)
     with naming_files(origins):
         return TrainConfig(**settings), origins
-
-
-def _settings_of_run(out: Path) -> tuple[str, dict[str, Any]]:
-    """Where the settings of a run stand, and what they are; none where the folder holds no run."""
-    path = out / "config.toml"
-    try:
-        return str(path), check_settings(load_toml(path, str(path)), str(path))
-    except UnreadableError as error:
-        saved = checkpoint.saved_settings(out)
-        if saved is None:
-            if path.exists():
-                raise
-            return "", {}
-        where = f"the newest checkpoint of {out}"
-        print(f"{error}; taking the settings from {where}", file=sys.stderr)
-        return where, check_settings(saved, where)
 
 
 REPLACES = {"model": ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), "data": ("end_of_text",)}

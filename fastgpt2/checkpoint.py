@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from fastgpt2.config import ConfigError, ModelConfig, TrainConfig
 from fastgpt2.durable import OutputError, open_regular, read_json, sha256, sync
 from fastgpt2.model import parameter_count
-from fastgpt2.state import STATE, UNKNOWN, Progress, check_state, make_state, read_progress
+from fastgpt2.state import STATE, UNKNOWN, Progress, check_agreement, check_state, make_state, read_progress
 from fastgpt2.tensors import check_tensors, read_shapes, read_tensors
 
 MODEL, OPTIMIZER, RNG = "model.safetensors", "optimizer.safetensors", "rng.safetensors"
@@ -45,6 +45,7 @@ _WRITING, _REMOVING, _DAMAGED = ".writing-", ".removing-", "damaged-"
 """Name prefixes: being written, being deleted, set aside as damaged."""
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
 """What both optimizers keep of a parameter: a count of steps, and two averages of the parameter's shape."""
+_PASS_OVER = "move {} away to use the one before it"
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -139,20 +140,29 @@ def _sum_line(path: Path) -> str:
 def _remove_old(out: Path, keep: int) -> None:
     """Delete all checkpoints but the newest `keep`, and the newest of those that had not diverged."""
     with contextlib.suppress(ConfigError):  # the new one is saved, whatever can't be deleted
-        saved = checkpoints(out)
-        good = next((checkpoint for checkpoint in reversed(saved) if _is_good(checkpoint)), None)
+        saved, good = checkpoints(out), newest_good(out)
         for old in saved[:-keep]:
             if old != good:
                 _remove(old)
 
 
-def _is_good(checkpoint: Path) -> bool:
+def newest_good(out: Path) -> Path | None:
+    """The newest checkpoint of a run that had not diverged, None without one. The sums are not looked at.
+
+    Raises:
+        ConfigError: the folder of the checkpoints is there and can't be read.
+    """
+    return next((c for c in reversed(checkpoints(out)) if (p := progress_of(c)) is not None and not p.diverged), None)
+
+
+def progress_of(checkpoint: Path) -> Progress | None:
+    """Where the run of a checkpoint stood, None where state.json can't be used. The sums are not looked at."""
     try:
         state = read_json(checkpoint / STATE)
         check_state(state, checkpoint / STATE)
     except ConfigError:
-        return False
-    return not read_progress(state).diverged
+        return None
+    return read_progress(state)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -209,7 +219,7 @@ def damage(checkpoint: Path, files: tuple[str, ...] = FILES) -> str | None:
         problem = f"can't read {error.filename or path}: {error.strerror}"
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
             return problem
-        raise ConfigError(f"{problem}; mend that, or move {checkpoint} away to use the one before it") from None
+        raise ConfigError(f"{problem}; mend that, or {_PASS_OVER.format(checkpoint)}") from None
     return None
 
 
@@ -242,13 +252,17 @@ def to_resume(out: Path) -> tuple[Path, list[str]]:
         damaged.append((checkpoint, problem))
     else:
         raise ConfigError(f"{damaged[0][1]}; no other checkpoint of {out} is intact")
-    state = read_state(checkpoint)
+    try:
+        state = read_state(checkpoint)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {_PASS_OVER.format(checkpoint)}") from None
     notes = [f"{problem}; {_set_aside(path)}" for path, problem in damaged]
     if not (checkpoint / SUMS).exists():
         notes.append(f"{checkpoint} has no {SUMS} to check it by: it was written before there were any")
     if read_progress(state).diverged:
-        good = next((f"the last good one is {c}" for c in reversed(checkpoints(out)) if _is_good(c)), "none is good")
-        notes.append(f"the loss had diverged when {checkpoint} was saved; {good}: move the newer away to go back")
+        good = newest_good(out)
+        back = f"the last good one is {good}: move the newer away to go back" if good else "none before it was good"
+        notes.append(f"the loss had diverged when {checkpoint} was saved; {back}")
     return checkpoint, notes
 
 
@@ -281,6 +295,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} describes a model of {expected:,} parameters, but {MODEL} beside it holds {numbers:,}"
         )
+    check_agreement(state, path)
     return state
 
 
@@ -306,15 +321,6 @@ def saved_config(out: Path) -> dict[str, Any] | None:
                 if damage(checkpoint, (STATE,)) is None:
                     return read_state(checkpoint)["config"]
     return None
-
-
-def saved_settings(out: Path) -> dict[str, Any] | None:
-    """What a run's config.toml said, where that is lost: saved_config without what is None and the folder."""
-    config = saved_config(out)
-    if config is None:
-        return None
-    known = {field.name for field in dataclasses.fields(TrainConfig)} - {"out", "resume"}
-    return {name: value for name, value in config.items() if name in known and value is not None}
 
 
 def find(source: Path | str, step: int | None = None) -> Path:
@@ -395,6 +401,7 @@ def restore(
 
     model.load_state_dict(_read_finite(checkpoint / MODEL, device))
     tensors = _read_finite(checkpoint / OPTIMIZER, device)
+    _check_moments(checkpoint / OPTIMIZER, tensors, state["step"])
     packed = optimizer.state_dict()
     packed["state"] = {
         index: {key: tensors[f"{name}/{key}"] for key in _ADAM if f"{name}/{key}" in tensors}
@@ -405,6 +412,15 @@ def restore(
         scaler.load_state_dict(state["scaler"])
     _restore_generators(checkpoint / RNG, device)
     return state["step"]
+
+
+def _check_moments(path: Path, tensors: dict[str, Tensor], step: int) -> None:
+    """An average of squares below 0, or more steps than the run made, is no state of Adam's: it would diverge."""
+    most = {"step": step, "exp_avg_sq": math.inf}
+    for name, tensor in tensors.items():
+        kind = name.rpartition("/")[2]
+        if kind in most and not ((tensor >= 0) & (tensor <= most[kind])).all():
+            raise ConfigError(f"{path}: {name} can't be right; {_PASS_OVER.format(path.parent)}")
 
 
 def _restore_generators(path: Path, device: torch.device) -> None:
@@ -424,7 +440,7 @@ def _read_finite(path: Path, device: torch.device | str) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ConfigError(
-                f"{path}: {name} is not finite, the run had diverged; move {path.parent} away to use the one before it"
+                f"{path}: {name} is not finite, the run had diverged; {_PASS_OVER.format(path.parent)}"
             )
     return tensors
 

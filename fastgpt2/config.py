@@ -26,6 +26,9 @@ Schedule = Literal["constant", "cosine", "linear"]
 VOCAB_PADDING = 128
 """The stored vocabulary is a multiple of this, so that the head's matmul is aligned."""
 
+FIRST_LINE, LAST_LINE = "# A run's settings, complete with the last line.", "# end"
+"""Of a config.toml: one that was cut short is TOML all the same, and would be a run with other settings."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -251,7 +254,8 @@ class TrainConfig:
     def to_toml(self) -> str:
         """The configuration as `--config` reads it, without `resume` and fields at None."""
         rows = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "resume"}
-        return "".join(f"{name} = {_toml(value)}\n" for name, value in rows.items() if value is not None)
+        lines = [f"{name} = {_toml(value)}" for name, value in rows.items() if value is not None]
+        return "\n".join([FIRST_LINE, *lines, LAST_LINE, ""])
 
 
 def preset_name(shape: ModelConfig) -> str:

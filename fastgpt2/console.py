@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import sys
 from collections.abc import Callable
 from typing import NoReturn, TextIO, cast
 
 from fastgpt2.config import ConfigError
+
+STALLED_S = 1.0
+"""What is waited for a reader who has stopped reading, before what is printed is dropped."""
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -39,24 +43,37 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
 
 def unfailing(stream: TextIO | None) -> TextIO:
-    """A stream that drops what can't be written (a pipe without a reader, a full disk, a terminal that is gone) and
-    escapes what its encoding doesn't have."""
+    """A stream that drops what can't be written (a pipe without a reader or with one that doesn't read, a full disk, a
+    terminal that is gone or stopped) and escapes what its encoding doesn't have."""
     return cast(TextIO, _Unfailing(stream))
 
 
 class _Unfailing:
     def __init__(self, stream: TextIO | None) -> None:
-        self._stream = stream
+        self._stream, self._stalled = stream, False
+        self._descriptor = _descriptor(stream)
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        if self._stream is not None:
-            with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            if self._descriptor is not None:
+                self._write_bytes(text.encode(self.encoding, "backslashreplace"))
+            elif self._stream is not None:
                 self._stream.write(printable(text, self.encoding))
         return len(text)
 
+    def _write_bytes(self, data: bytes) -> None:
+        """In parts that a pipe takes at once or not at all. A reader that has stopped reading is waited for once."""
+        assert self._stream is not None and self._descriptor is not None
+        self._stream.flush()
+        for begin in range(0, len(data), select.PIPE_BUF):
+            self._stalled = not can_write(self._descriptor, 0.0 if self._stalled else STALLED_S)
+            if self._stalled:
+                break
+            os.write(self._descriptor, data[begin : begin + select.PIPE_BUF])
+
     def flush(self) -> None:
-        if self._stream is not None:
+        if self._stream is not None and self._descriptor is None:
             with contextlib.suppress(OSError, ValueError):
                 self._stream.flush()
 
@@ -69,6 +86,20 @@ class _Unfailing:
         if self._stream is None:
             raise OSError("the stream is closed")
         return self._stream.fileno()
+
+
+def _descriptor(stream: TextIO | None) -> int | None:
+    """The stream's file descriptor, None where it has none, as one of a notebook or of a test."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return stream.fileno() if stream is not None else None
+    return None
+
+
+def can_write(descriptor: int, seconds: float) -> bool:
+    """Whether a write would go through within a time: not so in a full pipe, or a terminal that Ctrl-S has stopped."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return bool(poll.poll(1e3 * seconds))
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:

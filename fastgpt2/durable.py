@@ -121,6 +121,10 @@ def _leave_locks_to_the_parent() -> None:
 os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
 
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
+"""What a file system says that has no locks, or (EBADF) none for a folder."""
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[bool]:
     """Hold a folder for this process alone. The lock ends with the process, however that ends.
@@ -130,28 +134,43 @@ def locked(folder: Path) -> Iterator[bool]:
 
     Raises:
         InUseError: another process (or another caller in this one) holds it.
-        OSError: the lock file can't be opened.
+        OSError: the folder or the lock file can't be opened.
     """
-    # The file stays: deleting it would let two processes lock two files of one name.
-    descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    # The folder itself is locked, which nobody deletes by mistake; the file says who holds it. Network file systems
+    # lock files alone.
+    with _opened(folder, os.O_RDONLY | os.O_DIRECTORY) as itself, _opened(folder / LOCK_NAME, _LOCK_FILE) as file:
+        held = _try_to_lock(itself, folder, file) or _try_to_lock(file, folder, file)
+        if held:
+            _write_holder(file)
+        yield held
+
+
+_LOCK_FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
     _held.add(descriptor)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = True
-        except BlockingIOError:
-            raise InUseError(folder, _read_holder(descriptor)) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-            held = False
-        if held:
-            _write_holder(descriptor)
-        yield held
+        yield descriptor
     finally:
         if descriptor in _held:  # not so in a forked child
             _held.remove(descriptor)
             os.close(descriptor)
+
+
+def _try_to_lock(descriptor: int, folder: Path, holder: int) -> bool:
+    """Whether it is locked now; False where the file system can't."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InUseError(folder, _read_holder(holder)) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 def _write_holder(descriptor: int) -> None:

@@ -6,16 +6,18 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fastgpt2 import checkpoint
+from fastgpt2 import checkpoint, record
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.durable import InUseError, locked
-from fastgpt2.toml import read_toml
+from fastgpt2.record import last_config
+from fastgpt2.toml import UnreadableError, check_settings, load_toml
 
 _SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 _SETTLED = (*_SHAPE, "vocab_size", "end_of_text", "batch_size", "steps", "dtype")
@@ -55,6 +57,35 @@ def _make_first(path: Path) -> Path:
     raise AssertionError
 
 
+def settings_of_run(out: Path) -> tuple[str, dict[str, Any]]:
+    """Where the settings of a run stand, and what they are; none where the folder holds no run.
+
+    That is its config.toml. Where that is lost or cut, the newest checkpoint or the record of the last start has every
+    setting as well; a line on stderr says so.
+
+    Raises:
+        ConfigError: config.toml can't be used, and neither has the settings.
+    """
+    path = out / "config.toml"
+    try:
+        settings = check_settings(load_toml(path, str(path)), str(path))
+        if not settings:
+            raise UnreadableError(f"{path} was cut short: it is empty")
+        return str(path), settings
+    except UnreadableError as error:
+        saved = checkpoint.saved_config(out)
+        where = f"the newest checkpoint of {out}"
+        if saved is None:
+            saved, where = last_config(out), str(out / record.NAME)
+        if saved is None:
+            if os.path.exists(path):
+                raise
+            return "", {}
+        print(f"{error}; taking the settings from {where}", file=sys.stderr)
+        known = {f.name for f in dataclasses.fields(TrainConfig)} - {"out", "resume"}
+        return where, check_settings({k: v for k, v in saved.items() if k in known and v is not None}, where)
+
+
 def as_saved(config: TrainConfig) -> TrainConfig:
     """A configuration that resumes a run, with what it leaves open (None) as that run has it.
 
@@ -67,8 +98,7 @@ def as_saved(config: TrainConfig) -> TrainConfig:
         return config
     saved = checkpoint.saved_config(config.out)
     if saved is None:
-        toml = config.out / "config.toml"
-        saved = read_toml(toml, str(toml)) if os.path.exists(toml) else {}
+        _, saved = settings_of_run(config.out)
     other_model = config.model is not None and config.model != saved.get("model")
     names = [name for name in _SETTLED if getattr(config, name) is None and not (other_model and name in _SHAPE)]
     settled: dict[str, Any] = {name: saved.get(name) for name in names}

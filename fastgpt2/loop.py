@@ -30,6 +30,8 @@ from fastgpt2.run import Run
 MFU_FORMULA = "llm.c"
 LAST_TRIES_S = (1.0, 2.0, 4.0)
 """Seconds between the tries to save a run's last state, where the first one fails."""
+RISE = 2.0
+"""A loss higher by so many nats has diverged: the text is 7 times as perplexing."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,13 @@ class Loop:
         self.meter = Meter(run.device, run.start, run.samples_per_step * self.block_size)
         self.val_losses: list[tuple[int, float]] = []
         self.done = run.start
-        self.loss_that_diverged = 2.0 * math.log(int(config.vocab_size or 1)) + 1.0
-        """Twice a uniform guess's loss, in nats, and 1 for the smallest vocabularies."""
-        self._diverged_said = False
+        self.uniform_loss = math.log(int(config.vocab_size or 1))
+        """Of a guess that knows nothing, in nats: where a run begins."""
+        self.good_loss: float | None = None
+        """The loss at the newest checkpoint that had not diverged."""
+        self.diverged = run.resumed.diverged
+        if not run.found_other_data:
+            self.good_loss = _loss_of_newest_good(run)
 
     def go(self) -> None:
         """Make the steps until the last, or until the reporter asks to stop, and save what they led to."""
@@ -130,14 +136,7 @@ class Loop:
         }
         self.outputs.record(record)
         self.reporter.logged(record)
-        if self._diverged() and not self._diverged_said:
-            self._diverged_said = True
-            self.reporter.warn(
-                f"the run has diverged: up to step {self.done} the loss is {self._worst():.4g}, over "
-                f"{self.loss_that_diverged:.4g}, twice that of a uniform guess; "
-                # The newest checkpoint will be one of the diverged run.
-                + advice(self.run, "it is kept: to go back, move those after it away and use")
-            )
+        self._watch()
 
     def _position(self) -> dict[str, Any]:
         """How far the run is, over all its starts: what each record ends with."""
@@ -150,11 +149,22 @@ class Loop:
         return math.fsum(self.meter.interval) / len(self.meter.interval)
 
     def _worst(self) -> float:
-        """The mean loss since the last record or the last step's: a run may have diverged in the last steps."""
-        return max(self._mean(), self.meter.losses[-1])
+        """The mean loss since the last record, or the last step's where that is far higher: a run may have diverged in
+        the last steps, but a step's loss varies more than the mean."""
+        return max(self._mean(), self.meter.losses[-1] - RISE / 2)
 
-    def _diverged(self) -> bool:
-        return self._worst() > self.loss_that_diverged
+    def _watch(self) -> None:
+        """Say once that the loss is far over where the run began, or over where it was at the last good checkpoint. The
+        run is good again when half of that is left."""
+        before = self.uniform_loss if self.good_loss is None else min(self.uniform_loss, self.good_loss)
+        bound = before + (RISE / 2 if self.diverged else RISE)
+        had_diverged, self.diverged = self.diverged, self._worst() > bound
+        if self.diverged and not had_diverged:
+            self.reporter.warn(
+                f"the run has diverged: up to step {self.done} the loss is {self._worst():.4g}, over {bound:.4g}; "
+                # The newest checkpoint will be one of the diverged run.
+                + advice(self.run, "it is kept: to go back, move those after it away and use")
+            )
 
     def _next_save(self) -> str:
         every = self.run.config.save_every
@@ -170,8 +180,10 @@ class Loop:
         self.meter.pause()
         _check_finite(self.run, self.done, self.meter.losses[-1])
         self.run.check_data()
-        progress = self.run.progress(self.done, self._mean(), self._diverged())
+        progress = self.run.progress(self.done, self._mean(), self.diverged)
         saved = self.outputs.save(self.done, progress, otherwise)
+        if saved and not self.diverged:
+            self.good_loss = self._mean()
         self.meter.go_on()
         return saved
 
@@ -196,6 +208,12 @@ class Loop:
         record = {"step": self.done, "val_loss": loss, **self._position()}
         self.outputs.record(record)
         reporter.validated(record)
+
+
+def _loss_of_newest_good(run: Run) -> float | None:
+    good = checkpoint.newest_good(run.config.out) if run.start and run.config.out else None
+    progress = checkpoint.progress_of(good) if good else None
+    return progress.loss if progress else None
 
 
 def mfu(run: Run, tokens_per_s: float) -> float | None:
@@ -226,7 +244,7 @@ def _check_finite(run: Run, step: int, loss: float) -> None:
 def advice(run: Run, back: str = "continue from it with") -> str:
     """What to do about a loss that is not finite, or far too high."""
     out = run.config.out
-    saved = checkpoint.checkpoints(out) if out is not None else []
-    where = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved"
-    resume = f" ({back} --resume --out {out})" if saved else ""
+    good = checkpoint.newest_good(out) if out is not None else None
+    where = f"the last good checkpoint is {good}" if good else "no good checkpoint was saved"
+    resume = f" ({back} --resume --out {out})" if good else ""
     return f"{where}{resume}; try a lower --lr, --grad-clip 1.0 or --warmup-steps 100, or a wider --dtype"

@@ -7,6 +7,7 @@ what is still missing at the end counts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastgpt2 import checkpoint
@@ -36,6 +37,7 @@ class Outputs:
         self._save_error = self._record_error = ""
         self._log: JsonLines | None = None
         if self.out is not None:
+            self._folder = _identity(self.out)
             write_text(self.out / "config.toml", run.config.to_toml())
             record_start(self.out, run)
             self._log = JsonLines(self.out / "metrics.jsonl", keep_up_to_step=run.start if run.config.resume else None)
@@ -47,6 +49,11 @@ class Outputs:
         if self._log is not None:
             self._try_to_log(lambda log: log.write(record))
 
+    def _check_folder(self) -> None:
+        """See that the folder is the one that the run began with: another would lack what was written before."""
+        if self.out is not None and _identity(self.out) != self._folder:
+            raise OutputError(f"{self.out} was moved or deleted while the run was under way: put it back")
+
     def save(self, step: int, progress: checkpoint.Progress, otherwise: str) -> bool:
         """Save a checkpoint, after the records up to it are on the disk; whether that worked.
 
@@ -57,6 +64,7 @@ class Outputs:
         assert self.out is not None
         self._try_to_log(JsonLines.sync)
         try:
+            self._check_folder()
             checkpoint.save(self.out, step, run.config, run.model, run.optimizer, run.scaler, progress)
         except (OutputError, OSError) as error:
             self._save_error = str(error)
@@ -73,6 +81,7 @@ class Outputs:
         if self._log is not None:
             try:
                 self._log.close()
+                self._check_folder()
             except OutputError as error:
                 missing.append(f"the last records are missing: {error}")
         return missing
@@ -87,3 +96,12 @@ class Outputs:
             if str(error) != self._record_error:
                 self.warn(f"{error}; going on, the records are kept and written with the next")
             self._record_error = str(error)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another of its name; None where there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

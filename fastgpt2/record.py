@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -18,7 +19,7 @@ import torch
 
 from fastgpt2 import __version__
 from fastgpt2.device import device_name
-from fastgpt2.durable import OutputError
+from fastgpt2.durable import JSON_BYTES, OutputError, open_regular
 from fastgpt2.state import config_as_json
 
 if TYPE_CHECKING:
@@ -55,6 +56,21 @@ def record_start(out: Path, run: Run) -> None:
         "config": config_as_json(run.config),
     }
     _append(out / NAME, json.dumps(record))
+
+
+def last_config(out: Path) -> dict[str, Any] | None:
+    """The configuration of a run's last start, by field name and as JSON has it; None where it isn't on record."""
+    try:
+        with open_regular(out / NAME) as file:
+            lines = file.read(JSON_BYTES).splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):  # a line cut off by a crash
+            config = json.loads(line)["config"]
+            if isinstance(config, dict):
+                return config
+    return None
 
 
 def _append(path: Path, line: str) -> None:

@@ -28,7 +28,7 @@ from fastgpt2.graph import CapturedStep
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import ablation, make_ops
 from fastgpt2.optim import learning_rate, make_optimizer
-from fastgpt2.state import carried_over, changed_data, changed_settings, read_progress
+from fastgpt2.state import UNKNOWN, Progress, carried_over, changed_data, changed_settings, read_progress
 
 TORCH_DTYPE = {
     "float64": torch.float64,
@@ -54,6 +54,10 @@ class Run:
     """The implementation of each slot."""
     start: int = 0
     """Steps already done by the run that this one resumes."""
+    resumed: Progress = UNKNOWN
+    """Where the run stood that this one resumes."""
+    found_other_data: bool = False
+    """Whether its data, or their contents, are not those of this one: their losses don't compare."""
     samples_before: int = 0
     """Sequences that those steps took from the data."""
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
@@ -139,10 +143,15 @@ class Run:
         """Passes over the data in the first `done` steps; None for dummy tokens, which have no end."""
         return self.samples_done(done) / self.source.windows if isinstance(self.source, ShardTokens) else None
 
-    def progress(self, done: int, loss: float, diverged: bool) -> checkpoint.Progress:
+    def progress(self, done: int, loss: float, diverged: bool) -> Progress:
         """What a checkpoint after `done` steps keeps beside the tensors."""
-        data = self.source.fingerprint or None
-        return checkpoint.Progress(self.samples_done(done), data, loss, diverged)
+        return Progress(self.samples_done(done), self.fingerprint, loss, diverged)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """What identifies the contents of the data, see Progress.data."""
+        val = self.val_source.fingerprint if self.val_source else ""
+        return f"{self.source.fingerprint}+{val}".rstrip("+") or None
 
     def skipped_steps(self, done: int) -> int:
         """Of the `done` steps, those that the gradient scaler left out: the fused optimizer didn't count them."""
@@ -336,13 +345,15 @@ def _open_sources(config: TrainConfig) -> tuple[TokenSource, TokenSource | None]
 
 def _continue_data(run: Run, state: dict[str, Any]) -> None:
     """Have a resumed run take the samples that follow its checkpoint's, and note where they are others."""
-    saved, progress = state["config"], read_progress(state)
-    samples = progress.samples
+    saved, run.resumed = state["config"], read_progress(state)
+    samples = run.resumed.samples
     # A checkpoint older than the field: all its batches had one size.
     run.samples_before = run.start * saved["batch_size"] * saved["grad_accum"] if samples is None else samples
     run.source.begin_at(run.start, run.samples_before)
-    data, now = run.config.data, run.source.fingerprint
-    if other := changed_data(progress.data, now, data):
+    data = run.config.data
+    other = changed_data(run.resumed.data, run.fingerprint, data)
+    run.found_other_data = bool(other) or saved["data"] != data
+    if other:
         run.found += other
-    elif now and saved["seed"] != run.config.seed:
+    elif run.fingerprint and saved["seed"] != run.config.seed:
         run.found.append(f"--seed {run.config.seed} is another order of {data}: windows may come twice in this epoch")

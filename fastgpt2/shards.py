@@ -338,6 +338,8 @@ def list_split(folder: Path, split: str, listed: Mapping[str, Any]) -> tuple[lis
     # Once for both splits.
     if split == "train" and (neither := [name for name in names if split_of(name) is None]):
         notes.append(f"not read, with neither train nor val as a word of its name: {_first_of(neither)} in {folder}")
+    if not listed and split == "train":
+        notes.append(f"read but not verified, since no {META_NAME} has sums: the shards in {folder}")
     if listed and (unlisted := [name for name in own if name not in listed]):
         notes.append(f"read but not verified, since {META_NAME} doesn't list it: {_first_of(unlisted)} in {folder}")
     return [folder / name for name in own], notes

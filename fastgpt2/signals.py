@@ -11,6 +11,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
+from fastgpt2.console import can_write
+
 Handler = Callable[[int, FrameType | None], None]
 
 STOPPING = [
@@ -51,4 +53,5 @@ def say(line: str) -> None:
     """Write a line to stderr from a handler, where `print` would fail if the handler had interrupted a `print`."""
     if sys.stderr is not None:  # None: closed at the start, and another file may have its number
         with contextlib.suppress(OSError):
-            os.write(2, f"{line}\n".encode())
+            if can_write(2, 0.0):
+                os.write(2, f"{line}\n".encode())

@@ -28,7 +28,8 @@ class Progress:
     samples: int | None = None
     """Sequences that all steps so far have taken from the data; None in a checkpoint older than this field."""
     data: str | None = None
-    """What identifies the data's contents (TokenSource.fingerprint); None where nothing does."""
+    """What identifies the data's contents: TokenSource.fingerprint of the training's, and after a "+" of the
+    validation's where there is one; None where nothing does."""
     loss: float | None = None
     """The training loss, mean over the last logged interval."""
     diverged: bool = False
@@ -142,6 +143,17 @@ def check_state(state: dict[str, Any], path: Path) -> None:
         raise ConfigError(f"{path} is of step {state['step']}, not of the step that its folder is named for")
 
 
+def check_agreement(state: dict[str, Any], path: Path) -> None:
+    """See that the model in a checked state.json is the one that its configuration asked for.
+
+    Raises:
+        ConfigError: it isn't: some of its tensors may be of the sizes of both, and would compute something else.
+    """
+    for name in _SHAPE:
+        if state["model"][name] != state["config"][name]:
+            raise ConfigError(f"{path} contradicts itself: model.{name} is not config.{name}")
+
+
 def _check(values: dict[str, Any], rules: dict[str, _Rule], path: Path, prefix: str = "") -> None:
     for name, rule in rules.items():
         if name not in values:
@@ -177,10 +189,14 @@ def changed_data(was: str | None, now: str | None, data: str) -> list[str]:
 
     Args:
         was: Progress.data of the checkpoint.
-        now: the source's; None or "" where nothing identifies the data.
+        now: the run's; None where nothing identifies the data.
         data: what --data names.
     """
-    return [f"changed since the checkpoint: the data in {data}"] if was and now and was != now else []
+    # The validation's is compared where both have one.
+    names = ("training", "validation")
+    pairs = zip(names, (was or "").split("+"), (now or "").split("+"), strict=False)
+    other = [name for name, before, after in pairs if before and after and before != after]
+    return [f"changed since the checkpoint: the {' and '.join(other)} data in {data}"] if other else []
 
 
 def carried_over(state: dict[str, Any], config: TrainConfig, device: torch.device) -> list[str]:

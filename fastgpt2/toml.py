@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from fastgpt2.config import TrainConfig
+from fastgpt2.config import FIRST_LINE, LAST_LINE, TrainConfig
 from fastgpt2.fields import ConfigError, checked, field_hints, nearest, shown
 
 MOST_BYTES, MOST_DOTS = 64 << 10, 1000
@@ -50,6 +50,8 @@ def load_toml(path: Path, label: str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
         if text.count(".") > MOST_DOTS:
             raise UnreadableError(f"can't read {label}: {text.count('.'):,} dots are no list of settings")
+        if text.startswith(FIRST_LINE) and not text.endswith(f"{LAST_LINE}\n"):
+            raise UnreadableError(f"{label} was cut short: its last line is missing")
         return tomllib.loads(text)
     except OSError as error:
         raise UnreadableError(f"can't read {label}: {error.strerror}") from None

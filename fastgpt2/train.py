@@ -12,6 +12,7 @@ import dataclasses
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,15 +78,19 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> TrainResult:
     config = as_saved(config)
     try:
         with numerics(config), contextlib.ExitStack() as held:
-            return _train(config, reporter or Reporter(), held)
+            return _train(config, reporter, held)
     finally:
         if device.type == "cpu":
             give_back_freed_memory()
 
 
-def _train(config: TrainConfig, reporter: Reporter, held: contextlib.ExitStack) -> TrainResult:
+def _train(config: TrainConfig, listening: Reporter | None, held: contextlib.ExitStack) -> TrainResult:
     began = time.perf_counter()
     run = build(config, held)
+    reporter = listening or Reporter()
+    if listening is None:  # what was found, such as settings that are not the checkpoint's, is told all the same
+        for text in run.found:
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     outputs = Outputs(run, reporter.warn)

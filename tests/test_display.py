@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import pytest
 
-from fastgpt2 import TrainConfig, train
+from fastgpt2 import TrainConfig, console, train
 from fastgpt2.console import discard_unwritten, unfailing
 from fastgpt2.display import TrainDisplay, plot_losses
 from fastgpt2.train import TrainResult, main
@@ -67,6 +67,25 @@ def test_what_can_not_be_written_is_dropped(make: Callable[[], TextIO]) -> None:
     assert discard_unwritten(stream) is None or make is closed
     if make not in (closed, GONE[-1]):
         stream.close()  # which writes what is held back
+
+
+def test_a_reader_that_stops_reading_is_waited_for_once_and_may_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastgpt2.console.STALLED_S", 0.01)
+    waits = []
+    poll = console.can_write
+    monkeypatch.setattr(console, "can_write", lambda fd, seconds: (waits.append(seconds), poll(fd, seconds))[1])
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as reader, os.fdopen(writing, "w") as stream:
+        output = unfailing(stream)
+        while not waits or poll(writing, 0.0):
+            output.write("x" * 4096)
+        waits.clear()
+        for _ in range(3):
+            output.write("dropped")
+        assert waits == [0.01, 0.0, 0.0]
+        assert set(os.read(reading, 1 << 20)) == {ord("x")}
+        output.write("again\n")
+        assert reader.readline() == b"again\n"
 
 
 def test_output_goes_on_when_the_disk_has_room_again() -> None:
@@ -258,7 +277,7 @@ def test_a_picture_is_drawn_of_whatever_records_there_are(text: str | None, tmp_
     result = result_of(tmp_path, save_every=0)
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
-    result.config = result.config.__class__(**{**vars(result.config), "data": "$x_{ \udcff $ data"})
+    result.config = result.config.__class__(**{**vars(result.config), "data": "$x_{ $ data"})
     assert plot_losses(tmp_path, result).read_bytes().startswith(b"\x89PNG")
 
 

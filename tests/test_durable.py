@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -102,6 +105,37 @@ def test_a_lock_names_its_process_and_dies_with_it(children: tuple[str, ...], tm
 def test_a_lock_keeps_out_its_own_process_until_it_is_given_back(tmp_path: Path) -> None:
     for _ in range(2):
         with locked(tmp_path), pytest.raises(InUseError, match=f"in use by process {os.getpid()} "), locked(tmp_path):
+            pass
+
+
+def test_a_lock_outlives_its_file(tmp_path: Path) -> None:
+    """A hidden file looks like litter; and a link in its place leads nobody's writing astray."""
+    with locked(tmp_path):
+        (tmp_path / LOCK_NAME).unlink()
+        with pytest.raises(InUseError), locked(tmp_path):
+            pass
+    other = tmp_path / "other"
+    other.write_text("mine")
+    (tmp_path / LOCK_NAME).unlink()
+    (tmp_path / LOCK_NAME).symlink_to(other)
+    with pytest.raises(OSError), locked(tmp_path):
+        pass
+    assert other.read_text() == "mine"
+
+
+def test_where_folders_have_no_locks_the_file_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As over NFS, which wants a file that is open for writing."""
+    flock = fcntl.flock
+
+    def of_files(descriptor: int, how: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, how)
+
+    monkeypatch.setattr("fcntl.flock", of_files)
+    with locked(tmp_path) as held:
+        assert held
+        with pytest.raises(InUseError, match=f"process {os.getpid()} "), locked(tmp_path):
             pass
 
 

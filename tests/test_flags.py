@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import subprocess
@@ -103,8 +104,8 @@ def test_a_lost_config_toml_is_taken_from_the_checkpoint(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved = {"lr": 0.25, "attn": "naive"}
-    monkeypatch.setattr(checkpoint, "saved_settings", lambda out: saved if out == Path("run") else None)
-    for damaged in (None, "lr = ", "\0"):
+    monkeypatch.setattr(checkpoint, "saved_config", lambda out: saved if out == Path("run") else None)
+    for damaged in (None, "lr = ", "\0", ""):
         if damaged is not None:
             write("run/config.toml", damaged)
         config, origins = read_command_line(["--resume", "--out", "run", "--attn", "sdpa"])
@@ -118,12 +119,29 @@ def test_a_lost_config_toml_is_taken_from_the_checkpoint(
 
 
 def test_a_checkpoint_has_the_settings_of_its_run(tmp_path: Path) -> None:
-    assert checkpoint.saved_settings(tmp_path) is None
     config = train(TrainConfig(model="tiny", steps=1, lr=0.5, batch_size=1, device="cpu", out=tmp_path)).config
     (tmp_path / "config.toml").unlink()
+    (tmp_path / "starts.jsonl").unlink()
     again = parse(["--resume", "--out", str(tmp_path)])
     assert again == parse(["--resume", "--out", str(tmp_path), "--lr", "0.5"])
     assert (again.lr, again.n_embd, again.steps) == (0.5, 64, 1) and again.model_config() == config.model_config()
+
+
+@pytest.mark.parametrize("at", [0.0, 0.3, 0.9, 0.99])
+def test_a_config_toml_that_was_cut_is_not_taken_for_whole(tmp_path: Path, at: float) -> None:
+    """Without a checkpoint the record of the start has every setting; without that a cut file is refused."""
+    config = TrainConfig(model="tiny", steps=1, lr=0.5, keep=7, batch_size=1, device="cpu", save_every=0)
+    result = train(dataclasses.replace(config, out=tmp_path))
+    path = tmp_path / "config.toml"
+    text = path.read_text()
+    # At the end of a line, as what is left is TOML then.
+    path.write_text(text[: text.rindex("\n", 0, max(1, int(at * len(text))) + 1) + 1] if at else "")
+    again = parse(["--resume", "--out", str(tmp_path)])
+    assert (again.lr, again.keep, again.n_embd) == (0.5, 7, 64)
+    assert again.model_config() == result.config.model_config()
+    (tmp_path / "starts.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"config\.toml was cut short: i"):
+        parse(["--resume", "--out", str(tmp_path)])
 
 
 # ------------------------------------------------------------------------------------------ who is to blame

@@ -232,7 +232,6 @@ NO_FOLDERS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a name too long": (lambda tmp: tmp / ("x" * 300), "File name too long"),
     "a link that leads nowhere": (lambda tmp: a_link(tmp / "run", "nowhere"), "it is a link that leads nowhere; give"),
     "a link to itself": (lambda tmp: a_link(tmp / "run", "run"), "it is a link that leads nowhere; give"),
-    "a null character": (lambda tmp: tmp / "a\0b", "null"),
     "no file system to write": (lambda tmp: Path("/proc/fastgpt2/run"), "No such file or directory"),
     "a folder for the lock": (lambda tmp: tmp / "locked", "Is a directory"),
 }

@@ -309,9 +309,10 @@ def losses(monkeypatch: pytest.MonkeyPatch, told: dict[int, float]) -> None:
 def test_a_run_that_diverged_says_so_once_and_its_checkpoints_know(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit = 2.0 * math.log(33) + 1.0
-    # In one step of an interval; in its mean; no more; just below.
-    losses(monkeypatch, {4: limit + 0.1, 5: 1e9, 10: limit - 0.01})
+    # Far over in one step of an interval; in its mean; no more; just below. The first intervals' losses are the
+    # seed's.
+    uniform = math.log(33)
+    losses(monkeypatch, {1: uniform, 2: uniform, 4: uniform + 3.1, 5: 1e9, 10: uniform + 2.9})
     watch = Watch()
     result = train(small(tmp_path, steps=10, log_every=2), watch)
     assert {step: kept["diverged"] for step, kept in progress(tmp_path).items()} == {
@@ -322,8 +323,8 @@ def test_a_run_that_diverged_says_so_once_and_its_checkpoints_know(
     ]
     (text,) = watch.warnings
     assert text.startswith(
-        f"the run has diverged: up to step 4 the loss is {limit + 0.1:.4g}, over {limit:.4g}, twice that of a uniform "
-        f"guess; the last good checkpoint is {tmp_path / 'checkpoints' / 'step-00000002'} (it is kept: "
+        f"the run has diverged: up to step 4 the loss is {uniform + 2.1:.4g}, over {uniform + 2.0:.4g}; "
+        f"the last good checkpoint is {tmp_path / 'checkpoints' / 'step-00000002'} (it is kept: "
     )
     assert "--lr" in text and result.steps_done == 10
 
@@ -379,4 +380,33 @@ def test_data_that_can_not_be_read_any_more_ends_the_run_saved(
     assert saved(tmp_path) == [3] and [record["step"] for record in watch.records] == [1, 3]
     flags = ["--model", "tiny", "--batch-size", "1", "--device", "cpu", "--out", str(tmp_path / "2")]
     assert main(flags) == 1
-    assert capsys.readouterr().err == "error: shard.bin: Input/output error\n" and saved(tmp_path / "2") == [3]
+    assert saved(tmp_path / "2") == [3]
+    back = f"then continue after step-00000003 with --resume --out {tmp_path / '2'}"
+    assert capsys.readouterr().err == f"error: shard.bin: Input/output error; {back}\n"
+
+
+# ------------------------------------------------------------------------------------------- a folder that is gone
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["for good", "for a while"])
+def test_a_folder_that_is_moved_away_is_said_and_not_made_again(tmp_path: Path, back: bool) -> None:
+    """Another folder of its name would lack all that was written before, and its lock."""
+    out, away = tmp_path / "run", tmp_path / "away"
+
+    class Move(Watch):
+        def stepped(self, done: int) -> None:
+            if done == 3:
+                out.rename(away)
+            if done == 5 and back:
+                away.rename(out)
+
+    watch = Move()
+    result = train(small(out), watch)
+    gone = f"{out} was moved or deleted while the run was under way: put it back"
+    assert watch.warnings[0] == f"{gone}; going on, next try after step 6"
+    if back:
+        assert (result.missing, saved(out)) == ([], [2, 6])
+        assert [record["step"] for record in read_json_lines(out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    else:
+        assert not out.exists() and len(result.missing) == 2
+        assert saved(away) == [2]

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from fastgpt2 import ConfigError, TrainConfig, checkpoint, train
 from fastgpt2.durable import OutputError, sha256
+from fastgpt2.folder import settings_of_run
+from fastgpt2.loop import Loop
 from fastgpt2.model import GPT
 from fastgpt2.optim import make_optimizer
+from fastgpt2.outputs import Outputs
 from fastgpt2.run import build
 from fastgpt2.state import Progress, carried_over, changed_data, read_progress
 from fastgpt2.train import Reporter
@@ -127,11 +130,13 @@ def test_without_a_checkpoint_the_settings_are_those_of_config_toml(tmp_path: Pa
 
 def test_saved_settings_are_those_of_the_newest_checkpoint_that_can_be_read(out: Path) -> None:
     def settings() -> dict[str, Any] | None:
-        return checkpoint.saved_settings(out)
+        return settings_of_run(out)[1] or None
 
+    (out / "config.toml").unlink()
+    (out / "starts.jsonl").unlink()
     found = settings()
     assert found is not None
-    assert {"out", "resume", "device", "model"} & set(found) == set() and None not in found.values()
+    assert {"out", "resume", "model"} & set(found) == set() and None not in found.values()
     resolved = build(CONFIG).config
     assert found == {name: getattr(resolved, name) for name in found} and found["n_embd"] == 16
     edit_state(step(out, 4), lambda state: state["config"].update(lr=0.5, nonsense=1))
@@ -142,6 +147,9 @@ def test_saved_settings_are_those_of_the_newest_checkpoint_that_can_be_read(out:
     assert settings() == {**found, "lr": 1e-2}
     shutil.rmtree(out / "checkpoints")
     assert settings() is None
+    (out / "starts.jsonl").write_text(json.dumps({"config": found | {"lr": 0.1}}) + '\n{"config": 5}\n{"conf')
+    assert settings() == {**found, "lr": 0.1}
+    (out / "starts.jsonl").unlink()
     (out / "checkpoints").touch()
     assert settings() is None
 
@@ -230,13 +238,17 @@ def test_a_count_of_steps_follows_its_parameter(out: Path) -> None:
 
 
 def test_other_data_under_the_same_name_is_said() -> None:
-    line = ["changed since the checkpoint: the data in shards"]
-    known: list[str | None] = ["a", "b"]
+    def said(parts: str) -> list[str]:
+        return [f"changed since the checkpoint: the {parts} data in shards"]
+
+    known: list[str | None] = ["a", "b", "a+c"]
     nothing: list[str | None] = [None, ""]
     for was in known + nothing:
         for now in known + nothing:
-            differ = was in known and now in known and was != now
-            assert changed_data(was, now, "shards") == (line if differ else [])
+            differ = was in known and now in known and "b" in (was, now) and was != now
+            assert changed_data(was, now, "shards") == (said("training") if differ else [])
+    assert changed_data("a+c", "a+d", "shards") == said("validation")
+    assert changed_data("a+c", "b+d", "shards") == said("training and validation")
 
 
 def test_progress_comes_back_and_may_be_missing(out: Path) -> None:
@@ -252,6 +264,12 @@ def test_progress_comes_back_and_may_be_missing(out: Path) -> None:
     assert read_progress(checkpoint.read_state(step(out, 7))) == Progress()
     edit_state(step(out, 7), lambda state: state.update(progress={"samples": 3, "of a later version": 1}))
     assert read_progress(checkpoint.read_state(step(out, 7))) == Progress(samples=3)
+
+
+def test_a_caller_without_a_reporter_is_warned_of_what_is_resumed_otherwise(out: Path) -> None:
+    """Python gives every setting, if only by its default: --lr would fall back to it in silence."""
+    with pytest.warns(RuntimeWarning, match=r"changed since the checkpoint: .*--lr 0\.0003 \(was 0\.01\)"):
+        train(TrainConfig(out=out, resume=True, steps=5))
 
 
 # ----------------------------------------------------------------------------------------------------- keep
@@ -276,6 +294,22 @@ def test_what_is_not_known_to_be_good_takes_no_good_one_away(tmp_path: Path) -> 
     for number in (4, 5):
         save(tmp_path, number, scaler, Progress(diverged=True))
     assert names(tmp_path) == ["step-00000001", "step-00000004", "step-00000005"]
+
+
+def test_a_run_that_diverged_is_good_again_when_its_loss_is_near_the_last_good_one(tmp_path: Path) -> None:
+    """Also over resumes: falling a little, it is not, and the good checkpoint stays."""
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    save(tmp_path, 1, scaler, Progress(loss=1.0))
+    save(tmp_path, 2, scaler, Progress(loss=9.0, diverged=True))
+    for loss, keeps in ((2.9, [1, 3]), (1.9, [4])):
+        run = build(with_(out=tmp_path, resume=True, keep=1))
+        loop = Loop(run, Reporter(), Outputs(run, print), 0.0)
+        assert (loop.diverged, loop.good_loss) == (True, 1.0)
+        loop.done += 1
+        loop.meter.losses, loop.meter.interval = [loss], [loss]
+        loop._watch()
+        loop._save("")
+        assert [int(name[5:]) for name in names(tmp_path)] == keeps
 
 
 def test_resuming_what_had_diverged_names_the_last_good_checkpoint(tmp_path: Path) -> None:

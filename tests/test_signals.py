@@ -118,7 +118,7 @@ def test_an_evaluation_is_cut_short_by_a_signal_and_never_delays_a_save(
         return draw(self, step)
 
     monkeypatch.setattr(DummyTokens, "tokens", tokens)
-    evaluation = ["--eval-every", "4", "--eval-batches", "1000000"]
+    evaluation = ["--eval-every", "4", "--eval-sequences", "8000000"]
     assert main([*RUN, *evaluation, "--save-every", str(save_every), "--out", str(tmp_path)]) == 128 + signal.SIGTERM
     assert len(drawn) == 2 and saved(tmp_path) == [4]
     assert not any("val_loss" in record for record in read_json_lines(tmp_path / "metrics.jsonl"))
