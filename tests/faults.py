@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import os
 import random
@@ -86,10 +85,13 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
+    def alive(self) -> bool:
+        return not os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+
     def wait(self) -> int:
         """Its exit status; -n after signal n."""
         deadline = time.monotonic() + PATIENCE
-        while not os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG):
+        while self.alive():
             if time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
                 raise AssertionError(f"still running after {PATIENCE} s")
@@ -111,9 +113,14 @@ class Scene:
         always = ["--data", str(self.data), "--out", str(self.out), "--resume", "auto"]
         return Process(fastgpt2.train.main, [*FLAGS, *always, *flags], self.log, output)
 
-    def soon(self, expected: Expected) -> None:
-        """Wait for a moment of the run, drawn from its start to just after its end."""
-        time.sleep(self.random.uniform(0, 1.1 * expected.seconds))
+    def soon(self, run: Process, expected: Expected) -> None:
+        """Wait for a moment of a run: a step of it, or in one of eight cases before the first."""
+        step = self.random.randrange(-STEPS // 8, STEPS)
+        if step < 0:
+            time.sleep(self.random.uniform(0, expected.seconds / 2))
+        while run.alive() and (self.steps() or [0])[-1] < step:
+            time.sleep(0.002)
+        time.sleep(self.random.uniform(0, expected.seconds / STEPS))
 
     def steps(self) -> list[int]:
         """The steps on record."""
@@ -171,7 +178,7 @@ def killed(scene: Scene, expected: Expected) -> None:
     """kill -9 at any moment, up to four times in a run."""
     for _ in range(scene.random.randint(1, 4)):
         run = scene.start()
-        scene.soon(expected)
+        scene.soon(run, expected)
         run.send(signal.SIGKILL)
         assert run.wait() in (0, -signal.SIGKILL)
     scene.finish(expected)
@@ -181,7 +188,7 @@ def signalled(scene: Scene, expected: Expected) -> None:
     """A signal that asks the run to stop, or two that come together."""
     numbers = scene.random.sample(SIGNALS, scene.random.choice((1, 1, 2)))
     run = scene.start("--save-every", "1000000")
-    scene.soon(expected)
+    scene.soon(run, expected)
     for number in numbers:
         run.send(number)
     status = run.wait()
@@ -193,10 +200,14 @@ def signalled(scene: Scene, expected: Expected) -> None:
 def stalled_reader(scene: Scene, expected: Expected) -> None:
     """What reads the output stops reading, and then the run is asked to stop."""
     reading, writing = os.pipe()
-    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"full")
+    os.set_blocking(writing, True)
     run = scene.start("--save-every", "1000000", output=writing)
     os.close(writing)
-    scene.soon(expected)
+    scene.soon(run, expected)
     run.send(signal.SIGTERM)
     status = run.wait()
     os.close(reading)
@@ -208,7 +219,7 @@ def stalled_reader(scene: Scene, expected: Expected) -> None:
 def second_process(scene: Scene, expected: Expected) -> None:
     """The same command again while the run is alive."""
     first = scene.start()
-    scene.soon(expected)
+    scene.soon(first, expected)
     second = scene.start()
     statuses = first.wait(), second.wait()
     # Whoever came second was refused, or found the run complete.
@@ -221,7 +232,7 @@ def no_reader(scene: Scene, expected: Expected) -> None:
     reading, writing = os.pipe()
     run = scene.start(output=writing)
     os.close(writing)
-    scene.soon(expected)
+    scene.soon(run, expected)
     os.close(reading)
     status = run.wait()
     assert status == 0, f"a closed pipe ended it with {status}"
@@ -234,7 +245,7 @@ def no_reader(scene: Scene, expected: Expected) -> None:
 def full_disk(scene: Scene, expected: Expected) -> None:
     """No file can grow for a while: neither checkpoint, metrics nor log."""
     run = scene.start()
-    scene.soon(expected)
+    scene.soon(run, expected)
     under_way = bool(scene.steps())
     with contextlib.suppress(ProcessLookupError):
         _, hard = resource.prlimit(run.pid, resource.RLIMIT_FSIZE)
@@ -344,7 +355,7 @@ def cut_shard(scene: Scene, expected: Expected) -> None:
     shard = scene.data / "train_000000.bin"
     good = shard.read_bytes()
     run = scene.start()
-    scene.soon(expected)
+    scene.soon(run, expected)
     os.truncate(shard, scene.random.randrange(len(good) // 2))
     status = run.wait()
     assert status in (0, 1, 2), f"a cut shard ended it with {status}"
