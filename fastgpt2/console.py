@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shlex
 import sys
 from collections.abc import Callable
 from typing import NoReturn, TextIO, cast
@@ -13,6 +14,11 @@ from fastgpt2.config import ConfigError
 
 STALLED_S = 1.0
 """What is waited for a reader who has stopped reading, before what is printed is dropped."""
+_CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)
+_BIDIRECTIONAL = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_ESCAPES = {code: f"\\u{code:04x}" for code in (*_CONTROLS, *_BIDIRECTIONAL)} | {
+    code: chr(code).encode("unicode_escape").decode() for code in range(0x20)
+}
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -24,7 +30,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         if problem := discard_unwritten(sys.stdout):
             raise problem
     except ConfigError as error:
-        _say(f"error: {error}")
+        _say(f"error: {printable(error)}")
         status = 2
     except KeyboardInterrupt:
         status = 130
@@ -59,7 +65,7 @@ class _Unfailing:
             if self._descriptor is not None:
                 self._write_bytes(text.encode(self.encoding, "backslashreplace"))
             elif self._stream is not None:
-                self._stream.write(printable(text, self.encoding))
+                self._stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
         return len(text)
 
     def _write_bytes(self, data: bytes) -> None:
@@ -102,9 +108,18 @@ def can_write(descriptor: int, seconds: float) -> bool:
     return bool(poll.poll(1e3 * seconds))
 
 
-def printable(text: str, encoding: str = "utf-8") -> str:
-    """Text that an encoding has, with escapes for the rest, such as the bytes of a path that is not UTF-8."""
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+def printable(text: object) -> str:
+    """A user's text, such as a path, as part of a line: what would steer a terminal, end the line or turn the order of
+    its letters is escaped, and so are the bytes of a path that is not UTF-8."""
+    return str(text).translate(_ESCAPES).encode(errors="backslashreplace").decode()
+
+
+def shell_word(path: object) -> str:
+    """A path as a word to paste into a shell; one with control characters as bash and zsh read it."""
+    text = str(path)
+    if printable(text) == text:
+        return shlex.quote(text)
+    return "$'" + printable(text.replace("\\", r"\\").replace("'", r"\'")) + "'"
 
 
 def discard_unwritten(stream: TextIO | None) -> OSError | ValueError | None:

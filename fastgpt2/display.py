@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fastgpt2 import signals
 from fastgpt2.config import preset_name
-from fastgpt2.console import discard_unwritten, printable, unfailing
+from fastgpt2.console import discard_unwritten, printable, shell_word, unfailing
 from fastgpt2.device import device_name
 from fastgpt2.metrics import curve, read_json_lines
 from fastgpt2.model import parameter_count
@@ -85,22 +85,23 @@ class TrainDisplay(Reporter):
         switches = {"compiled": config.compile, "recomputed": config.recompute, "one CUDA graph": config.cuda_graph}
         self.console.print(", ".join(parts + [name for name, on in switches.items() if on]))
         tokens = run.samples_per_step * shape.block_size
-        self.console.print(f"{config.steps} steps of {tokens:,} tokens from {config.data}; writing to {config.out}")
+        data, out = printable(config.data), printable(config.out)
+        self.console.print(f"{config.steps} steps of {tokens:,} tokens from {data}; writing to {out}")
         self._progress.start()
         self._task = self._progress.add_task("", total=config.steps, completed=run.start, status="starting")
         self._steps = int(config.steps or 0)
         self._status = ""
 
     def note(self, text: str) -> None:
-        self.console.print(Text(text, "dim"))
+        self.console.print(Text(printable(text), "dim"))
 
     def warn(self, text: str) -> None:
-        self.console.print(Text(f"warning: {text}", "yellow"))
+        self.console.print(Text(f"warning: {printable(text)}", "yellow"))
 
     def error(self, text: str) -> None:
         """One line that says why the run ended."""
         self._progress.stop()
-        _console(sys.stderr).print(Text(f"error: {text}", "red"))
+        _console(sys.stderr).print(Text(f"error: {printable(text)}", "red"))
 
     def stepped(self, done: int) -> None:
         self._progress.update(self._task, completed=done)
@@ -138,11 +139,11 @@ class TrainDisplay(Reporter):
         table.add_column(overflow="fold")  # a path that is cut is no path
         for name, value in rows.items():
             if value is not None:
-                table.add_row(name, value)
+                table.add_row(name, printable(value))
         self.console.print(table)
         stopped = self.stop_requested and result.steps_done < int(result.config.steps or 0)
         if stopped and out is not None and result.config.save_every and result.steps_done and not result.missing:
-            self.console.print(f"stopped early; continue with --resume --out {out}")
+            self.console.print(f"stopped early; continue with --resume --out {shell_word(out)}")
 
     def _plot(self, out: Path, result: TrainResult) -> str | None:
         """Draw the loss curve; its path, or None where that can't be done, which is no reason for a run to fail."""

@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -35,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastgpt2.config import ConfigError
-from fastgpt2.console import run_command
+from fastgpt2.console import printable, run_command, shell_word
 from fastgpt2.data import META_NAME, count_tokens, unigram_entropy, write_shard
 from fastgpt2.durable import InUseError, locked, sync
 from fastgpt2.fields import Name
@@ -113,7 +112,7 @@ def _prepare_alone(config: PrepareConfig, console: Console) -> dict[str, Any]:
         tokenizer = _tokenizer(config, aside, console)
         with _progress(console) as progress:
             found = find(config.sources, config.out, config.ext, config.document_separator, progress)
-            parts = assign(found.documents, config.val_fraction)
+            parts = assign(found, config.val_fraction)
             shards, counts = _write(parts, tokenizer, aside, progress)
         meta = _describe(config, tokenizer, found, parts, shards, counts)
         (aside / META_NAME).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -122,6 +121,8 @@ def _prepare_alone(config: PrepareConfig, console: Console) -> dict[str, Any]:
         shutil.rmtree(aside, ignore_errors=True)
     if found.unreadable:
         _warn(console, f"unreadable, so left out: {found.unreadable}")
+    if found.copied:
+        _warn(console, f"{found.copied} left out: the end of the one that is kept was cut off for validation")
     if found.written:
         _warn(console, f"left out {found.written:,} files that prepare writes, as those in {config.out}")
     if found.marks:
@@ -135,7 +136,8 @@ def _prepare_alone(config: PrepareConfig, console: Console) -> dict[str, Any]:
 
 def _warn(console: Console, text: str) -> None:
     with contextlib.suppress(OSError, SystemExit):  # what can't be printed stops nothing; rich exits at a closed pipe
-        console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)  # a path is not to be cut
+        # soft_wrap: a path is not to be cut
+        console.print(f"[yellow]warning:[/] {escape(printable(text))}", soft_wrap=True, highlight=False)
 
 
 def _expanded(config: PrepareConfig) -> PrepareConfig:
@@ -402,7 +404,7 @@ def _run() -> None:
         _print(meta, config)
     except (OSError, SystemExit):  # rich exits where a pipe was closed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"can't print the summary; {config.out} is complete", file=sys.stderr)
+        print(f"can't print the summary; {printable(config.out)} is complete", file=sys.stderr)
 
 
 def _print(meta: dict[str, Any], config: PrepareConfig) -> None:
@@ -413,8 +415,8 @@ def _print(meta: dict[str, Any], config: PrepareConfig) -> None:
     for split, tokens in meta["tokens"].items():
         if tokens <= SHORT_TOKENS:
             console.print(f"the {split} split is short: --block-size must be below its {tokens:,} tokens")
-    out = shlex.quote(str(config.out))
-    console.print(f"wrote {config.out}; train on it: python -m fastgpt2.train --data {out}")
+    out = shell_word(config.out)
+    console.print(f"wrote {printable(config.out)}; train on it: python -m fastgpt2.train --data {out}")
 
 
 def main() -> int:

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import stat
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,31 +37,53 @@ LARGEST_META_BYTES = 1 << 24
 _UNPACK = "unpack it first"
 _COLUMN = "write its column of text to .txt files first"
 _ROWS = "extract the texts to a .txt file first, with a mark between them for --document-separator"
+_EXPORT = "export it as text first"
 _NO_TEXT = "it holds no text"
+_LINES = (".jsonl", ".jsonlines", ".ndjson")
+_TABLES = (".csv", ".tsv")
+_ARCHIVES = (".gz", ".tgz", ".zst", ".xz", ".lzma", ".bz2", ".lz4", ".z", ".br", ".zip", ".7z", ".rar", ".tar")
 NOT_TEXT = {
-    **dict.fromkeys((".jsonl", ".ndjson"), _ROWS),
-    **dict.fromkeys((".csv", ".tsv", ".parquet", ".arrow", ".feather"), _COLUMN),
-    **dict.fromkeys((".gz", ".tgz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".7z", ".tar"), _UNPACK),
+    **dict.fromkeys(_LINES, _ROWS),
+    **dict.fromkeys(_TABLES, _COLUMN),
+    **dict.fromkeys((".parquet", ".arrow", ".feather", ".orc", ".avro", ".sqlite", ".sqlite3", ".db"), _COLUMN),
+    **dict.fromkeys(_ARCHIVES, _UNPACK),
+    **dict.fromkeys((".doc", ".docx", ".xls", ".xlsx", ".ppt", ".pptx", ".odt", ".ods", ".epub"), _EXPORT),
     **dict.fromkeys((".npy", ".npz", ".pkl", ".pickle", ".bin", ".pt", ".safetensors"), _NO_TEXT),
     ".pdf": "convert it to .txt first",
 }
-"""Endings of files whose bytes are not prose, and what to do with one. --ext takes them as they stand."""
+"""Endings of files whose bytes are not prose, in lower case, and what to do with one. --ext takes them as they stand
+where they are text."""
+_ENCODED = {name: f"{name}: convert it to UTF-8 (iconv -f {name} -t UTF-8)" for name in ("UTF-16", "UTF-32")}
 MAGIC = (
     (b"\x1f\x8b", ".gz"),
     (b"\x28\xb5\x2f\xfd", ".zst"),
     (b"\xfd7zXZ\0", ".xz"),
+    (b"\x5d\0\0", ".lzma"),
     (b"BZh", ".bz2"),
     (b"\x04\x22\x4d\x18", ".lz4"),
+    (b"\x1f\x9d", ".z"),
     (b"PK\x03\x04", ".zip"),
     (b"7z\xbc\xaf", ".7z"),
     (b"PAR1", ".parquet"),
     (b"ARROW1", ".arrow"),
+    (b"ORC", ".orc"),
+    (b"Obj\x01", ".avro"),
+    (b"SQLite format 3\0", ".sqlite"),
+    (b"\xd0\xcf\x11\xe0", ".doc"),
     (b"\x93NUMPY", ".npy"),
     (b"%PDF", ".pdf"),
 )
 """First bytes of such files under other names; asked only of what is not UTF-8, so that no text is mistaken."""
 
-_BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_BYTE_ORDER_MARKS = (
+    (b"\xff\xfe\0\0", "UTF-32"),  # before UTF-16's, with which it begins
+    (b"\0\0\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
+_COPIES = "copies of the document cut for validation"
+_JSON = (b"{", b"[", b'"')
+"""What JSON begins with, but for a lone number."""
 _NEWLINE = re.compile(rb"\r?\n")
 _OURS = re.compile("|".join([*map(re.escape, (LOCK_NAME, META_NAME, *BPE_FILES)), r"(train|val)_\d{6}\.bin"]))
 _ITS_OWN = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
@@ -94,7 +117,9 @@ class Found:
     files: int = 0
     """Files that the documents are in."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """How many files and folders were left out for which reason."""
+    """How many files, folders and copies were left out for which reason."""
+    copied: str = ""
+    """The document whose copies were left out, and how many."""
     unreadable: str = ""
     """The first file or folder that could not be read, and why."""
     written: int = 0
@@ -129,7 +154,7 @@ def find(
     except RecursionError:  # os.walk's, before Python 3.12
         raise ConfigError(f"the folders under {_some(sources)} are nested too deeply to be walked") from None
     task = progress.add_task("reading", total=len(paths)) if progress else None
-    named = set(sources)
+    named = {os.path.realpath(source) for source in sources}
     separators = 0
     for path in paths:
         if progress and task is not None:
@@ -142,10 +167,10 @@ def find(
         try:
             contents = _read_text(path, endings)
         except OSError as error:
-            contents = _pass_by(path, error, path in named, found)
+            contents = _pass_by(path, error, real in named, found)
+        if real in named:
+            _refuse_format(path, contents, endings)
         if isinstance(contents, str):
-            if path in named and contents in NOT_TEXT:
-                raise ConfigError(_refusal(path, contents))
             found.skipped[contents] += 1
             continue
         documents = list(_documents(path, contents, separator))
@@ -178,14 +203,37 @@ def texts(documents: Sequence[Document]) -> Iterator[str]:
             yield contents[document.begin : document.end].decode()
 
 
-def assign(documents: list[Document], val_fraction: float) -> dict[str, list[Document]]:
+def assign(found: Found, val_fraction: float) -> dict[str, list[Document]]:
     """Divide the documents: {"train": [...], "val": [...]}, in the order given, none on both sides.
 
     Validation takes documents in the order of their contents' hash, each that still fits, until it has
     val_fraction of the bytes. Where the documents are too few or too large for that, the end of the largest
-    is cut off for it, at a line's beginning.
+    is cut off for it, at a line's beginning, and copies of that one are left out, which `found` counts.
     """
-    budget = val_fraction * sum(document.size for document in documents)
+    documents = found.documents
+    budget = val_fraction * _bytes(documents)
+    chosen, taken = _choose(documents, budget)
+    parts: dict[str, list[Document]] = {"train": [], "val": []}
+    if taken < budget / 2:
+        largest = max((d for d in documents if d.digest not in chosen), key=lambda d: d.size)
+        # Its copies would show the training what it is validated on.
+        documents = [d for d in documents if d.digest != largest.digest or d is largest]
+        if copies := len(found.documents) - len(documents):
+            found.skipped[_COPIES] += copies
+            found.copied = f"{copies:,} {'copy' if copies == 1 else 'copies'} of {_name(largest)}"
+            # Anew: without the copies there is less text to divide.
+            budget = val_fraction * _bytes(documents)
+            chosen, taken = _choose([d for d in documents if d is not largest], budget)
+        head, tail = _cut(largest, budget - taken)
+        documents = [head if d is largest else d for d in documents]
+        parts["val"].append(tail)
+    for document in documents:
+        parts["val" if document.digest in chosen else "train"].append(document)
+    return parts
+
+
+def _choose(documents: Sequence[Document], budget: float) -> tuple[set[bytes], int]:
+    """The digests of whole documents that fit into a budget of bytes, and how many bytes they take."""
     chosen: set[bytes] = set()
     taken, copies = 0, Counter(document.digest for document in documents)
     for document in sorted(documents, key=lambda d: d.digest):
@@ -193,17 +241,16 @@ def assign(documents: list[Document], val_fraction: float) -> dict[str, list[Doc
         if document.digest not in chosen and taken + size <= budget:
             chosen.add(document.digest)
             taken += size
-    parts: dict[str, list[Document]] = {"train": [], "val": []}
-    if taken < budget / 2:
-        largest = max((d for d in documents if d.digest not in chosen), key=lambda d: d.size)
-        # Its copies would show the training what it is validated on.
-        documents = [d for d in documents if d.digest != largest.digest or d is largest]
-        head, tail = _cut(largest, budget - taken)
-        documents = [head if d is largest else d for d in documents]
-        parts["val"].append(tail)
-    for document in documents:
-        parts["val" if document.digest in chosen else "train"].append(document)
-    return parts
+    return chosen, taken
+
+
+def _bytes(documents: Sequence[Document]) -> int:
+    return sum(document.size for document in documents)
+
+
+def _name(document: Document) -> str:
+    whole = document.digest == document.file_digest
+    return str(document.path) if whole else f"a document in {document.path}"
 
 
 def _cut(document: Document, tail_bytes: float) -> tuple[Document, Document]:
@@ -315,9 +362,7 @@ def _read_text(path: Path, endings: tuple[str, ...]) -> bytes | str:
 
 
 def _binary(head: bytes, reason: str) -> str:
-    if head.startswith(_BYTE_ORDER_MARKS):
-        return "UTF-16"
-    return next((ending for magic, ending in MAGIC if head.startswith(magic)), reason)
+    return next((kind for magic, kind in (*_BYTE_ORDER_MARKS, *MAGIC) if head.startswith(magic)), reason)
 
 
 def _pass_by(path: Path, error: OSError, named: bool, found: Found) -> str:
@@ -334,16 +379,32 @@ def _pass_by(path: Path, error: OSError, named: bool, found: Found) -> str:
     return "unreadable"
 
 
-def _refusal(path: Path, ending: str) -> str:
-    name = "" if path.suffix.lower() == ending else f" (a {ending} file by its first bytes)"
-    hint = NOT_TEXT[ending]
-    as_text = f" (--ext {ending} takes it as it stands)" if hint in (_ROWS, _COLUMN) else ""
-    return f"can't take {path}{name} as text: reading {ending} comes later; {hint}{as_text}"
+def _refuse_format(path: Path, contents: bytes | str, endings: tuple[str, ...]) -> None:
+    """Raise ConfigError where a file that was given by name has its text inside a format."""
+    kind = contents if isinstance(contents, str) else ""
+    # In a folder it is text, as package.json is among code.
+    if path.suffix.lower() == ".json" and not path.name.endswith(endings) and isinstance(contents, bytes):
+        kind = ".json" if contents[:SNIFFED_BYTES].removeprefix(BOM_UTF8).lstrip().startswith(_JSON) else ""
+    if advice := _advice(kind):
+        name = f" (a {kind} file by its first bytes)" if kind in NOT_TEXT and path.suffix.lower() != kind else ""
+        raise ConfigError(f"can't take {path}{name} as text: {advice}")
+
+
+def _advice(kind: str) -> str:
+    """What to do with files of a kind; empty where that is no format."""
+    if kind in _ENCODED:
+        return _ENCODED[kind]
+    hint = _ROWS if kind == ".json" else NOT_TEXT.get(kind)
+    if hint is None:
+        return ""
+    as_text = f" (--ext {kind} takes it as it stands)" if kind in (".json", *_LINES, *_TABLES) else ""
+    return f"reading {kind} comes later; {hint}{as_text}"
 
 
 def _nothing(sources: Sequence[Path], ext: Sequence[str], found: Found) -> str:
     only = f" with --ext {' '.join(ext)}" if ext else ""
-    return f"nothing to read in {_some(sources)}{only}: {skipped_text(found.skipped) or 'no files'}"
+    advice = [text for kind in sorted(found.skipped) if (text := _advice(kind))]
+    return f"nothing to read in {_some(sources)}{only}: " + "; ".join([_counts(found.skipped) or "no files", *advice])
 
 
 def _some(sources: Sequence[Path]) -> str:
@@ -352,7 +413,15 @@ def _some(sources: Sequence[Path]) -> str:
 
 def skipped_text(skipped: Mapping[str, int]) -> str:
     """How many were left out for which reason, in one line; empty where nothing was."""
-    return ", ".join(f"{n:,} {reason}" for reason, n in sorted(skipped.items()))
+    not_yet = {kind: n for kind, n in skipped.items() if NOT_TEXT.get(kind, _NO_TEXT) != _NO_TEXT}
+    encoded = {_ENCODED[kind]: n for kind, n in skipped.items() if kind in _ENCODED}
+    others = {reason: n for reason, n in skipped.items() if reason not in {**not_yet, **_ENCODED}}
+    parts = [_counts(others), f"not read yet: {_counts(not_yet)} (extract the text first)" if not_yet else ""]
+    return "; ".join(filter(None, [*parts, _counts(encoded)]))
+
+
+def _counts(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{n:,} {reason}" for reason, n in sorted(reasons.items()))
 
 
 def _digest(contents: bytes) -> bytes:

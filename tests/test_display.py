@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,7 +14,7 @@ from typing import Any, TextIO
 import pytest
 
 from fastgpt2 import TrainConfig, console, train
-from fastgpt2.console import discard_unwritten, unfailing
+from fastgpt2.console import discard_unwritten, printable, shell_word, unfailing
 from fastgpt2.display import TrainDisplay, plot_losses
 from fastgpt2.train import TrainResult, main
 
@@ -243,6 +244,45 @@ def test_notes_warnings_and_errors_are_shown_as_they_are(capsys: pytest.CaptureF
     assert errors == "".join(f"error: {name}\n" for name in NAMES)
 
 
+EMBEDDINGS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+MARKS = "\u061c\u200e\u200f"
+
+
+def test_what_steers_a_terminal_is_escaped_and_nothing_else() -> None:
+    for character in map(chr, range(0x3000)):
+        steers = unicodedata.category(character) in ("Cc", "Zl", "Zp") or character in MARKS
+        steers = steers or unicodedata.bidirectional(character) in EMBEDDINGS
+        shown = printable(f"a{character}b")
+        assert (shown != f"a{character}b") == steers, hex(ord(character))
+        assert not steers or (shown.isascii() and shown.isprintable())
+    assert printable(Path("a\n\t\x1b\x7f\x9b\u202e\udcff")) == "a\\n\\t\\x1b\\u007f\\u009b\\u202e\\udcff"
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\x9bb", "a\u202eb"])
+def test_no_name_steers_the_terminal(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_picture(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    stepped = TrainDisplay.stepped
+
+    def stop(self: TrainDisplay, done: int) -> None:
+        stepped(self, done)
+        self.stop_requested = done == 2
+
+    monkeypatch.setattr(TrainDisplay, "stepped", stop)
+    assert main([*RUN, "--out", name]) == 0
+    display = TrainDisplay()
+    for say in (display.note, display.warn, display.error):
+        say(f"in {name}")
+    output, errors = capsys.readouterr()
+    shown = printable(name)
+    assert f"writing to {shown}\n" in output and f"{shown}/checkpoints" in output
+    assert f"continue with --resume --out {shell_word(name)}\n" in output
+    assert output.endswith(f"in {shown}\nwarning: in {shown}\n") and errors == f"error: in {shown}\n"
+    assert not set(output + errors) & set("\x1b\x9b\u202e")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_what_an_encoding_does_not_have_is_escaped(
     encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -277,7 +317,7 @@ def test_a_picture_is_drawn_of_whatever_records_there_are(text: str | None, tmp_
     result = result_of(tmp_path, save_every=0)
     if text is not None:
         (tmp_path / "metrics.jsonl").write_text(text)
-    result.config = result.config.__class__(**{**vars(result.config), "data": "$x_{ $ data"})
+    result.config = result.config.__class__(**{**vars(result.config), "data": "$x_{ \x1b\n $ data"})
     assert plot_losses(tmp_path, result).read_bytes().startswith(b"\x89PNG")
 
 

@@ -264,6 +264,26 @@ def test_names_that_are_not_utf_8_or_that_a_terminal_lacks(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith(b"error: SOURCE must be UTF-8, got ")
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\x9bb", "a\u202eb", "it's\ta\\ b"])
+def test_no_name_steers_the_terminal(name, tmp_path, monkeypatch, capsys):
+    """Escaped where it is told, as a shell takes it in the command to go on with."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(2):
+        Path(name).with_suffix(f".{i}").write_text("text\n" * 100)
+    sources_ = [str(Path(name).with_suffix(f".{i}")) for i in range(2)]
+    command = [*sources_, "--out", name, "--tokenizer", "byte"]
+    status, stdout, stderr = run(monkeypatch, capsys, *command)
+    assert status == 0 and "warning: 1 copy of" in stderr
+    refused, _, error = run(monkeypatch, capsys, *command)
+    assert refused == 2 and "already holds" in error
+    for text in (stdout, stderr, error):
+        assert not set(text) & set("\x1b\x9b\u202e\t")
+    assert (stdout.count("\n"), stderr.count("\n"), error.count("\n")) == (10, 1, 1)
+    word = stdout.rstrip().partition(" --data ")[2]
+    shell = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, env={"LC_ALL": "C.UTF-8"})
+    assert shell.stdout.decode() == name
+
+
 # Formats
 
 
@@ -309,6 +329,92 @@ def test_text_that_begins_as_a_format_does(tmp_path):
         (tmp_path / name).write_text(text)
     (tmp_path / "package.json").write_text("{}")
     assert len(found_in(tmp_path).documents) == 5
+
+
+@pytest.mark.parametrize(
+    ("ending", "advice"),
+    [
+        (".jsonlines", "extract the texts to a .txt file first"),
+        (".sqlite", "write its column of text"),
+        (".Z", "unpack it first"),
+        (".docx", "export it as text first"),
+        (".xlsx", "export it as text first"),
+    ],
+)
+def test_what_to_do_with_a_format(ending, advice, texts, tmp_path):
+    path = texts / f"x{ending}"
+    path.write_bytes(b"PK\x03\x04\0")
+    with pytest.raises(ConfigError, match=f"; {advice}"):
+        prepare(config(path, out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".jsonl", ".csv"])
+def test_ext_is_offered_only_where_it_helps(ending, texts, tmp_path):
+    path = texts / f"x{ending}"
+    path.write_bytes(b"PAR1\x15\0" if ending == ".parquet" else RECORDS.encode())
+    with pytest.raises(ConfigError) as error:
+        prepare(config(path, out=tmp_path / "out"))
+    assert (f"--ext {ending}" in str(error.value)) == (ending != ".parquet")
+
+
+@pytest.mark.parametrize(
+    "contents", [RECORDS, f"[{RECORDS}]", '\ufeff \n[{"text": "cut of', '{"text":\n"a"}', '"a text"']
+)
+def test_json_is_refused_by_name(contents, tmp_path):
+    """In a folder it is text, as package.json is among code; so it is where --ext asks for it."""
+    path = tmp_path / "x.json"
+    path.write_text(contents)
+    with pytest.raises(ConfigError, match=r"take .*x\.json as text: .*; extract the texts .* \(--ext \.json takes"):
+        prepare(config(path, out=tmp_path / "out"))
+    for found in (found_in(tmp_path), found_in(path, ext=("json",))):
+        assert [d.path for d in found.documents] == [path]
+
+
+def test_prose_is_taken_whatever_its_name(tmp_path):
+    (tmp_path / "x.json").write_text("Once upon a time")
+    assert len(found_in(tmp_path / "x.json").documents) == 1
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.txt"])
+def test_a_file_given_by_name_is_refused_however_it_is_spelled(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(RECORDS.encode() if name != "x.txt" else RECORDS.encode("utf-16"))
+    (tmp_path / "y.txt").write_text("text")
+    with pytest.raises(ConfigError, match=f"can't take {name} as text"):
+        found_in(Path(), tmp_path / name)
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_other_encodings_of_unicode(codec, tmp_path, monkeypatch, capsys):
+    name = codec[:6].upper()
+    path = tmp_path / "in" / "x.txt"
+    path.parent.mkdir()
+    path.write_bytes(("\ufeff" * codec.endswith("be") + "größer").encode(codec))
+    advice = f"{name}: convert it to UTF-8 (iconv -f {name} -t UTF-8)"
+    command = ["--out", tmp_path / "out", "--tokenizer", "byte"]
+    assert run(monkeypatch, capsys, path, *command)[2] == f"error: can't take {path} as text: {advice}\n"
+    told = f"error: nothing to read in {path.parent}: 1 {name}; {advice}\n"
+    assert run(monkeypatch, capsys, path.parent, *command)[2] == told
+    (path.parent / "y.txt").write_text("text\n" * 100)
+    assert f"skipped: 1 {advice}\n" in run(monkeypatch, capsys, path.parent, *command)[1]
+
+
+def test_a_folder_of_formats_says_what_to_do(tmp_path, monkeypatch, capsys):
+    """In the words that a file given by name gets; among text it is a word in the summary."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl", "c.gz", "d.npy"):
+        (folder / name).write_text(RECORDS)
+    command = ["--out", tmp_path / "out", "--tokenizer", "byte"]
+    error = run(monkeypatch, capsys, folder, *command)[2]
+    assert error.startswith(f"error: nothing to read in {folder}: 1 .gz, 2 .jsonl, 1 .npy; ") and error.count("\n") == 1
+    for name in ("a.jsonl", "c.gz", "d.npy"):
+        by_name = run(monkeypatch, capsys, folder / name, *command)[2]
+        assert by_name.partition(" as text: ")[2].strip() in error
+    (folder / "e.txt").write_text("text\n" * 100)
+    (folder / "f.txt").write_text("")
+    summary = "skipped: 1 .npy, 1 empty; not read yet: 1 .gz, 2 .jsonl (extract the text first)\n"
+    assert summary in run(monkeypatch, capsys, folder, *command)[1]
 
 
 def test_ext_takes_a_format_as_it_stands(texts):
@@ -399,7 +505,7 @@ class Full(io.StringIO):
 
 
 def test_marks_taken_as_text_are_said(tmp_path, monkeypatch, capsys):
-    (tmp_path / "x.txt").write_text(f"story\n{MARK}\n" * 500)
+    (tmp_path / "x.txt").write_text("".join(f"story {i}\n{MARK}\n" for i in range(500)))
     status, _, stderr = run(monkeypatch, capsys, tmp_path / "x.txt", "--out", tmp_path / "out", "--tokenizer", "byte")
     assert status == 0
     assert stderr == (
@@ -444,7 +550,7 @@ def test_copies_lie_on_one_side(tmp_path):
             path = tmp_path / "texts" / folder / f"{i}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"document {i}")
-    parts = assign(found_in(tmp_path / "texts").documents, 0.2)
+    parts = assign(found_in(tmp_path / "texts"), 0.2)
     train, val = ({d.digest for d in parts[split]} for split in ("train", "val"))
     assert len(val) == 10
     assert len(parts["val"]) == 20
@@ -467,6 +573,41 @@ def test_copies_of_a_file_that_is_cut_are_left_out(tmp_path):
     prepare(config(tmp_path, out=tmp_path / "out", val_fraction=0.02))
     (train,), (val,) = (documents_of(tmp_path / "out", split) for split in ("train", "val"))
     assert "line 999\n" in val and "line 999\n" not in train
+
+
+STORY = "".join(f"line {i} of the story\n" for i in range(300))
+
+
+@pytest.mark.parametrize(("copies", "others"), [(2, 0), (40, 0), (40, 1), (40, 4)])
+@pytest.mark.parametrize("separator", [None, MARK])
+def test_copies_that_are_left_out_are_said(separator, copies, others, tmp_path, monkeypatch, capsys):
+    """The validation has its part of what is kept."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    stories = [STORY] * copies + [f"{i} is another text.\n" * 30 for i in range(others)]
+    files = stories if separator is None else ["".join(f"{story}{separator}\n" for story in stories)]
+    for i, text in enumerate(files):
+        (folder / f"{i:02d}.txt").write_text(text)
+    flags = ["--tokenizer", "byte", *(["--document-separator", separator] if separator else [])]
+    status, stdout, stderr = run(monkeypatch, capsys, folder, "--out", tmp_path / "out", *flags)
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    n = f"{copies - 1} {'copy' if copies == 2 else 'copies'}"
+    name = f"{'a document in ' if separator else ''}{folder / '00.txt'}"
+    assert status == 0
+    assert stderr == f"warning: {n} of {name} left out: the end of the one that is kept was cut off for validation\n"
+    assert meta["source"]["skipped"] == {"copies of the document cut for validation": copies - 1}
+    assert f"skipped: {copies - 1} copies of the document cut for validation\n" in stdout
+    assert sum(meta["documents"].values()) == 2 + others
+    assert 0.01 < meta["tokens"]["val"] / sum(meta["tokens"].values()) < 0.03
+
+
+def test_copies_are_kept_where_none_is_cut(tmp_path):
+    for i in range(200):
+        (tmp_path / f"{i:03d}.txt").write_text(f"{i // 4} is a text")
+    found = found_in(tmp_path)
+    parts = assign(found, 0.1)
+    assert sum(map(len, parts.values())) == 200
+    assert not found.copied and not found.skipped
 
 
 def test_a_large_file_among_small_ones_does_not_become_the_validation(tmp_path):
@@ -532,7 +673,7 @@ def test_the_folder_is_self_contained(texts, tmp_path, bpe):
     shard = source.shards[0].tokens().tolist()
     assert shard.count(50256) == meta["documents"]["val"]
     assert sorted(tokenizer.decode(shard).decode().splitlines(True)) == sorted(
-        document.path.read_text() for document in assign(found_in(texts).documents, 0.1)["val"]
+        document.path.read_text() for document in assign(found_in(texts), 0.1)["val"]
     )
 
 
