@@ -215,7 +215,8 @@ def test_files_of_neither_split_are_said(tmp_path):
         (folder / name).write_bytes(b"")
     source = source_of(folder)
     assert source.notes == [
-        f"not read, with neither train nor val as a word of its name: retrieval_1.bin and 1 more in {folder}"
+        f"not read, with neither train nor val as a word of its name: retrieval_1.bin and 1 more in {folder}",
+        f"read but not verified, since no meta.json has sums: the shards in {folder}",
     ]
     assert source.token_count == 1000
     assert source_of(folder, "val").notes == []

@@ -597,7 +597,7 @@ def test_the_step_of_a_non_finite_loss_is_exact(tmp_path: Path, monkeypatch: pyt
         return (loss * float("nan") if step + 1 == 13 else loss), norm
 
     monkeypatch.setattr(Run, "step", poisoned)
-    with pytest.raises(NonFiniteLossError, match="the loss of step 13 is nan: no checkpoint had been saved"):
+    with pytest.raises(NonFiniteLossError, match="the loss of step 13 is nan: no good checkpoint was saved"):
         train(tiny(steps=30, log_every=10))
     train(tiny(steps=5, out=tmp_path))
     with pytest.raises(NonFiniteLossError, match=r"loss of step 13 is nan: the last good checkpoint is .*-00000005 "):

@@ -120,17 +120,17 @@ def test_what_changed_in_the_data_is_said(data, tmp_path):
     order = f"--seed 1 is another order of {data}: windows may come twice in this epoch"
     assert notes(steps=6, resume=True, seed=1) == [order]
     make_folder(data, seed=1)
-    assert notes(steps=7, resume=True, seed=1) == [f"changed since the checkpoint: the data in {data}"]
+    assert notes(steps=7, resume=True, seed=1) == [f"changed since the checkpoint: the training data in {data}"]
     data.rename(tmp_path / "moved")
     data = tmp_path / "moved"
-    assert [note for note in notes(steps=8, resume=True, seed=1) if "the data in" in note] == []
+    assert [note for note in notes(steps=8, resume=True, seed=1) if "data in" in note] == []
 
 
 def test_dummy_tokens_have_no_contents_to_change(tmp_path):
     watch = Watch()
     train(small(Path("dummy"), tmp_path / "run"))
     train(small(Path("dummy"), tmp_path / "run", steps=5, resume=True, batch_size=2, seed=1), watch)
-    assert not any("the data in" in note or "another order" in note for note in watch.notes)
+    assert not any("data in" in note or "another order" in note for note in watch.notes)
     assert watch.run.samples_done(5) == 4 * 4 + 2
 
 
