@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def _settings_of_run(out: Path) -> tuple[str, dict[str, Any]]:
     except UnreadableError as error:
         saved = checkpoint.saved_settings(out)
         if saved is None:
-            if path.exists():
+            if os.path.exists(path):  # Path's raises where a name is too long or a folder can't be entered
                 raise
             return "", {}
         where = f"the newest checkpoint of {out}"

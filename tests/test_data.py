@@ -404,7 +404,7 @@ def test_count_tokens(monkeypatch):
 def test_data_needs_torch_and_numpy_alone():
     """A training image may lack the packages of the command line."""
     imported = set()
-    for module in ("config", "data", "durable", "shards"):
+    for module in ("config", "data", "durable", "fields", "shards"):
         for node in ast.walk(ast.parse(Path(data.__file__).with_name(f"{module}.py").read_text())):
             if isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
@@ -413,4 +413,4 @@ def test_data_needs_torch_and_numpy_alone():
     packages = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
     assert packages <= {"torch", "numpy", "fastgpt2"}
     ours = {name.removeprefix("fastgpt2.") for name in imported if name.startswith("fastgpt2")}
-    assert ours <= {"config", "durable", "shards"}
+    assert ours <= {"config", "durable", "fields", "shards"}
