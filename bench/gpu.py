@@ -320,7 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--minutes must be positive, got {given.minutes:g}")
     if given.only:
         names = [stage.name for stage in programme(Run(given.out, given.out, "", given.out), given.part)]
-        if unknown := [text for text in given.only if not any(text in name for name in names)]:
+        if unknown := [text for text in given.only if not (text and any(text in name for name in names))]:
             parser.error(f"no stage's name contains {' or '.join(unknown)}; there are {', '.join(names)}")
     if not torch.cuda.is_available():
         print(f"error: python -m bench.gpu needs a CUDA GPU, torch {torch.__version__} sees none here", file=sys.stderr)

@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.launch:
         launch(given.launch, given.precision)
         return 0
-    if unknown := [prefix for prefix in given.op if not any(op.startswith(prefix) for op in tunings())]:
+    if unknown := [repr(text) for text in given.op if not (text and any(op.startswith(text) for op in tunings()))]:
         parser.error(f"no kernel's name begins with {' or '.join(unknown)}; there are {', '.join(tunings())}")
     ops = [op for op in tunings() if op.startswith(tuple(given.op))]
     program = find_tool(NAME)

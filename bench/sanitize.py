@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.run:
         run_case(given.run, given.tool[0])
         return 0
-    if unknown := [text for text in given.only or [] if not _named([text])]:
+    if unknown := [repr(text) for text in given.only or [] if not (text and _named([text]))]:
         parser.error(f"no case's name contains {' or '.join(unknown)}; there are {', '.join(CASES)}")
     program = find_tool(NAME)
     if program is None or DEVICE.type != "cuda":

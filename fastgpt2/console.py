@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NoReturn, TextIO, cast
 
 from fastgpt2.config import ConfigError
+from fastgpt2.device import is_out_of_memory
 
 STALLED_S = 1.0
 """What is waited for a reader who has stopped reading, before what is printed is dropped."""
@@ -34,6 +35,11 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         status = 2
     except KeyboardInterrupt:
         status = 130
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _say("error: out of memory: ask for less at a time, by --batch-size where the command has it")
+        status = 1
     except BrokenPipeError:
         status = 1
     except OSError as error:

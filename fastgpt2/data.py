@@ -9,6 +9,7 @@ A folder of shards is what `fastgpt2.shards` reads.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import stat
@@ -207,9 +208,6 @@ class ShardTokens:
             sequences = self.windows
         self.batch_size = _largest_divisor(sequences, batch_size) if sequences else batch_size
         self.batches = sequences // self.batch_size
-        # Where this rank's samples of a step lie among the step's of all ranks.
-        micro = np.arange(grad_accum)[:, None] * world + rank
-        self._own = (micro * self.batch_size + np.arange(self.batch_size)).ravel()
         self._step, self._samples = 0, 0
         self._epochs: dict[int, _Epoch] = {}
         self.fingerprint = _fingerprint(shards)
@@ -276,6 +274,12 @@ class ShardTokens:
         for shard in self.shards:
             counts += count_tokens(shard.tokens(), self.vocab_size)
         return counts
+
+    @functools.cached_property
+    def _own(self) -> np.ndarray:
+        """Where this rank's samples of a step lie among the step's of all ranks; sweep() takes any batch_size."""
+        micro = np.arange(self.grad_accum)[:, None] * self.world + self.rank
+        return (micro * self.batch_size + np.arange(self.batch_size)).ravel()
 
     def _find(self, epoch: _Epoch, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The shard and the first token of the windows at some places of an epoch's order."""

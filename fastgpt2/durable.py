@@ -87,16 +87,20 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         with open_regular(path) as file:
             data = file.read(JSON_BYTES + 1)
-        if len(data) > JSON_BYTES:
-            raise ValueError(f"it has over {JSON_BYTES:,} bytes")
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}") from None
+    if len(data) > JSON_BYTES:
+        raise ConfigError(f"can't read {path}: it has over {JSON_BYTES:,} bytes")
+    try:
         value = json.loads(data.decode("utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds no JSON object but a {type(value).__name__}")
     except RecursionError:
         raise ConfigError(f"can't read {path}: it is nested too deeply") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"can't read {path}: {reason}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"can't read {path}: {error}") from None
+    except ValueError:  # of int(), at thousands of digits
+        raise ConfigError(f"can't read {path}: a number is too long") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"can't read {path}: it holds no JSON object but a {type(value).__name__}")
     return value
 
 

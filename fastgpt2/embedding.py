@@ -54,12 +54,21 @@ class _EmbeddingBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
+        _, tokens, ctx.rows = inputs
+        ctx.save_for_backward(tokens)
+        ctx.save_for_forward(tokens)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (tokens,) = ctx.saved_tensors
         return embedding(tokens, upstream), None, None
+
+
+class _EmbeddingBackwardWithTangents(_EmbeddingBackward):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (tokens,) = ctx.saved_tensors
+        return _eagerly(_EmbeddingBackward).apply(tangent, tokens, ctx.rows)
 
 
 class _Embedding(torch.autograd.Function):
@@ -73,17 +82,36 @@ class _Embedding(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         tokens, weight = inputs
         ctx.save_for_backward(tokens)
+        ctx.save_for_forward(tokens)
         ctx.rows = weight.size(0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         (tokens,) = ctx.saved_tensors
-        return None, _EmbeddingBackward.apply(gradient, tokens, ctx.rows)
+        return None, _eagerly(_EmbeddingBackward).apply(gradient, tokens, ctx.rows)
+
+
+class _EmbeddingWithTangents(_Embedding):
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
+        (tokens,) = ctx.saved_tensors
+        return embedding(tokens, tangent)
+
+
+_WITH_TANGENTS: dict[Any, Any] = {
+    _Embedding: _EmbeddingWithTangents,
+    _EmbeddingBackward: _EmbeddingBackwardWithTangents,
+}
+
+
+def _eagerly(function: Any) -> Any:
+    """The Function with forward mode, except under torch.compile, which refuses one that has it."""
+    return function if torch.compiler.is_compiling() else _WITH_TANGENTS[function]
 
 
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     """weight[tokens]: tokens (...) integer, weight (rows, C), the result (..., C)."""
-    return _Embedding.apply(tokens, weight)
+    return _eagerly(_Embedding).apply(tokens, weight)
 
 
 class Embedding(nn.Embedding):

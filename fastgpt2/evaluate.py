@@ -6,6 +6,7 @@ import io
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -16,8 +17,28 @@ from fastgpt2.config import ConfigError
 from fastgpt2.console import run_command
 from fastgpt2.data import DUMMY, DataError, ShardTokens, TokenSource, open_data, split, unigram_entropy
 from fastgpt2.device import on_its_way, pick_device
-from fastgpt2.flags import Parser
+from fastgpt2.fields import Count, Name, Natural
+from fastgpt2.flags import read_arguments
 from fastgpt2.pretrained import check_vocabulary, load_run
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """The loss of a checkpoint over a validation split: each window once, in order. It is computed in the precision of
+    the saved weights, float32, whatever the run was trained in."""
+
+    from_: Path
+    """A run's --out folder, whose newest checkpoint is taken, or a checkpoint (OUT/checkpoints/step-00000200)."""
+    step: Natural | None = None
+    """Of a run's folder, take the checkpoint of this step."""
+    data: Name | None = None
+    """Folder of token shards (default: the one that the run was trained on)."""
+    batch_size: Count = 8
+    """Sequences at a time."""
+    batches: Natural = 0
+    """Stop after this many batches; 0 takes all."""
+    device: Name | None = None
+    """cpu, cuda or cuda:N (default: cuda where there is one)."""
 
 
 @torch.no_grad()
@@ -91,49 +112,26 @@ def _loss(model: nn.Module, tokens: Tensor, device: torch.device | str) -> Tenso
 
 def main(arguments: list[str] | None = None) -> None:
     """`python -m fastgpt2.evaluate --from OUT`: prints the loss, the perplexity and the unigram entropy."""
-    parser = Parser(
-        prog="python -m fastgpt2.evaluate",
-        description="The loss of a checkpoint over a validation split: each window once, in order. It is computed in "
-        "the precision of the saved weights, float32, whatever the run was trained in.",
-    )
-    parser.add_argument(
-        "--from",
-        dest="source",
-        type=Path,
-        required=True,
-        metavar="OUT",
-        help="a run's --out folder, whose newest checkpoint is taken, or a checkpoint (OUT/checkpoints/step-00000200)",
-    )
-    parser.add_argument("--step", type=int, help="of a run's folder, take the checkpoint of this step")
-    parser.add_argument("--data", help="a folder of token shards (default: the one that the run was trained on)")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time (default: 8)")
-    parser.add_argument(
-        "--batches", type=int, default=0, help="stop after this many batches; 0, the default, takes all"
-    )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    args = parser.parse_args(arguments)
-    for flag, value, least in (("--batch-size", args.batch_size, 1), ("--batches", args.batches, 0)):
-        if value < least:
-            raise ConfigError(f"{flag} must be at least {least}, got {value}")
-    device = pick_device(args.device)
-    model, state = load_run(args.source, device, args.step)
-    data = args.data or state["config"]["data"]
+    config = read_arguments(EvaluateConfig, "python -m fastgpt2.evaluate", arguments)
+    device = pick_device(config.device)
+    model, state = load_run(config.from_, device, config.step)
+    data = config.data or state["config"]["data"]
     if data in DUMMY:
-        raise ConfigError(f"{args.source} was trained on dummy tokens: give --data a folder of token shards")
+        raise ConfigError(f"{config.from_} was trained on dummy tokens: give --data a folder of token shards")
     source = open_data(
         data,
         split="val",
         vocab_size=model.config.vocab_size,
-        batch_size=args.batch_size,
+        batch_size=config.batch_size,
         block_size=model.config.block_size,
     )
     assert isinstance(source, ShardTokens)
-    if args.data:  # what the run was trained on may have a smaller vocabulary than the model: that was asked for
+    if config.data:  # what the run was trained on may have a smaller vocabulary than the model: that was asked for
         check_vocabulary(f"the data in {data}", source.vocab_size, model.config)
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
     try:
-        loss, tokens = evaluate_split(model, source, device, min(args.batches, sys.maxsize))
+        loss, tokens = evaluate_split(model, source, device, config.batches)
         unigram = unigram_entropy(source.count_tokens())
     except DataError as error:
         raise ConfigError(str(error)) from None
@@ -141,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise ConfigError(f"the loss is {loss}: the checkpoint is of a run that diverged")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may have what the terminal hasn't
-    print(f"step {state['step']} of {args.source} on the val split of {data}: {tokens:,} tokens")
+    print(f"step {state['step']} of {config.from_} on the val split of {data}: {tokens:,} tokens")
     print(f"loss       {loss:.4f} nats/token")
     print(f"perplexity {_perplexity(loss)}")
     print(f"unigram    {unigram:.4f} nats/token, the entropy of the split's own token frequencies")

@@ -11,12 +11,13 @@ import difflib
 import functools
 import math
 import numbers
-import operator
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
 
 FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
 """A larger number is infinite where the step computes with it."""
@@ -86,6 +87,8 @@ def checked(label: str, value: Any, hint: Any) -> Any:
     Raises:
         ConfigError: it is of another type or out of its bounds.
     """
+    if isinstance(value, str):
+        value = str.__str__(value)  # a subclass may have methods of its own
     expected: list[str] = []
     choices: list[str] = []
     for option in options(hint):
@@ -94,6 +97,8 @@ def checked(label: str, value: Any, hint: Any) -> Any:
         except ValueError as error:
             expected.append(str(error))
             choices += get_args(option) if get_origin(option) is Literal else []
+        except Exception:  # of the value's own methods
+            expected.append("a plain value")
     close = nearest(value, choices) if isinstance(value, str) else ""
     raise ConfigError(f"{label} must be {' or '.join(filter(None, expected))}, got {shown(value)}{close}")
 
@@ -138,9 +143,10 @@ def _accept(option: Any, value: Any) -> Any:
 
 
 def _integer(value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    # numpy's integers are registered; its arrays and torch's tensors have __index__, but not always a result.
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError("a whole number")
-    number = operator.index(value)
+    number = _converted(int, value, "a whole number")
     if not abs(number) < 2**63:
         raise ValueError("a whole number below 2**63")
     return number
@@ -149,10 +155,7 @@ def _integer(value: Any) -> int:
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError("a number")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
+    number = _converted(float, value, "a finite number")
     if not abs(number) <= FLOAT32_MAX:
         raise ValueError("a finite number")
     return number
@@ -165,7 +168,7 @@ def _boolean(value: Any) -> bool:
 
 
 def _string(value: Any) -> str:
-    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    text = _converted(os.fspath, value, "a string") if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(text, str):
         raise ValueError("a string")
     try:
@@ -181,6 +184,14 @@ def _path(value: Any) -> Path:
     text = not_empty(_string(value))
     # Only what is typed has a ~ for the home folder: a Path is where it says.
     return Path(expand_home(text) if isinstance(value, str) else text)
+
+
+def _converted(convert: Callable[[Any], T], value: Any, expected: str) -> T:
+    """The value converted. Raises ValueError with what is expected, whatever the value's own method raises."""
+    try:
+        return convert(value)
+    except Exception:
+        raise ValueError(expected) from None
 
 
 def _none(value: Any) -> None:
@@ -210,6 +221,8 @@ def shown(value: Any) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, a list in a list in a list
         text = f"a very large {type(value).__name__}"
+    except Exception:  # of the value's own method
+        text = f"an object of type {type(value).__name__}"
     text = " ".join(text.split())
     return text if len(text) <= 100 else f"{text[:60]}... ({len(text)} characters)"
 

@@ -25,6 +25,7 @@ from fastgpt2.data import ShardTokens, TokenSource, data_end_of_text, data_vocab
 from fastgpt2.device import keep_freed_memory, on_its_way, pick_device
 from fastgpt2.folder import Claim, claim
 from fastgpt2.graph import CapturedStep
+from fastgpt2.memory import check_memory
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import ablation, make_ops
 from fastgpt2.optim import learning_rate, make_optimizer
@@ -176,6 +177,7 @@ def build(config: TrainConfig, held: contextlib.ExitStack | None = None) -> Run:
 def _build(config: TrainConfig, held: contextlib.ExitStack) -> Run:
     refuse_several_processes()
     config, device = settle(config)
+    check_memory(config, device)
     if device.type == "cpu":
         keep_freed_memory()
     model_config = config.model_config()

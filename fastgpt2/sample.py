@@ -19,7 +19,7 @@ from fastgpt2.config import ConfigError, ModelConfig
 from fastgpt2.console import run_command
 from fastgpt2.data import DUMMY, META_NAME, read_meta
 from fastgpt2.device import pick_device
-from fastgpt2.fields import Count, Natural, NonNegative, check_fields
+from fastgpt2.fields import Count, Name, Natural, NonNegative, check_fields
 from fastgpt2.flags import read_arguments
 from fastgpt2.model import GPT
 from fastgpt2.pretrained import check_vocabulary, load_run
@@ -60,13 +60,13 @@ class SampleConfig:
     """Samples to draw."""
     seed: Natural = 0
     """Decides the samples; each further one is drawn with the next seed."""
-    data: str | None = None
+    data: Name | None = None
     """Folder of token shards whose tokenizer to use (default: the one that the run was trained on)."""
     tokenizer: Literal["gpt2", "byte"] | None = None
     """The tokenizer, where no data folder tells."""
     bpe: Path | None = None
     """Folder with GPT-2's vocab.bpe and encoder.json (default: the data folder)."""
-    device: str | None = None
+    device: Name | None = None
     """cpu, cuda or cuda:N (default: cuda where there is one)."""
 
 
@@ -143,7 +143,7 @@ def pick_tokenizer(config: SampleConfig, state: dict[str, Any], model: ModelConf
     if data in DUMMY:
         raise ConfigError(f"{config.from_} was trained on dummy tokens, which stand for no text")
     folder = Path(os.path.expanduser(data))
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path's raises where a name is too long or a folder can't be entered
         raise ConfigError(f"{data}, which tells the tokenizer, is no folder here: give --data or --tokenizer")
     meta = read_meta(folder)
     if (folder / META_NAME).exists() and "tokenizer" not in meta:
@@ -170,7 +170,7 @@ def _load(name: str, bpe: Path | None, folder: Path | None, sha256: str | None =
         bpe = Path(os.path.expanduser(bpe))
         if name == "byte":
             raise ConfigError("--bpe holds GPT-2's tokenizer: it has no use with the byte tokenizer")
-        if not any((bpe / file).exists() for file in BPE_FILES):
+        if not any(os.path.exists(bpe / file) for file in BPE_FILES):
             raise ConfigError(f"--bpe {bpe} has neither {' nor '.join(BPE_FILES)}")
     return load_tokenizer(name, bpe or folder, sha256=sha256)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 import tomllib
 from pathlib import Path
@@ -12,6 +13,15 @@ from fastgpt2.fields import ConfigError, checked, field_hints, nearest, shown
 
 MOST_BYTES, MOST_DOTS = 64 << 10, 1000
 """Every setting with its help is 7 KiB. For a key of many dots tomllib takes quadratic time: 30 s for 32,000."""
+QUOTED = re.compile(
+    r"""
+      "{3} (?:[^\\]|\\.)*? (?:"{3,5} | \\?\Z)  |  '{3} .*? (?:'{3,5} | \Z)  # a string of several lines
+    | "    (?:[^"\\\n]|\\.)* "?                |  '    [^'\n]* '?           # a string
+    | \# [^\n]*                                                             # a comment
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+"""What holds text in TOML. One that isn't closed goes to its end, where tomllib gives up as well."""
 REPLACED = {"eval_batches": "eval_sequences"}
 """Settings of earlier versions, and what they became."""
 
@@ -48,8 +58,8 @@ def load_toml(path: Path, label: str) -> dict[str, Any]:
         if found.st_size > MOST_BYTES:
             raise UnreadableError(f"can't read {label}: {found.st_size:,} bytes are no list of settings")
         text = path.read_text(encoding="utf-8-sig")
-        if text.count(".") > MOST_DOTS:
-            raise UnreadableError(f"can't read {label}: {text.count('.'):,} dots are no list of settings")
+        if (dots := QUOTED.sub("", text).count(".")) > MOST_DOTS:
+            raise UnreadableError(f"can't read {label}: {dots:,} dots outside strings are no list of settings")
         if text.startswith(FIRST_LINE) and not text.endswith(f"{LAST_LINE}\n"):
             raise UnreadableError(f"{label} was cut short: its last line is missing")
         return tomllib.loads(text)

@@ -24,7 +24,7 @@ import torch
 from fastgpt2.arguments import naming_files, read_command_line
 from fastgpt2.config import TrainConfig
 from fastgpt2.data import DataError
-from fastgpt2.device import give_back_freed_memory, peak_memory_bytes, pick_device
+from fastgpt2.device import give_back_freed_memory, is_out_of_memory, peak_memory_bytes, pick_device
 from fastgpt2.durable import OutputError
 from fastgpt2.folder import as_saved, new_folder
 from fastgpt2.loop import MFU_FORMULA, Loop, advice, mfu
@@ -172,8 +172,11 @@ def main(arguments: list[str] | None = None) -> int:
         except (NonFiniteLossError, OutputError, DataError) as error:
             display.error(str(error))
             return 1
-        except torch.OutOfMemoryError:
-            display.error("out of GPU memory: halve --batch-size and double --grad-accum for the same step in less")
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            kind = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+            display.error(f"out of {kind}: halve --batch-size and double --grad-accum for the same step in less")
             return 1
         for text in result.missing:
             display.error(text)

@@ -34,7 +34,8 @@ from fastgpt2.compare import ALLOWED, SEEDS, error_and_budget, excess, problems
 from fastgpt2.config import ConfigError, Dtype, TrainConfig
 from fastgpt2.data import split
 from fastgpt2.device import pick_device
-from fastgpt2.flags import Parser
+from fastgpt2.fields import Count, Name
+from fastgpt2.flags import read_arguments
 from fastgpt2.model import GPT
 from fastgpt2.ops import FLAGS, SLOTS, Ops, make_ops
 from fastgpt2.run import TORCH_DTYPE, build, numerics
@@ -320,21 +321,28 @@ def _each(
         yield "losses, compiled", lambda: checks.losses(backend).check(backend, dtype, compile=True)
 
 
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Does every implementation of every slot compute what the reference computes, here?"""
+
+    device: Name | None = None
+    """cpu, cuda or cuda:N (default: cuda where there is one)."""
+    steps: Count = 100
+    """Training steps compared."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; exit status 1 where a backend is out of budget."""
-    parser = Parser(prog="python -m fastgpt2.verify", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--steps", type=int, default=100, help="training steps compared (default: 100)")
-    given = parser.parse_args(arguments)
-    pick_device(given.device)
-    if given.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    given = read_arguments(VerifyConfig, "python -m fastgpt2.verify", arguments)
+    device = str(pick_device(given.device))
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         # Triton decides at its import whether it interprets, and torch may have imported it by now.
         again = [sys.executable, "-m", "fastgpt2.verify", "--device", "cpu", "--steps", str(given.steps)]
         return subprocess.run(again, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
     began = time.perf_counter()
-    where = torch.cuda.get_device_name(given.device) if given.device != "cpu" else "this CPU (Triton interpreted)"
+    where = torch.cuda.get_device_name(device) if device != "cpu" else "this CPU (Triton interpreted)"
     print(f"fastgpt2 on {where}, torch {torch.__version__}: each backend against the plain form in float64\n")
-    rows = verify(given.device, given.steps)
+    rows = verify(device, given.steps)
     failed = [row for row in rows if not row.passed]
     print(f"\n{len(rows) - len(failed)} of {len(rows)} within budget, in {time.perf_counter() - began:.0f} s")
     return 1 if failed else 0

@@ -151,9 +151,11 @@ def why_nothing(
     """
     for flag, place, asked in (("--op", 0, ops), ("--precision", 1, precisions), ("--size", 2, sizes)):
         there = dict.fromkeys(key[place] for key in known)
-        chosen = {value: [x for x in there if x == value or (flag == "--op" and str(x).startswith(str(value)))]
-                  for value in (there if asked is None else asked)}  # fmt: skip
-        if unknown := [str(value) for value, found in chosen.items() if not found]:
+        chosen = {
+            value: [x for x in there if x == value or (place == 0 and value and str(x).startswith(str(value)))]
+            for value in (there if asked is None else asked)
+        }
+        if unknown := [str(value) or "''" for value, found in chosen.items() if not found]:
             has = "no kernel's name begins so" if flag == "--op" else "no kernel chosen has it"
             return f"{flag} {' '.join(unknown)}: {has}; there are {', '.join(map(str, there))}"
         known = [key for key in known if any(key[place] in found for found in chosen.values())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fractions
+import os
 import random
 import tomllib
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import numpy as np
 import pytest
+import torch
 
 from fastgpt2 import ConfigError, ModelConfig, TrainConfig
 from fastgpt2.arguments import parse
@@ -22,14 +24,45 @@ from fastgpt2.toml import read_toml
 
 # ---------------------------------------------------------------------------------------------------- types
 
+
+class Raises:
+    """A value each of whose own methods fails."""
+
+    def fail(self, *_: Any) -> Any:
+        raise KeyError("two\nlines")
+
+    __index__ = __int__ = __float__ = __bool__ = __str__ = __repr__ = __eq__ = fail  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]
+
+
+class RaisingInteger(int):
+    __int__ = __index__ = Raises.fail
+
+
+class RaisingFloat(float):
+    __float__ = Raises.fail
+
+
+class RaisingString(str):
+    __eq__ = __hash__ = __str__ = __fspath__ = Raises.fail  # type: ignore[assignment]
+
+
+class RaisingPath(os.PathLike[str]):
+    __fspath__ = Raises.fail
+
+
 WRONG: dict[Any, list[Any]] = {
-    int: [2.5, 2.0, "4", True, 2**63, -(2**63), 10**5000, np.float64(2), [1], b"4"],
-    float: ["0.1", True, float("inf"), float("nan"), -float("inf"), 1e39, 10**400, 1j, np.float32("nan"), {}],
+    int: [2.5, 2.0, "4", True, 2**63, -(2**63), 10**5000, np.float64(2), [1], b"4", RaisingInteger(4), torch.tensor(4)],
+    float: ["0.1", True, float("inf"), float("nan"), -float("inf"), 1e39, 10**400, 1j, RaisingFloat(1)],
     bool: ["yes", 1, 0, 1.0, np.int64(1)],
     str: [5, b"tiny", True, "", "a\0b", "caf\udce9", ["tiny"]],
     Path: [5, b"run", True, "", "a\0b", "caf\udce9", Path("caf\udce9"), "~nobody-of-this-name/run"],
     Literal: ["nosuch", 1, True, "", ["auto"], b"auto"],
 }
+
+TENSORS: list[Any] = [torch.tensor(4.0), torch.tensor(True), np.array(2.5), np.array(2), np.array([1, 2])]
+ANYWHERE: list[Any] = [Raises(), RaisingPath(), *TENSORS]
+"""Wrong for every field."""
 DEEP: list[Any] = []
 for _ in range(100_000):
     DEEP = [DEEP]
@@ -49,7 +82,7 @@ FIELDS = [
 @pytest.mark.parametrize(("config", "name", "hint"), FIELDS)
 def test_a_wrong_value_is_one_short_line_that_names_the_field(config: Any, name: str, hint: Any) -> None:
     first = kinds(hint)[0]
-    for value in [*WRONG[first], DEEP, *([] if type(None) in kinds(hint) else [None])]:
+    for value in [*WRONG[first], *ANYWHERE, DEEP, *([] if type(None) in kinds(hint) else [None])]:
         with pytest.raises(ConfigError) as error:
             config(**{name: value})
         message = str(error.value)
@@ -74,6 +107,9 @@ def test_every_field_has_a_type_that_is_checked() -> None:
         ("lr", fractions.Fraction(1, 4), 0.25),
         ("grad_clip", FLOAT32_MAX, FLOAT32_MAX),
         ("attn", np.str_("sdpa"), "sdpa"),
+        ("attn", RaisingString("sdpa"), "sdpa"),
+        ("data", RaisingString("shards"), "shards"),
+        ("out", RaisingString("run"), Path("run")),
         ("out", "runs/x", Path("runs/x")),
         ("data", Path("shards"), "shards"),
         ("data", "./~shards", "./~shards"),
@@ -124,6 +160,8 @@ def test_a_default_number_of_steps_bounds_the_warm_up_too() -> None:
 # ---------------------------------------------------------------------------------------------- config.toml
 
 STRINGS = [
+    "." * 5000,
+    "\"a\".'b'." * 1000,
     "a",
     "with space",
     'quo"te',
@@ -150,7 +188,7 @@ VALUES: dict[str, list[Any]] = {
     "end_of_text": [None, 0, 50256],
     "data": ["dummy", "dummy-fixed", "./~x", *STRINGS],
     "device": [None, "cpu", "cuda:1"],
-    "out": [None, "run", "/abs/run", "./~run", *STRINGS],
+    "out": [None, "run", "/abs/run", "./~run", "../" * 1300 + "run", *STRINGS],
 }
 BY_KIND: dict[Any, list[Any]] = {Count: SIZES, Natural: [0, *SIZES], Fraction: FRACTIONS, NonNegative: RATES}
 

@@ -37,7 +37,8 @@ NO_OBJECTS: dict[str, tuple[bytes | Callable[[Path], object], str]] = {
     "no object": (b"[1]", "it holds no JSON object but a list"),
     "deep list": (b"[" * 100_000, "it is nested too deeply"),
     "deep object": (b'{"a":' * 100_000, "it is nested too deeply"),
-    "an integer of thousands of digits": (b'{"step": ' + b"9" * 5000 + b"}", "limit"),
+    "an integer of thousands of digits": (b'{"step": ' + b"9" * 5000 + b"}", "a number is too long"),
+    "a list of integers of thousands of digits": (b'{"a": [' + b"9" * 5000 + b"]}", "a number is too long"),
     "too large": (b" " * (JSON_BYTES + 1), "it has over 16,777,216 bytes"),
 }
 

@@ -146,6 +146,30 @@ def test_a_second_derivative_by_torch_func() -> None:
     torch.testing.assert_close(hessian, expected)
 
 
+def test_forward_mode_of_the_function_and_of_its_gradient() -> None:
+    tokens, rng = text(2, 5), generator(1)
+    weight, tangent = (torch.randn(ROWS, 3, dtype=torch.float64, generator=rng).to(DEVICE) for _ in range(2))
+    for transform in (
+        lambda f: torch.func.jvp(f, (weight,), (tangent,)),
+        lambda f: torch.func.jvp(torch.func.grad(lambda w: f(w).pow(3).sum()), (weight,), (tangent,)),
+        lambda f: torch.func.linearize(f, weight)[1](tangent),
+        lambda f: torch.func.jacfwd(f)(weight),
+        lambda f: torch.func.hessian(lambda w: f(w).pow(3).sum())(weight),
+        # Linear in the upstream gradient, which is all that depends on `u`.
+        lambda f: torch.func.jvp(lambda u: torch.func.vjp(f, weight)[1](u)[0], (f(tangent),), (f(weight),)),
+    ):
+        torch.testing.assert_close(*(transform(lambda w, op=op: op(tokens, w)) for op in (embedding, F.embedding)))
+
+
+def test_a_derivative_of_the_whole_model_along_a_direction() -> None:
+    model, data = small_model(), batch()
+    weights = weights_of(model)
+    direction = {name: torch.randn(w.shape, generator=generator()) for name, w in weights.items()}
+    _, along = torch.func.jvp(lambda w: functional_call(model, w, data), (weights,), (direction,))
+    expected = sum((g * direction[name]).sum() for name, g in gradients(model, *data).items())
+    torch.testing.assert_close(along, expected)
+
+
 @pytest.mark.parametrize("table", [0, 1, None])
 def test_the_operator_by_vmap(table: int | None) -> None:
     """One gradient by two batches of tokens, two by one, and two by two of their own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from importlib import import_module
 
 import pytest
@@ -15,6 +16,8 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
     [
         ("kernels.inspect --op nosuch", "attention_forward"),
         ("kernels.inspect --op attention nosuch", "attention_forward"),
+        ("kernels.inspect --op ''", "attention_forward"),
+        ("kernels.inspect --op attention ''", "attention_forward"),
         ("kernels.inspect --size 7", "768"),
         ("kernels.inspect --size 64 7", "768"),
         ("kernels.inspect --op attention --size 768", "there are 16, 32, 64"),
@@ -22,17 +25,21 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
         ("kernels.inspect --arch nosuch", "sm_90"),
         ("kernels.tune --dry-run --arch sm_90 --op nosuch", "attention_forward"),
         ("kernels.tune --dry-run --arch sm_90 --op attention nosuch", "attention_forward"),
+        ("kernels.tune --dry-run --arch sm_90 --op ''", "attention_forward"),
         ("kernels.tune --dry-run --arch sm_90 --size 7", "768"),
         ("kernels.tune --dry-run --arch sm_90 --op attention --size 768", "there are 16, 32, 64"),
         ("kernels.tune --dry-run --arch nosuch", "sm_90"),
         ("bench.profile --op nosuch", "attention_forward"),
         ("bench.profile --op attention nosuch", "attention_forward"),
+        ("bench.profile --op ''", "attention_forward"),
         ("bench.profile --precision nosuch", "bfloat16"),
         ("bench.sanitize --only nosuch", "attention"),
         ("bench.sanitize --only attention nosuch", "attention"),
+        ("bench.sanitize --only ''", "attention"),
         ("bench.sanitize --tool nosuch", "memcheck"),
         ("bench.gpu --only nosuch", "smoke"),
         ("bench.gpu --only smoke nosuch", "ceilings"),
+        ("bench.gpu --only ''", "ceilings"),
         ("bench.gpu --without nosuch", "attention"),
         ("bench.cpu --cells nosuch", "float32-eager"),
         ("bench.cpu --candidates nosuch", "ours-auto"),
@@ -43,7 +50,7 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
     ],
 )
 def test_a_choice_of_nothing_is_status_2_and_names_what_there_is(command, choices, capsys) -> None:
-    module, *arguments = command.split()
+    module, *arguments = shlex.split(command)
     with pytest.raises(SystemExit, match="2"):
         import_module(module).main(arguments)
     out, error = capsys.readouterr()

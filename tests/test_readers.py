@@ -67,6 +67,8 @@ def test_a_copied_checkpoint_is_of_its_own_data(out, tmp_path, monkeypatch, caps
         (["--max-new-tokens", -3], "--max-new-tokens must be at least 1, got -3"),
         (["--temperature", "nan"], "--temperature must be a finite number, got nan"),
         (["--temperature", "inf"], "--temperature must be a finite number, got inf"),
+        (["--data", "a" * 300], "which tells the tokenizer, is no folder here: give --data or --tokenizer"),
+        (["--tokenizer", "gpt2", "--bpe", "a" * 300], "a has neither vocab.bpe nor encoder.json"),
         (["--bpe", "nowhere"], "--bpe holds GPT-2's tokenizer: it has no use with the byte tokenizer"),
         (["--tokenizer", "gpt2", "--bpe", "nowhere"], "--bpe nowhere has neither vocab.bpe nor encoder.json"),
         (["--prompt", os.fsdecode(b"ab\xff")], "--prompt must be UTF-8, got 'ab\\udcff'"),
@@ -130,7 +132,7 @@ def test_a_split_under_a_window_is_told(out, tmp_path, monkeypatch, capsys) -> N
     assert status == 2 and "the val split of" in stderr and "too short" in stderr and stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--batches", 10**30), ("--batch-size", 10**9)])
+@pytest.mark.parametrize(("flag", "value"), [("--batches", 2**63 - 1), ("--batch-size", 2**63 - 1)])
 def test_more_than_there_is_is_all(out, monkeypatch, capsys, flag, value) -> None:
     status, stdout, _ = run(monkeypatch, capsys, evaluate_module, "--from", out, flag, value, "--device", "cpu")
     assert status == 0 and ": 96 tokens\n" in stdout

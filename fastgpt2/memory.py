@@ -1,0 +1,109 @@
+"""Whether a run can be held in memory at all: a lower bound in closed form, before anything is allocated.
+
+What is over it can't run by any implementation. What is under it may still run out of memory.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fastgpt2.config import ConfigError, ModelConfig, TrainConfig
+from fastgpt2.model import parameter_count
+
+TOKEN_BYTES = 8
+ADDRESSABLE_BYTES = 2**56
+"""What a process on a 64-bit processor can address at most: the bound where nothing closer is known."""
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+CGROUP_LIMITS = {"": "memory.max", "memory": "memory.limit_in_bytes"}
+"""By the controller that /proc/self/cgroup names ("" in version 2): the file with the limit in bytes."""
+
+
+def check_memory(config: TrainConfig, device: torch.device) -> None:
+    """See that a settled configuration isn't over what the device, and with a GPU the host, can hold.
+
+    Raises:
+        ConfigError: it is, by the lower bound; the message says which settings take most of it.
+    """
+    model = config.model_config()
+    for place in dict.fromkeys([device.type, "cpu"]):
+        needed, takers = least_bytes(config, model, whole_step=place == device.type)
+        there = memory_bytes(device if place == device.type else torch.device(place))
+        if needed > there:
+            raise ConfigError(
+                f"training needs at least {_gib(needed)} of memory and the {place.replace('cuda', 'gpu').upper()} has "
+                f"{_gib(there)}: make {takers} smaller"
+            )
+
+
+def least_bytes(config: TrainConfig, model: ModelConfig, *, whole_step: bool) -> tuple[int, str]:
+    """Bytes that a run needs at least, and the flags that set the largest part of them.
+
+    Weights, their gradients and Adam's two averages are held together when the optimizer steps; the inputs of all
+    blocks (which even --recompute keeps) and the weights when the backward begins; the tokens of a step all the while.
+
+    Args:
+        whole_step: of the device that steps; else of the host, which draws the weights and the tokens of a GPU's.
+    """
+    B, T, C = int(config.batch_size or 0), model.block_size, model.n_embd
+    per_weight = 8 if config.dtype == "float64" and whole_step else 4
+    per_activation = {"float64": 8, "bfloat16": 2, "float16": 2}.get(str(config.dtype), 4)
+    weights = per_weight * parameter_count(model, padded=True)
+    embeddings = {
+        "--vocab-size or --n-embd": per_weight * model.padded_vocab_size * C,
+        "--block-size or --n-embd": per_weight * T * C,
+    }
+    parts = embeddings | {"--model, --n-layer or --n-embd": weights - sum(embeddings.values())}
+    tokens = config.grad_accum * B * (T + 1) * TOKEN_BYTES
+    activations = 0
+    if whole_step:
+        activations = model.n_layer * B * T * C * per_activation
+        parts = {flags: 4 * size for flags, size in parts.items()}
+    parts |= {"--batch-size or --block-size": activations, "--grad-accum, --batch-size or --block-size": tokens}
+    needed = tokens + weights + max(3 * weights, activations) if whole_step else max(weights, tokens)
+    return needed, max(parts, key=parts.__getitem__)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most memory that this process can have on a device.
+
+    That is a GPU's own; on Linux the machine's, or less where a control group (of a container, of a job) has a limit,
+    and all of the swap. Other systems make swap as they need it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu" or sys.platform != "linux":
+        return ADDRESSABLE_BYTES
+    found = dict(re.findall(r"^(MemTotal|SwapTotal): +(\d+) kB$", _read(PROC / "meminfo"), re.MULTILINE))
+    total = int(found["MemTotal"]) * 1024 if "MemTotal" in found else ADDRESSABLE_BYTES
+    return min(total, *_cgroup_limits(), ADDRESSABLE_BYTES) + int(found.get("SwapTotal", 0)) * 1024
+
+
+def _cgroup_limits() -> Iterator[int]:
+    """The limits of the control groups that this process is in, and of those that they are in."""
+    for line in _read(PROC / "self/cgroup").splitlines():
+        _, controllers, group = line.split(":", 2)
+        for controller in set(controllers.split(",")) & CGROUP_LIMITS.keys():
+            # In a container the group's path may be the host's: then the folder at the top is the container's own.
+            folder = CGROUPS / controller / group.lstrip("/")
+            for parent in (folder, *folder.parents):
+                limit = _read(parent / CGROUP_LIMITS[controller]).strip()
+                if limit.isdecimal():
+                    yield int(limit)
+
+
+def _read(path: Path) -> str:
+    """A file of the kernel's; empty where there is none."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _gib(size: int) -> str:
+    number = size / 2**30
+    return f"{number:,.1f} GiB" if number < 1e6 else f"{number:.1e} GiB"
