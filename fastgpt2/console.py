@@ -12,6 +12,7 @@ from typing import NoReturn, TextIO, cast
 
 from fastgpt2.config import ConfigError
 from fastgpt2.device import is_out_of_memory
+from fastgpt2.signals import can_write
 
 STALLED_S = 1.0
 """What is waited for a reader who has stopped reading, before what is printed is dropped."""
@@ -105,13 +106,6 @@ def _descriptor(stream: TextIO | None) -> int | None:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return stream.fileno() if stream is not None else None
     return None
-
-
-def can_write(descriptor: int, seconds: float) -> bool:
-    """Whether a write would go through within a time: not so in a full pipe, or a terminal that Ctrl-S has stopped."""
-    poll = select.poll()
-    poll.register(descriptor, select.POLLOUT)
-    return bool(poll.poll(1e3 * seconds))
 
 
 def printable(text: object) -> str:

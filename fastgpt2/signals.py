@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
-
-from fastgpt2.console import can_write
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -55,3 +54,10 @@ def say(line: str) -> None:
         with contextlib.suppress(OSError):
             if can_write(2, 0.0):
                 os.write(2, f"{line}\n".encode())
+
+
+def can_write(descriptor: int, seconds: float) -> bool:
+    """Whether a write would go through within a time: not so in a full pipe, or a terminal that Ctrl-S has stopped."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return bool(poll.poll(1e3 * seconds))

@@ -19,7 +19,7 @@ FASTGPT2 = {
     "config": {"fields"},
     "toml": {"config", "fields"},
     "flags": {"fields"},
-    "console": {"config", "device"},
+    "console": {"config", "device", "signals"},
     "attention": set(),
     "embedding": set(),
     "ops": {"attention", "config"},
@@ -35,7 +35,7 @@ FASTGPT2 = {
     "arguments": {"config", "fields", "flags", "folder", "toml"},
     "metrics": {"config", "device", "durable"},
     "reporter": set(),
-    "signals": {"console"},
+    "signals": set(),
     "outputs": {"checkpoint", "durable", "metrics", "record", "run"},
     "loop": {
         "checkpoint",

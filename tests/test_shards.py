@@ -233,7 +233,7 @@ def test_files_of_neither_split_are_said(tmp_path):
         ("[]", "no JSON object"),
         ("[" * 100_000, "nested too deeply"),
         ('{"a":' * 100_000, "nested too deeply"),
-        ('{"vocab_size": ' + "9" * 5000 + "}", "digits"),
+        ('{"vocab_size": ' + "9" * 5000 + "}", "a number is too long"),
         (b'{"vocab_size": "\xff"}', "utf-8"),
         (" " * (shards.read_json.__globals__["JSON_BYTES"] + 1), "bytes"),
         ("{}", 'needs a "vocab_size" from 1 to 65536, got None'),
