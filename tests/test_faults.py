@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("tyro", reason="the command needs tyro and rich")
+pytest.importorskip("rich", reason="the command needs rich")
 
 PLANTED = """
 from unittest import mock
