@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fastgpt2.config import ConfigError, TrainConfig
+from fastgpt2.console import printable
 from fastgpt2.fields import checked, flag
 from fastgpt2.flags import given_flags, make_parser
 from fastgpt2.folder import settings_of_run
@@ -45,7 +47,10 @@ def read_command_line(arguments: list[str]) -> tuple[TrainConfig, dict[str, str]
         layers.insert(0, (str(file), read_toml(file)))
     asked = {name: value for _, layer in layers for name, value in layer.items()}
     if asked.get("resume") and "out" in asked:
-        layers.insert(0, settings_of_run(asked["out"]))
+        where, saved, problem = settings_of_run(asked["out"])
+        layers.insert(0, (where, saved))
+        if problem:
+            print(printable(problem), file=sys.stderr)
     settings, origins = _merged(layers)
     with naming_files(origins):
         return TrainConfig(**settings), origins

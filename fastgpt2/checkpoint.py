@@ -439,9 +439,7 @@ def _read_finite(path: Path, device: torch.device | str) -> dict[str, Tensor]:
     tensors = read_tensors(path, device)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ConfigError(
-                f"{path}: {name} is not finite, the run had diverged; {_PASS_OVER.format(path.parent)}"
-            )
+            raise ConfigError(f"{path}: {name} is not finite, the run had diverged; {_PASS_OVER.format(path.parent)}")
     return tensors
 
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +15,6 @@ from typing import Any
 from fastgpt2 import checkpoint, record
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.durable import InUseError, locked
-from fastgpt2.record import last_config
 from fastgpt2.toml import UnreadableError, check_settings, load_toml
 
 _SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
@@ -57,11 +55,11 @@ def _make_first(path: Path) -> Path:
     raise AssertionError
 
 
-def settings_of_run(out: Path) -> tuple[str, dict[str, Any]]:
-    """Where the settings of a run stand, and what they are; none where the folder holds no run.
+def settings_of_run(out: Path) -> tuple[str, dict[str, Any], str]:
+    """Where the settings of a run stand, what they are, and what the user should know; none where it holds no run.
 
     That is its config.toml. Where that is lost or cut, the newest checkpoint or the record of the last start has every
-    setting as well; a line on stderr says so.
+    setting as well.
 
     Raises:
         ConfigError: config.toml can't be used, and neither has the settings.
@@ -71,19 +69,19 @@ def settings_of_run(out: Path) -> tuple[str, dict[str, Any]]:
         settings = check_settings(load_toml(path, str(path)), str(path))
         if not settings:
             raise UnreadableError(f"{path} was cut short: it is empty")
-        return str(path), settings
+        return str(path), settings, ""
     except UnreadableError as error:
         saved = checkpoint.saved_config(out)
         where = f"the newest checkpoint of {out}"
         if saved is None:
-            saved, where = last_config(out), str(out / record.NAME)
+            saved, where = record.last_config(out), str(out / record.NAME)
         if saved is None:
             if os.path.exists(path):
                 raise
-            return "", {}
-        print(f"{error}; taking the settings from {where}", file=sys.stderr)
+            return "", {}, ""
         known = {f.name for f in dataclasses.fields(TrainConfig)} - {"out", "resume"}
-        return where, check_settings({k: v for k, v in saved.items() if k in known and v is not None}, where)
+        settings = check_settings({k: v for k, v in saved.items() if k in known and v is not None}, where)
+        return where, settings, f"{error}; taking the settings from {where}"
 
 
 def as_saved(config: TrainConfig) -> TrainConfig:
@@ -98,7 +96,7 @@ def as_saved(config: TrainConfig) -> TrainConfig:
         return config
     saved = checkpoint.saved_config(config.out)
     if saved is None:
-        _, saved = settings_of_run(config.out)
+        _, saved, _ = settings_of_run(config.out)
     other_model = config.model is not None and config.model != saved.get("model")
     names = [name for name in _SETTLED if getattr(config, name) is None and not (other_model and name in _SHAPE)]
     settled: dict[str, Any] = {name: saved.get(name) for name in names}

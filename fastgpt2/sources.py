@@ -10,7 +10,6 @@ import dataclasses
 import errno
 import hashlib
 import itertools
-import json
 import os
 import re
 import stat
@@ -24,14 +23,13 @@ from rich.progress import Progress
 
 from fastgpt2.config import ConfigError
 from fastgpt2.data import META_NAME
-from fastgpt2.durable import LOCK_NAME
+from fastgpt2.durable import LOCK_NAME, read_json
 from fastgpt2.tokenizer import BPE_FILES, END_OF_TEXT
 
 ASIDE = ".preparing"
 """The folder in --out that everything is written to first."""
 SKIPPED_FOLDERS = ("__pycache__", "node_modules", "site-packages")
 SNIFFED_BYTES = 1 << 13
-LARGEST_META_BYTES = 1 << 24
 """Of 100,000 shards, more than anybody has."""
 
 _UNPACK = "unpack it first"
@@ -325,12 +323,10 @@ def _written(folder: Path, out: Path) -> re.Pattern[str] | None:
     try:
         if out.exists() and folder.samefile(out):
             return _OURS
-        if not path.is_file() or path.stat().st_size > LARGEST_META_BYTES:
-            return None
-        meta = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        meta = read_json(path)
+    except (OSError, ConfigError):
         return None
-    return _OURS if isinstance(meta, dict) and {"tokenizer", "vocab_size", "shards"} <= meta.keys() else None
+    return _OURS if {"tokenizer", "vocab_size", "shards"} <= meta.keys() else None
 
 
 def _read_text(path: Path, endings: tuple[str, ...]) -> bytes | str:

@@ -33,7 +33,7 @@ class Progress:
     loss: float | None = None
     """The training loss, mean over the last logged interval."""
     diverged: bool = False
-    """The loss is far over a uniform guess's: this checkpoint is kept, and the one before it as well."""
+    """The loss has risen far over where it was (fastgpt2.loop): the newest checkpoint before that is kept, too."""
 
 
 UNKNOWN = Progress()

@@ -32,7 +32,7 @@ FASTGPT2 = {
     "state": {"config"},
     "checkpoint": {"config", "durable", "model", "state", "tensors"},
     "folder": {"checkpoint", "config", "durable", "record", "toml"},
-    "arguments": {"config", "fields", "flags", "folder", "toml"},
+    "arguments": {"config", "console", "fields", "flags", "folder", "toml"},
     "metrics": {"config", "device", "durable"},
     "reporter": set(),
     "signals": set(),

@@ -26,22 +26,11 @@ from fastgpt2.data import (
     unigram_entropy,
     write_shard,
 )
+from tests.test_shards import make_folder
 
 # sha256 of the batches' bytes, written down when the order was decided.
 ORDER_STEP_0 = "48dfced06601f321a8564079b3587cba77d23bfd388ca517adf5bdf4abbb7539"
 ORDER_STEP_1000 = "ce977ca71ec6274c0c463948bb730527f88b14f147dd7a2d42445db4d4f5978d"
-
-
-def make_folder(folder: Path, train=(1000,), val=(200,), vocab_size=50257) -> Path:
-    """Shards that count upwards over a split, so that a token is its own position."""
-    folder.mkdir(exist_ok=True)
-    for name, sizes in (("train", train), ("val", val)):
-        begin = 0
-        for index, size in enumerate(sizes):
-            write_shard(folder / f"some_{name}_{index:06d}.bin", np.arange(begin, begin + size))
-            begin += size
-    (folder / "meta.json").write_text(json.dumps({"vocab_size": vocab_size}))
-    return folder
 
 
 def sha256(tensor: torch.Tensor) -> str:

@@ -25,6 +25,7 @@ from fastgpt2.outputs import Outputs
 from fastgpt2.run import build
 from fastgpt2.state import Progress, carried_over, changed_data, read_progress
 from fastgpt2.train import Reporter
+from tests.test_checkpoint import names, step
 
 pytest.importorskip("safetensors", reason="checkpoints need safetensors")
 
@@ -61,14 +62,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def out(trained: Path, tmp_path: Path) -> Path:
     """A copy of it."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
-
-
-def step(out: Path, number: int) -> Path:
-    return out / "checkpoints" / f"step-{number:08d}"
-
-
-def names(out: Path) -> list[str]:
-    return sorted(path.name for path in (out / "checkpoints").iterdir())
 
 
 def seal(folder: Path) -> None:
