@@ -20,8 +20,8 @@ from bench.contests import Candidate, Contest, Function, backward_of, ours, peer
 from bench.peers import PEERS, Unavailable
 from bench.shapes import ATTENTION_SHAPES, DEVICE, AttentionShape
 from bench.timing import REPLAY, Call, input_sets
+from fastgpt2.accuracy import attention_problem, error_and_budget
 from fastgpt2.attention import naive_attention, sdpa_attention
-from fastgpt2.compare import attention_problem, error_and_budget
 
 LONGEST_NAIVE = 2048
 """The plain form keeps all scores: at 65,536 tokens of 12 heads and T = 2048 some 10 GB for the backward, and with T
@@ -100,7 +100,7 @@ def check_attention(name: str, op: Callable[..., Tensor], size: AttentionShape) 
     """Fail where the attention, called with the size that is timed, errs more than the budget allows.
 
     One head of one sequence, the last of each, is compared; the others hold random numbers of their own, so a
-    kernel that reads the wrong rows is found out. The budget is fastgpt2.compare's, relative to naive and sdpa.
+    kernel that reads the wrong rows is found out. The budget is fastgpt2.accuracy's, relative to naive and sdpa.
     """
     B, T, H, D = size.B, size.T, size.H, size.D
     rest = torch.randn(B, T, 3, H, D, device=DEVICE, dtype=size.dtype)

@@ -22,7 +22,7 @@ from bench.contests import Candidate, Contest, Function, ours, peers, rotate
 from bench.roofline import Work
 from bench.shapes import CUDA, DEVICE
 from bench.timing import REPLAY, Call, input_sets
-from kernels.linear_cross_entropy import linear_cross_entropy_reference
+from fastgpt2.kernels.loss import linear_cross_entropy_reference
 
 Drawn = tuple[Tensor, Tensor, Tensor]
 """hidden (N, C) and weight (V, C), which require gradients, and targets (N,)."""

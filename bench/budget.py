@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from fastgpt2.compare import SEEDS, ErrorBudget
+from fastgpt2.accuracy import SEEDS, ErrorBudget
 
 
 class Yardstick:

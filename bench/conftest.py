@@ -16,8 +16,8 @@ from bench.roofline import read_or_measure
 from bench.shapes import DEVICE
 from bench.steps import STEPS, TUNED, Kernels
 from bench.timing import append_json_line, commit, environment, replay
+from fastgpt2.kernels.tuning import use_table
 from fastgpt2.ops import SLOTS
-from kernels.tuning import use_table
 
 if not torch.cuda.is_available():
     # A thread that waits for another spins; on cores shared with other work that costs a hundredfold, by chance.

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from fastgpt2.compare import Problem, attention_problem, loss_problem, mlp_problem, norm_problem
+from fastgpt2.accuracy import Problem, attention_problem, loss_problem, mlp_problem, norm_problem
 from fastgpt2.config import TrainConfig
 from fastgpt2.flags import Parser
 from fastgpt2.model import GPT, saved_bytes
@@ -43,7 +43,8 @@ from fastgpt2.run import TORCH_DTYPE, Run, settle
 
 CHECKED_IN = Path(__file__).parent / "counts.json"
 B, T, H, D, V = 4, 1024, 12, 64, 50257
-OPERATIONS = ("attention", "gelu_mlp", "layer_norm", "linear_cross_entropy")
+OPERATIONS = {"attention": "attention", "gelu_mlp": "mlp", "layer_norm": "norm", "linear_cross_entropy": "loss"}
+"""By the beginning of an operator's name: the file of its kernels."""
 """Our operators are fastgpt2::<operation>_forward and _backward, each launched by kernels.<operation>'s function of the
 same name; the embedding's is fastgpt2.embedding's."""
 SYNCHRONISING = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
@@ -199,7 +200,8 @@ def _is_view(func: Any) -> bool:
 def _launcher(operator: str) -> Callable[..., Any]:
     name = operator.removeprefix("fastgpt2::")
     operation = name.rpartition("_")[0]
-    return getattr(import_module(f"{'kernels' if operation in OPERATIONS else 'fastgpt2'}.{operation}"), name)
+    home = f"kernels.{OPERATIONS[operation]}" if operation in OPERATIONS else operation
+    return getattr(import_module(f"fastgpt2.{home}"), name)
 
 
 class _Tally:
@@ -220,8 +222,8 @@ def tallied() -> Iterator[Counter[str]]:
     """Launch no Triton kernel, but count them by name."""
     launches: Counter[str] = Counter()
     with contextlib.ExitStack() as stack:
-        for operation in (*OPERATIONS, "cross_entropy"):
-            module = import_module(f"kernels.{operation}")
+        for file in (*OPERATIONS.values(), "cross_entropy"):
+            module = import_module(f"fastgpt2.kernels.{file}")
             kernels = {id(kernel.function) for kernel in getattr(module, "KERNELS", {}).values()}
             for name, value in list(vars(module).items()):
                 if id(value) in kernels:

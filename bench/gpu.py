@@ -37,19 +37,20 @@ from bench.stages import Files, NotNow, Stage, exit_status, new_record, read_env
 from bench.steps import TUNED, Kernels
 from bench.timing import ROOT, commit
 from fastgpt2.flags import Parser
+from fastgpt2.kernels.tuning import check_table
 from fastgpt2.ops import SLOTS
-from kernels.tuning import check_table
 
 PARTS = {1: 9.3, 2: 3.0}
 """The minutes that each part is made for. More minutes raise part 1's limits; part 2's are long already."""
 SESSIONS = {
     "operations": (
-        *("attention", "gelu_mlp", "layer_norm", "linear_cross_entropy", "embedding", "dropout", "attention_forms"),
+        *(f"kernels/test_{name}.py" for name in ("attention", "mlp", "norm", "loss", "dropout")),
+        *(f"trainer/test_{name}.py" for name in ("embedding", "attention")),
     ),
-    "trajectories": ("trajectory",),
-    "graphs and equal bits": ("step", "train"),
+    "trajectories": ("trainer/test_trajectory.py",),
+    "graphs and equal bits": ("trainer/test_step.py", "trainer/test_train.py"),
 }
-"""The test files that run together, in several processes; the others measure, and run after them, in one."""
+"""The test files under tests/ that run together, in several processes; the others measure, and run after them, in one."""
 ALONE = "measuring"
 LARGE = "that fill the card"
 """Tests of the operations that are marked so, one after the other."""
@@ -233,14 +234,14 @@ def _after_tuning(run: Run, stage: Stage) -> Stage:
 
 
 def _tune(run: Run) -> list[str]:
-    """kernels.tune of the slots that are right, at GPT-2's sizes."""
+    """fastgpt2.kernels.tools.tune of the slots that are right, at GPT-2's sizes."""
     ops = [op for slot, op in TUNED_OPS.items() if slot not in run.kernels().without]
     if not ops:
         raise NotNow("no kernel that is worth tuning is right")
     options = ["--op", *ops, "--precision", "bfloat16", "--size", "64", "768", "50304"]
     return [
         *_PYTHON,
-        "kernels.tune",
+        "fastgpt2.kernels.tools.tune",
         *options,
         "--seconds",
         "3",
@@ -278,13 +279,14 @@ def processes(count: int) -> list[str]:
 def gpu_test_sessions() -> dict[str, list[Path]]:
     """The test files with tests marked gpu, by session; the others may import what isn't installed here."""
     sessions: dict[str, list[Path]] = {name: [] for name in (*SESSIONS, ALONE, LARGE)}
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    tests = ROOT / "tests"
+    for path in sorted(tests.rglob("test_*.py")):
         text = path.read_text(encoding="utf-8")
         if "mark.xdist_group" in text:
             sessions[LARGE].append(path)
         if "mark.gpu" in text:
-            stem = path.stem.removeprefix("test_")
-            sessions[next((name for name, stems in SESSIONS.items() if stem in stems), ALONE)].append(path)
+            file = path.relative_to(tests).as_posix()
+            sessions[next((name for name, files in SESSIONS.items() if file in files), ALONE)].append(path)
     return sessions
 
 

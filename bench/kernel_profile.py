@@ -24,8 +24,8 @@ from bench.timing import append_json_line
 from fastgpt2.config import PRESETS, ConfigError, Dtype
 from fastgpt2.device import synchronize
 from fastgpt2.flags import Parser
+from fastgpt2.kernels.tuning import check_table
 from fastgpt2.ops import SLOTS
-from kernels.tuning import check_table
 
 STEPS_BEFORE, STEPS_SEEN = 4, 3
 KEPT, SHOWN = 60, 15

@@ -25,7 +25,7 @@ from typing import Any
 
 from bench.timing import ROOT, Timed
 from bench.worker import FAILED, OUT_OF_MEMORY, UNAVAILABLE
-from fastgpt2.graph import WARM_UP_STEPS
+from fastgpt2.cuda_graph import WARM_UP_STEPS
 
 FIRST_CALLS = WARM_UP_STEPS + 2
 """Calls before the first round; what they come to is compared between candidates. A CUDA graph's last two are replays:

@@ -30,9 +30,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.worker import NO_KERNEL
 from fastgpt2.attention import flex_attention, naive_attention, sdpa_attention, unsupported
+from fastgpt2.kernels import launch
+from fastgpt2.kernels.loss import linear_cross_entropy_reference
 from fastgpt2.ops import torch_mlp
-from kernels import launch
-from kernels.linear_cross_entropy import linear_cross_entropy_reference
 
 CUDA = torch.cuda.is_available()
 AMPERE, HOPPER = (8, 0), (9, 0)

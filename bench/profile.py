@@ -1,6 +1,6 @@
 """`python -m bench.profile`: what the GPU's counters say limits a kernel, by Nsight Compute.
 
-Each kernel is launched at GPT-2 124M's shape with its table's configuration, as `kernels.tune` times it, and its third
+Each kernel is launched at GPT-2 124M's shape with its table's configuration, as `fastgpt2.kernels.tools.tune` times it, and its third
 launch is read: how busy the matrix units, the issue slots and the memory were, and what its warps waited for. The
 clocks are left alone, so that the time is the one that users see.
 
@@ -30,9 +30,9 @@ from bench.device_state import find_tool
 from bench.results import align, number
 from bench.timing import ROOT, append_json_line
 from fastgpt2.flags import Parser
-from kernels.inspect import all_kernels
-from kernels.tune import tunings
-from kernels.tuning import LaunchConfig, lookup
+from fastgpt2.kernels.tools.inspect import all_kernels
+from fastgpt2.kernels.tools.tune import tunings
+from fastgpt2.kernels.tuning import LaunchConfig, lookup
 
 NAME = "ncu"
 SECTIONS = (

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import kernels
 from bench.device_state import find_tool
 from bench.results import align
 from bench.shapes import DEVICE
 from bench.timing import ROOT
+from fastgpt2 import kernels
 from fastgpt2.attention import document_bounds
 from fastgpt2.flags import Parser
 
@@ -140,7 +140,7 @@ def run_case(name: str, tool: str) -> None:
 
 def watched() -> list[str]:
     """The kernels' names, and the planted one's."""
-    from kernels.inspect import all_kernels
+    from fastgpt2.kernels.tools.inspect import all_kernels
 
     return ["planted_fault", *dict.fromkeys(kernel.function.__name__ for kernel in all_kernels().values())]
 

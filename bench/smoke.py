@@ -114,7 +114,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 def _changed(change: Change) -> ExitStack:
     """Launch configurations and forms other than the table's, until it is closed."""
-    from kernels import tuning
+    from fastgpt2.kernels import tuning
 
     stack, configuration = ExitStack(), tuning.configuration
     if change.config:
@@ -122,7 +122,7 @@ def _changed(change: Change) -> ExitStack:
         stack.enter_context(mock.patch.object(tuning, "configuration", other))
     if change.pointers:
         never = lambda *matrices: False  # noqa: E731
-        stack.enter_context(mock.patch.object(import_module("kernels.gelu_mlp"), "_descriptors", never))
+        stack.enter_context(mock.patch.object(import_module("fastgpt2.kernels.mlp"), "_descriptors", never))
     return stack
 
 

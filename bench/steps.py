@@ -33,10 +33,10 @@ from bench.plain_gpt2 import PlainGPT2
 from bench.roofline import Work, figures
 from fastgpt2.config import PRESETS, ConfigError, ModelConfig, TrainConfig
 from fastgpt2.data import open_data, split
+from fastgpt2.kernels.tuning import use_table
 from fastgpt2.model import FLOPS_PER_TOKEN, GPT
 from fastgpt2.ops import FLAGS, SLOTS
 from fastgpt2.run import TORCH_DTYPE, build, numerics, settle
-from kernels.tuning import use_table
 
 # ------------------------------------------------------------------------------------------------ candidates
 

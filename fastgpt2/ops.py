@@ -28,11 +28,11 @@ ATTENTION: dict[str, str] = {
     "sdpa": "fastgpt2.attention:sdpa_attention",
     "cudnn": "fastgpt2.attention:cudnn_attention",
     "flex": "fastgpt2.attention:flex_attention",
-    "triton": "kernels.attention:flash_attention_qkv",
+    "triton": "fastgpt2.kernels.attention:flash_attention_qkv",
 }
 MLP: dict[str, str] = {
     "torch": "fastgpt2.ops:torch_mlp",
-    "triton": "kernels.gelu_mlp:gelu_mlp",
+    "triton": "fastgpt2.kernels.mlp:gelu_mlp",
 }
 NORM: dict[str, str] = {
     "torch": "fastgpt2.ops:torch_norm",
@@ -40,8 +40,8 @@ NORM: dict[str, str] = {
 }
 LOSS: dict[str, str] = {
     "torch": "fastgpt2.ops:torch_loss",
-    "chunked": "kernels.linear_cross_entropy:linear_cross_entropy",
-    "triton": "kernels.linear_cross_entropy:linear_cross_entropy",
+    "chunked": "fastgpt2.kernels.loss:linear_cross_entropy",
+    "triton": "fastgpt2.kernels.loss:linear_cross_entropy",
 }
 SLOTS = {"attention": ATTENTION, "mlp": MLP, "norm": NORM, "loss": LOSS}
 FLAGS = {"attention": "--attn", "mlp": "--mlp", "norm": "--norm", "loss": "--loss"}
@@ -187,7 +187,10 @@ def _options(slot: str, name: str, tf32: bool) -> dict[str, Any]:
     if slot == "loss" and name != "torch":
         return {"implementation": name}
     if (slot, name) == ("norm", "triton"):
-        return {"alone": _load("kernels.layer_norm:layer_norm"), "added": _load("kernels.layer_norm:add_layer_norm")}
+        return {
+            "alone": _load("fastgpt2.kernels.norm:layer_norm"),
+            "added": _load("fastgpt2.kernels.norm:add_layer_norm"),
+        }
     return {"allow_tf32": tf32} if name == "triton" and slot in ("attention", "mlp") else {}
 
 
@@ -198,14 +201,14 @@ def _why_not(
     if name != "triton":
         return unsupported(name, device, dtype, head_dim, dropout) if slot == "attention" else None
     try:
-        launch = import_module("kernels.launch")
+        launch = import_module("fastgpt2.kernels.launch")
         import_module("triton")
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         return f"the triton package is missing (it is published for Linux); use {FLAGS[slot]} {AUTO[slot][-1]}"
     if slot == "attention":
-        return import_module("kernels.attention").why_unsupported(device, dtype, head_dim, dropout)
+        return import_module("fastgpt2.kernels.attention").why_unsupported(device, dtype, head_dim, dropout)
     return launch.why_unsupported(f"Triton's {slot}", device, dtype, f"{FLAGS[slot]} {AUTO[slot][-1]}")
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from fastgpt2 import checkpoint
 from fastgpt2.attention import CUDNN, sdpa_attention, sdpa_picks
 from fastgpt2.config import ConfigError, TrainConfig
+from fastgpt2.cuda_graph import CapturedStep
 from fastgpt2.data import ShardTokens, TokenSource, data_end_of_text, data_vocab_size, open_data, split
 from fastgpt2.device import keep_freed_memory, on_its_way, pick_device
 from fastgpt2.folder import Claim, claim
-from fastgpt2.graph import CapturedStep
 from fastgpt2.memory import check_memory
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import ablation, make_ops

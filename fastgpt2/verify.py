@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt2.compare import ALLOWED, SEEDS, error_and_budget, excess, problems
+from fastgpt2.accuracy import ALLOWED, SEEDS, error_and_budget, excess, problems
 from fastgpt2.config import ConfigError, Dtype, TrainConfig
 from fastgpt2.data import split
 from fastgpt2.device import pick_device
@@ -91,9 +91,7 @@ class Backend:
 
 def backends() -> dict[str, Backend]:
     """Every implementation of every slot by itself, and all of ours together, by the name that the table shows."""
-    single = {
-        f"{slot} {name}": {slot: name} for slot, table in SLOTS.items() for name in table if name != PLAIN[slot]
-    }
+    single = {f"{slot} {name}": {slot: name} for slot, table in SLOTS.items() for name in table if name != PLAIN[slot]}
     everything = dict.fromkeys(SLOTS, "triton")
     return {name: Backend(name, choices) for name, choices in {"plain": {}, **single, "all triton": everything}.items()}
 
@@ -257,9 +255,7 @@ class Checks:
 # --------------------------------------------------------------------------------------------- command
 
 
-def error_row(
-    name: str, form: str, ops: Ops, dtype: Dtype, device: str, seeds: Iterable[int] = range(SEEDS)
-) -> Row:
+def error_row(name: str, form: str, ops: Ops, dtype: Dtype, device: str, seeds: Iterable[int] = range(SEEDS)) -> Row:
     """Check 1 of one of `problems` in a precision: the tensor and measure that use most of their budget."""
     problem = problems(device)[form]
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Triton kernels for training transformers, usable by anyone: they know nothing of the model they serve.
+"""Triton kernels for training transformers. They know nothing of the model they serve.
 
 Shapes: B batch, T tokens, H heads, D head size, C = H D channels, V vocabulary.
 
@@ -9,48 +9,36 @@ Shapes: B batch, T tokens, H heads, D head size, C = H D channels, V vocabulary.
     add_layer_norm(x (..., C), residual (..., C), weight (C,), bias (C,)) -> (y (..., C), x + residual (..., C))
     linear_cross_entropy(hidden (..., C), weight (V, C), targets (...)) -> the mean loss
 
-A function is imported when it is first asked for, so that `import kernels` works without Triton. Where a function has
-its module's name, `kernels.<name>` is the function, whatever was imported before; `from kernels.<name> import ...`
-reaches into the module.
+Each function is imported on first use, so `import fastgpt2.kernels` works without Triton.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# transformers takes any importable package named `kernels` whose version it knows for one of its own
-# dependencies: this number must stay outside the range it asks for (0.18.2 to 0.19).
-__version__ = "0.1.0"
-
-_HOME = {
-    "add_layer_norm": "kernels.layer_norm",
-    "flash_attention": "kernels.attention",
-    "flash_attention_qkv": "kernels.attention",
-    "gelu_mlp": "kernels.gelu_mlp",
-    "layer_norm": "kernels.layer_norm",
-    "linear_cross_entropy": "kernels.linear_cross_entropy",
-}
+if TYPE_CHECKING:
+    from fastgpt2.kernels.attention import flash_attention, flash_attention_qkv
+    from fastgpt2.kernels.loss import linear_cross_entropy
+    from fastgpt2.kernels.mlp import gelu_mlp
+    from fastgpt2.kernels.norm import add_layer_norm, layer_norm
 
 __all__ = ["add_layer_norm", "flash_attention", "flash_attention_qkv", "gelu_mlp", "layer_norm", "linear_cross_entropy"]
 
+_HOME = {
+    "add_layer_norm": "fastgpt2.kernels.norm",
+    "flash_attention": "fastgpt2.kernels.attention",
+    "flash_attention_qkv": "fastgpt2.kernels.attention",
+    "gelu_mlp": "fastgpt2.kernels.mlp",
+    "layer_norm": "fastgpt2.kernels.norm",
+    "linear_cross_entropy": "fastgpt2.kernels.loss",
+}
+
 
 def __getattr__(name: str) -> Any:
+    """Import a public function on first use."""
     if name not in _HOME:
-        raise AttributeError(f"module 'kernels' has no attribute {name!r}; it has {', '.join(sorted(_HOME))}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(sorted(_HOME))}")
     return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
     return [*globals(), *_HOME]
-
-
-class _Package(ModuleType):
-    """Importing a submodule binds it in its package: not so where the name is a function's."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _HOME or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -11,7 +11,7 @@ Maths, with c = scale log2(e), so that exp is one multiply-add and one exp2:
     dP = do v^T,  dS = P * (dP - delta)
     dv = P^T do,  dk = scale dS^T q,  dq = scale dS k
 
-With dropout, M = 1 where a weight is kept and 0 elsewhere, r = 1 / (1 - p), from kernels.dropout in each kernel anew:
+With dropout, M = 1 where a weight is kept and 0 elsewhere, r = 1 / (1 - p), from fastgpt2.kernels.dropout in each kernel anew:
 
     o = r (M * P) v,  dP = r M * (do v^T),  dv = r (M * P)^T do;  delta, dS, dk and dq as above
 
@@ -88,11 +88,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import launch
-from kernels.dropout import BITS, draw_seed, kept, weights_to_drop
-from kernels.launch import Kernel, Loop, Tuning, Work, on, statistics
-from kernels.tiles import cast, dot, load_row, load_tile, store_row, store_tile
-from kernels.tuning import LaunchConfig, lookup, precision_name
+from fastgpt2.kernels import launch
+from fastgpt2.kernels.dropout import BITS, draw_seed, kept, weights_to_drop
+from fastgpt2.kernels.launch import Kernel, Loop, Tuning, Work, on, statistics
+from fastgpt2.kernels.tiles import cast, dot, load_row, load_tile, store_row, store_tile
+from fastgpt2.kernels.tuning import LaunchConfig, lookup, precision_name
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
 
@@ -629,7 +629,7 @@ def flash_attention_qkv(
     Args:
         qkv: (B, T, 3, H, D), bfloat16, float16 or float32; T >= 1, D one of HEAD_DIMS; any strides, the
             last 1. Differentiable once; its gradient is one contiguous (B, T, 3, H, D) tensor.
-        dropout_p: the probability of dropping a weight, in [0, 1), rounded to 2^-16 (kernels.dropout.weights_to_drop).
+        dropout_p: the probability of dropping a weight, in [0, 1), rounded to 2^-16 (fastgpt2.kernels.dropout.weights_to_drop).
         documents: (2, B, T) int32, where each token's document begins and one past where it ends, both never falling
             within a row: a token sees only its own. It isn't checked, as that would wait for the GPU. Needs causal.
         causal: whether a token sees only itself and those before it.

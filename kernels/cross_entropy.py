@@ -43,9 +43,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Kernel, Loop, Tuning, Work, on, statistics
-from kernels.tiles import cast
-from kernels.tuning import LaunchConfig, lookup, precision_name
+from fastgpt2.kernels.launch import Kernel, Loop, Tuning, Work, on, statistics
+from fastgpt2.kernels.tiles import cast
+from fastgpt2.kernels.tuning import LaunchConfig, lookup, precision_name
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 # Below every logit, and far enough above the lowest float32 for a difference with one times log2(e) to be finite.

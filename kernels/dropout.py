@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import on
+from fastgpt2.kernels.launch import on
 
 ROUNDS = tl.constexpr(7)
 BITS = 16

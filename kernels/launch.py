@@ -37,7 +37,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Work:
-    """What a kernel does at GPT-2 124M's shape, for `kernels.bounds`.
+    """What a kernel does at GPT-2 124M's shape, for `fastgpt2.kernels.tools.bounds`.
 
     Args:
         size: the kernel's size there: 64 channels a head, 768 channels, 50304 rows of the head.
@@ -58,7 +58,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A Triton kernel and how its launcher has it compiled, for `kernels.inspect` and `kernels.tune`.
+    """A Triton kernel and how its launcher has it compiled, for `fastgpt2.kernels.tools.inspect` and `fastgpt2.kernels.tools.tune`.
 
     An argument's type follows from its name: *_ptr points to elements of the precision, *_strides are three
     integers, the rest are integers. Pointers and strides divide by 16.
@@ -105,7 +105,7 @@ def hash_callees_first(function: Any) -> None:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `kernels.tune` tries for a kernel, and what it times: the kernel at GPT-2 124M's shape.
+    """What `fastgpt2.kernels.tools.tune` tries for a kernel, and what it times: the kernel at GPT-2 124M's shape.
 
     A module's TUNING holds one for each of its KERNELS that can be tuned, by the same name.
 
@@ -220,7 +220,7 @@ def why_unsupported(what: str, device: torch.device, dtype: torch.dtype, instead
 @constant_in_graphs
 def interpreting() -> bool:
     """Whether Triton interprets its kernels on the CPU."""
-    from kernels.tiles import INTERPRETED
+    from fastgpt2.kernels.tiles import INTERPRETED
 
     return INTERPRETED.value
 
@@ -230,7 +230,7 @@ def half_interpreted() -> bool:
     """Whether of Triton's own functions and the kernels one is interpreted and the other compiled, which can't work."""
     import triton.language
 
-    from kernels.tiles import dot
+    from fastgpt2.kernels.tiles import dot
 
     return type(triton.language.softmax) is not type(dot)
 

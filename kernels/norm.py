@@ -1,0 +1,522 @@
+"""LayerNorm over the last dimension, alone or with the residual add before it: one pass each way.
+
+Maths, a row of C channels at a time; without a residual s = x:
+
+    s = x + r                          the residual stream
+    mean = sum(s) / C,  rstd = 1 / sqrt(sum((s - mean)^2) / C + eps)
+    n = (s - mean) rstd                the row normalised
+    y = w n + b
+
+    db = sum over rows of dy,  dw = sum over rows of dy n
+    g = w dy
+    ds' = rstd (g - sum(g) / C - n sum(g n) / C) + ds
+    dx = dr = ds'                      ds is the gradient that the stream brings with it
+
+Memory, bytes an element (C of them a row, rows in the tens of thousands; mean and rstd are 8 bytes a row, the
+parameters and their gradients nothing beside it). In training under bfloat16 autocast x, y, dy and dx are 2 bytes,
+the stream and its gradient 4:
+
+    forward    reads x 2, r 4; writes s 4, y 2                    12
+               PyTorch: add 10, LayerNorm 8, cast to 2 bytes 6    24
+    backward   reads dy 2, s 4, ds 4; writes dx 2, dr 4           16
+               PyTorch: cast 6, LayerNorm's dx 12, its dw and db 8, sum with ds 12, cast 6    44
+    kept       s, which is an output and r of the next norm       4
+
+The last norm's s is used by nothing else. It isn't written, and the backward adds x and r again:
+
+    forward    reads x 2, r 4; writes y 2                          8
+    backward   reads dy 2, x 2, r 4; writes dx 2, dr 4            14    22 in all; with s written 12 + 12 = 24
+    kept       x; r is the norm's before                           2
+
+and 8 less again under torch.compile, which gives an s that isn't used a gradient of zeros, writes it and has it read.
+
+In one dtype of e bytes forward 4 e (PyTorch 5 e), backward 4 e (PyTorch 8 e): one tensor is dx and dr; the last norm
+3 e and 4 e. mean and rstd are kept rather than found again: 8 bytes a row against two more sums over it.
+
+FLOPs: 8 an element forward, 14 backward: it is memory that takes the time.
+
+float32 whatever the inputs are (float64 for float64): the sums of a row, the statistics, every sum, dw and db. s has
+the dtype to which x's and r's promote, as PyTorch's sum has: where both have 16 bits it is the rounded s that is
+normalised, forward and backward. y and dx are rounded once at the end. The variance is that of s - mean, in registers,
+never E[s^2] - mean^2, which loses everything where the mean is large.
+
+dw and db: each of P programs adds those of its rows in registers and writes one row of a (P, 2, C) scratch, which
+one sum over P reduces: 8 P C bytes written and read. P is what fits on the multiprocessors at 16 warps each (528 on
+132 with 4 warps), and follows from nothing but the device and the shape: the sums have a fixed order, without
+atomics, and two runs agree to the bit.
+
+Versions tried. No GPU has timed any of them yet: these are counts of what the compiler made, for sm_90, bfloat16 under
+autocast, C = 768; "a row" is the machine instructions issued for one row by all warps. Registers and instructions with
+Triton 3.6 / 3.9; none spills.
+
+    kernel    rows, warps  registers  blocks   a row
+    forward       4, 4       72 /  72    7    656 / 656   shipped
+    forward       1, 4       39 /  40   12    992 / 928   reads w and b, 6 KB, for every row
+    forward       8, 4      144 / 142    3    588 / 604
+    forward       1, 1       72 /  72   28    560 / 568   as above; no barrier
+    backward      2, 4      114 / 126    4    786 / 758   shipped: 61 KB of loads in flight a multiprocessor
+    backward      1, 4       72 /  72    7    828 / 804
+    backward      4, 4      215 / 213    2    712 / 727
+    backward      4, 8      150 / 148    1   1004 / 934
+    backward      1, 1      162 / 166   12    463 / 473   no barrier, but 12 rows of scratch a multiprocessor
+
+A multiprocessor issues four instructions a clock: 786 are 197 clocks, and the row's 12 KB take some 900 of an H100's
+at 3 TB/s. Loads and stores are 16 bytes a thread; the float32 stores change layout through shared memory, as the
+2-byte loads set a layout of 8 elements a thread.
+
+Papers: Layer Normalization (Ba et al. 2016, arXiv:1607.06450).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt2.kernels import launch
+from fastgpt2.kernels.launch import Kernel, Loop, Tuning, Work, on, statistics
+from fastgpt2.kernels.tiles import cast, load_row, load_tile, store_row, store_tile
+from fastgpt2.kernels.tuning import LaunchConfig, lookup, precision_name
+
+MAX_CHANNELS = 8192
+"""A row is one tile: more channels would spill in the backward."""
+WARPS = 16
+"""Warps of the backward on a multiprocessor, in all its programs: each has a tile's loads in flight."""
+INTERPRETED_PROGRAMS = 2
+"""What the interpreter, which has no multiprocessors, takes instead of them: enough to have sums to add."""
+EXAMPLE_ROWS = 65536
+"""Tokens of a micro-step of GPT-2 124M on an 80 GB card, for which the tuner times."""
+
+
+def layer_norm_reference(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y in `dtype`, or the sum's, and the sum) in plain PyTorch; the statistics are float32 at least."""
+    total = x if residual is None else x + residual
+    s = total.to(statistics(total.dtype))
+    centred = s - s.mean(-1, keepdim=True)
+    normalised = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (weight * normalised + bias).to(dtype or total.dtype), total
+
+
+@triton.jit
+def load_sum(
+    x_ptr, residual_ptr, start, x_stride, residual_stride, rows, C: tl.constexpr, BLOCK_M: tl.constexpr,
+    SUM: tl.constexpr,
+):  # fmt: skip
+    """A tile of x + residual, rounded to their dtype if they share it, as PyTorch's sum is; of x without a residual."""
+    s = load_tile(x_ptr, start, x_stride, rows, C, BLOCK_M, True).to(SUM)
+    if residual_ptr is not None:
+        s += load_tile(residual_ptr, start, residual_stride, rows, C, BLOCK_M, True).to(SUM)
+        if x_ptr.dtype == residual_ptr.dtype:
+            s = cast(s, x_ptr.dtype.element_ty).to(SUM)
+    return s
+
+
+@triton.jit(do_not_specialize=["rows"])
+def layer_norm_forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr,  # (rows, C) by its stride, the same or None, (C,), (C,)
+    y_ptr, total_ptr, mean_ptr, rstd_ptr,  # (rows, C), the same or None, (rows,), (rows,); contiguous
+    x_stride, residual_stride, rows, eps,
+    C: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M rows."""
+    SUM: tl.constexpr = mean_ptr.dtype.element_ty
+    COLUMNS: tl.constexpr = triton.next_power_of_2(C)
+    start = tl.program_id(0) * BLOCK_M
+    s = load_sum(x_ptr, residual_ptr, start, x_stride, residual_stride, rows, C, BLOCK_M, SUM)
+    if total_ptr is not None:
+        store_tile(total_ptr, s, start, C, rows, C, BLOCK_M)
+
+    mean = tl.sum(s, 1) / C
+    centred = tl.where(tl.arange(0, COLUMNS)[None, :] < C, s - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
+    w = load_row(weight_ptr, 0, C, COLUMNS, True).to(SUM)
+    b = load_row(bias_ptr, 0, C, COLUMNS, True).to(SUM)
+    store_tile(y_ptr, w[None, :] * (centred * rstd[:, None]) + b[None, :], start, C, rows, C, BLOCK_M)
+    store_row(mean_ptr, mean, start, rows, BLOCK_M)
+    store_row(rstd_ptr, rstd, start, rows, BLOCK_M)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def layer_norm_backward_kernel(
+    dy_ptr, dtotal_ptr,  # (rows, C) by its stride, the same or None
+    total_ptr, residual_ptr,  # the sum and None, or x and what is added to it; as above
+    mean_ptr, rstd_ptr, weight_ptr,
+    dx_ptr, dresidual_ptr, sums_ptr,  # (rows, C), the same or None, (programs, 2, C); contiguous
+    dy_stride, dtotal_stride, total_stride, residual_stride, rows,
+    C: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One program: every num_programs-th tile of BLOCK_M rows, and its share of dw and db.
+
+    What is loaded is 0 past C and past the last row, and so are g and what is added to dw and db.
+    """
+    SUM: tl.constexpr = mean_ptr.dtype.element_ty
+    COLUMNS: tl.constexpr = triton.next_power_of_2(C)
+    w = load_row(weight_ptr, 0, C, COLUMNS, True).to(SUM)
+    dw = tl.zeros((COLUMNS,), SUM)
+    db = tl.zeros((COLUMNS,), SUM)
+    for start in range(tl.program_id(0) * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
+        # Every load comes before the first reduction, which waits for the other warps.
+        s = load_sum(total_ptr, residual_ptr, start, total_stride, residual_stride, rows, C, BLOCK_M, SUM)
+        dy = load_tile(dy_ptr, start, dy_stride, rows, C, BLOCK_M, True).to(SUM)
+        if dtotal_ptr is not None:
+            ds = load_tile(dtotal_ptr, start, dtotal_stride, rows, C, BLOCK_M, True).to(SUM)
+        mean = load_row(mean_ptr, start, rows, BLOCK_M, True)
+        rstd = load_row(rstd_ptr, start, rows, BLOCK_M, True)
+
+        n = (s - mean[:, None]) * rstd[:, None]
+        db += tl.sum(dy, 0)
+        dw += tl.sum(dy * n, 0)
+        g = w[None, :] * dy
+        along_one = tl.sum(g, 1) / C
+        along_n = tl.sum(g * n, 1) / C
+        dx = rstd[:, None] * (g - along_one[:, None] - n * along_n[:, None])
+        if dtotal_ptr is not None:
+            dx += ds
+        store_tile(dx_ptr, dx, start, C, rows, C, BLOCK_M)
+        if dresidual_ptr is not None:
+            store_tile(dresidual_ptr, dx, start, C, rows, C, BLOCK_M)
+    sums_ptr += tl.program_id(0) * 2 * C
+    store_row(sums_ptr, dw, 0, C, COLUMNS)
+    store_row(sums_ptr + C, db, 0, C, COLUMNS)
+
+
+def layer_norm_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
+    config: LaunchConfig | None = None, *, want_sum: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y in `dtype`, x + residual, mean, rstd): (..., C) twice, float32 at least (rows,) twice; contiguous.
+
+    Without a residual, or without want_sum, the second is empty. config overrides the table's.
+    """
+    C = x.size(-1)
+    total_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    config = config or lookup("layer_norm_forward", precision_name(dtype), C, x.device)
+    make = functools.partial(torch.empty, device=x.device)
+    y = make(x.shape, dtype=dtype)
+    want_sum = want_sum and residual is not None
+    total = make(x.shape if want_sum else (0,), dtype=total_dtype)
+    x, residual = _rows(x), None if residual is None else _rows(residual)
+    rows = x.size(0)
+    mean, rstd = (make((rows,), dtype=statistics(total_dtype)) for _ in range(2))
+    with on(x.device):
+        layer_norm_forward_kernel[(triton.cdiv(rows, config.block_m),)](
+            x, residual, weight, bias, y, total if want_sum else None, mean, rstd,
+            x.stride(0), 0 if residual is None else residual.stride(0), rows, eps, C=C, **config.arguments(),
+        )  # fmt: skip
+    return y, total, mean, rstd
+
+
+def layer_norm_backward(
+    dy: Tensor, dtotal: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
+    x_dtype: torch.dtype, residual_dtype: torch.dtype | None,
+    config: LaunchConfig | None = None, programs: int | None = None, *, residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, dresidual, dw and db as one (2, C) tensor of the statistics' dtype).
+
+    dx serves for the residual as well where that has x's dtype, or there is none: dresidual is empty then.
+
+    Args:
+        dy, dtotal: (..., C) of any strides; dtotal None where the sum isn't used further.
+        total, mean, rstd: what was normalised and its statistics.
+        residual: where the sum wasn't written: it is added to total, which is x, again.
+        config, programs: in place of the table's and of as many as fit on the device.
+    """
+    C = total.size(-1)
+    config = config or lookup("layer_norm_backward", precision_name(dy.dtype), C, dy.device)
+    make = functools.partial(torch.empty, device=dy.device)
+    dx = make(total.shape, dtype=x_dtype)
+    apart = residual_dtype not in (None, x_dtype)
+    dresidual = make(total.shape if apart else (0,), dtype=residual_dtype or x_dtype)
+    dy, total = _rows(dy), _rows(total)
+    dtotal, residual = (None if t is None else _rows(t) for t in (dtotal, residual))
+    rows = dy.size(0)
+    programs = min(triton.cdiv(rows, config.block_m), programs or _programs(dy.device, config.num_warps))
+    sums = make((programs, 2, C), dtype=mean.dtype)
+    with on(dy.device):
+        layer_norm_backward_kernel[(programs,)](
+            dy, dtotal, total, residual, mean, rstd, weight, dx, dresidual if apart else None, sums,
+            dy.stride(0), 0 if dtotal is None else dtotal.stride(0),
+            total.stride(0), 0 if residual is None else residual.stride(0), rows, C=C, **config.arguments(),
+        )  # fmt: skip
+    return dx, dresidual, sums.sum(0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as (rows, C), copied only where its strides don't do: a row must be contiguous, 128 rows within 32 bits."""
+    x = x.reshape(-1, x.size(-1))
+    return x if x.stride(1) == 1 and x.stride(0) < 2**24 else x.contiguous()
+
+
+def _programs(device: torch.device, warps: int) -> int:
+    """As many as the multiprocessors hold at once: a number of the device, so that sums have a fixed order."""
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return _multiprocessors(device) * max(1, WARPS // warps)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# As in training under autocast: the branch and y are 16 bit, the stream and the parameters float32.
+_TYPES = dict.fromkeys(
+    ("residual_ptr", "weight_ptr", "bias_ptr", "total_ptr", "mean_ptr", "rstd_ptr", "dtotal_ptr", "dresidual_ptr",
+     "sums_ptr"), "*fp32",
+) | {"eps": "fp32"}  # fmt: skip
+
+
+def _constants(precision: str, size: int) -> dict[str, object]:
+    return {"C": size}
+
+
+def _backward_constants(precision: str, size: int) -> dict[str, object]:
+    absent = ("residual_ptr", "dresidual_ptr") if precision == "float32" else ("residual_ptr",)
+    return {"C": size, **dict.fromkeys(absent)}
+
+
+_TOKENS, _CHANNELS = 65536, 768
+"""GPT-2 124M's, in a micro-step of 64 sequences."""
+
+
+def _forward_work(precision: str, size: int, config: LaunchConfig) -> Work:
+    element = 16 if precision == "float32" else 12
+    tiles = triton.cdiv(_TOKENS, config.block_m)
+    return Work(_CHANNELS, 0.0, 0.0, bytes=element * _TOKENS * _CHANNELS, programs=tiles)
+
+
+def _backward_work(precision: str, size: int, config: LaunchConfig) -> Work:
+    # An H100's programs; what they do outside the loop is nothing beside it.
+    programs = 132 * max(1, WARPS // config.num_warps)
+    tiles = triton.cdiv(_TOKENS, config.block_m)
+    return Work(_CHANNELS, 0.0, 0.0, bytes=16 * _TOKENS * _CHANNELS, programs=programs, loops=(Loop(tiles),))
+
+
+KERNELS = {
+    "layer_norm_forward": Kernel(
+        layer_norm_forward_kernel,
+        _constants,
+        _TYPES,
+        ("x_stride", "residual_stride"),
+        variants={"alone": {"residual_ptr": None, "total_ptr": None}, "last": {"total_ptr": None}},
+        work=_forward_work,
+    ),
+    "layer_norm_backward": Kernel(
+        layer_norm_backward_kernel,
+        _backward_constants,
+        _TYPES,
+        ("dy_stride", "dtotal_stride", "total_stride", "residual_stride"),
+        variants={
+            "alone": {"dtotal_ptr": None, "dresidual_ptr": None},
+            "last": {"dtotal_ptr": None, "residual_ptr": ...},
+            "sum unused": {"dtotal_ptr": None},
+        },
+        work=_backward_work,
+    ),
+}
+
+
+def _candidates(precision: str, size: int) -> list[LaunchConfig]:
+    """4 to 64 elements a thread."""
+    columns = triton.next_power_of_2(size)
+    pairs = [(rows, warps) for rows in (1, 2, 4, 8, 16) for warps in (1, 2, 4, 8, 16)]
+    return [LaunchConfig(r, num_warps=w) for r, w in pairs if 4 <= r * columns // (32 * w) <= 64]
+
+
+def _draw(precision: str, size: int, device: torch.device, seed: int) -> tuple[Tensor, ...]:
+    """x, residual, weight, bias, dy and dtotal of EXAMPLE_ROWS tokens, as in training under autocast."""
+    generator, dtype = torch.Generator(device).manual_seed(seed), getattr(torch, precision)
+    draw = functools.partial(torch.randn, device=device, generator=generator)
+    x, dy = (draw(EXAMPLE_ROWS, size, dtype=dtype) for _ in range(2))
+    residual, dtotal = (draw(EXAMPLE_ROWS, size) for _ in range(2))
+    return x, residual, 1 + 0.3 * draw(size), draw(size), dy, dtotal
+
+
+def _example_forward(
+    precision: str, size: int, device: torch.device, seed: int
+) -> Callable[[LaunchConfig], tuple[Tensor, ...]]:
+    x, residual, weight, bias, _, _ = _draw(precision, size, device, seed)
+    return lambda config: layer_norm_forward(x, residual, weight, bias, 1e-5, x.dtype, config)
+
+
+def _example_backward(
+    precision: str, size: int, device: torch.device, seed: int
+) -> Callable[[LaunchConfig], tuple[Tensor, ...]]:
+    x, residual, weight, bias, dy, dtotal = _draw(precision, size, device, seed)
+    _, total, mean, rstd = layer_norm_forward(x, residual, weight, bias, 1e-5, x.dtype)
+    dtypes = x.dtype, residual.dtype
+    return lambda config: layer_norm_backward(dy, dtotal, total, mean, rstd, weight, *dtypes, config)
+
+
+TUNING = {
+    "layer_norm_forward": Tuning(_candidates, _example_forward),
+    "layer_norm_backward": Tuning(_candidates, _example_backward),
+}
+
+
+# Operators that torch.compile takes whole. Autograd sees the Function below, never these.
+torch.library.define(
+    "fastgpt2::layer_norm_forward",
+    "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, ScalarType dtype, *, bool want_sum=True)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "fastgpt2::layer_norm_backward",
+    "(Tensor dy, Tensor? dtotal, Tensor total, Tensor mean, Tensor rstd, Tensor weight, ScalarType x_dtype,"
+    " ScalarType? residual_dtype, *, Tensor? residual=None) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.impl("fastgpt2::layer_norm_forward", "default", layer_norm_forward)
+torch.library.impl("fastgpt2::layer_norm_backward", "default", layer_norm_backward)
+
+
+@launch.register_fake("fastgpt2::layer_norm_forward")
+def _(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, *,
+      want_sum: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    total_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    total = x.new_empty(x.shape if want_sum and residual is not None else (0,), dtype=total_dtype)
+    mean, rstd = (x.new_empty(math.prod(x.shape[:-1]), dtype=statistics(total_dtype)) for _ in range(2))
+    return x.new_empty(x.shape, dtype=dtype), total, mean, rstd
+
+
+@launch.register_fake("fastgpt2::layer_norm_backward")
+def _(dy: Tensor, dtotal: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
+      x_dtype: torch.dtype, residual_dtype: torch.dtype | None, *,
+      residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    apart = residual_dtype not in (None, x_dtype)
+    dresidual = dy.new_empty(total.shape if apart else (0,), dtype=residual_dtype or x_dtype)
+    return dy.new_empty(total.shape, dtype=x_dtype), dresidual, mean.new_empty(2, total.size(-1))
+
+
+class _LayerNorm(torch.autograd.Function):
+    """(y, x + residual), or y alone without want_sum: the backward then reads x and residual again."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
+        want_sum: bool,
+    ):  # fmt: skip
+        y, total, mean, rstd = torch.ops.fastgpt2.layer_norm_forward(
+            x, residual, weight, bias, eps, dtype, want_sum=want_sum
+        )
+        ctx.save_for_backward(*((total, None) if want_sum else (x, residual)), mean, rstd, weight)
+        ctx.dtypes = x.dtype, None if residual is None else residual.dtype, bias.dtype
+        # The gradient of a sum that isn't used is None here; torch.compile makes it zeros, to write and to read.
+        ctx.set_materialize_grads(False)
+        return (y, total) if want_sum else y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor | None, dtotal: Tensor | None = None):
+        launch.refuse_second_derivative("Triton LayerNorm", "--norm torch")
+        total, residual, mean, rstd, weight = ctx.saved_tensors
+        x_dtype, residual_dtype, bias_dtype = ctx.dtypes
+        if dy is None:
+            dx = None if dtotal is None else dtotal.to(x_dtype)
+            dresidual = None if dtotal is None or residual_dtype is None else dtotal.to(residual_dtype)
+            return dx, dresidual, None, None, None, None, None
+        dx, dresidual, sums = torch.ops.fastgpt2.layer_norm_backward(
+            dy, dtotal, total, mean, rstd, weight, x_dtype, residual_dtype, residual=residual
+        )
+        # One tensor for both where their dtypes agree, as a plain sum's backward has it: autograd adds in place
+        # only to what nothing else refers to.
+        if residual_dtype is None:
+            dresidual = None
+        elif residual_dtype == x_dtype:
+            dresidual = dx
+        return dx, dresidual, sums[0].to(weight.dtype), sums[1].to(bias_dtype), None, None, None
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None) -> Tensor:
+    """w (s - mean) / sqrt(variance + eps) + b over the last dimension of s = x, or x + residual.
+
+    Args:
+        x: (..., C), bfloat16, float16 or float32, C at most MAX_CHANNELS; rows of any strides are copied where
+            they aren't contiguous. Differentiable once; its gradient has its dtype.
+        weight, bias: (C,), of a floating dtype each, float32 as a rule. Differentiable once; their gradients are
+            summed in float32 and have their dtypes.
+        eps: not negative; it is added to the variance.
+        residual: (..., C) of x's shape, in a dtype of its own, for a sum that nothing else uses: it is never written.
+            Differentiable once.
+
+    Returns:
+        (..., C), contiguous, in the sum's dtype, or autocast's where that is on.
+
+    Raises:
+        ValueError: a shape, dtype, device or eps; it says what would work.
+    """
+    return _normalise(x, residual, weight, bias, eps, want_sum=False)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """layer_norm(x + residual) and the sum itself, read and written once.
+
+    Args:
+        x: (..., C), what a branch computed; as for layer_norm.
+        residual: (..., C) of x's shape, the stream so far, in a dtype of its own. Differentiable once.
+        weight, bias, eps: as for layer_norm.
+
+    Returns:
+        (y, x + residual), contiguous. The sum has the dtype to which x's and residual's promote; y has it, too, or
+        autocast's where that is on: what follows a norm is a matmul, and is rounded here rather than there. y is the
+        norm of the sum as it is returned, rounded to that dtype.
+
+    Raises:
+        ValueError: a shape, dtype, device or eps; it says what would work.
+    """
+    if residual is None:
+        raise ValueError("residual must be a tensor, got None; use layer_norm where nothing is added")
+    return _normalise(x, residual, weight, bias, eps, want_sum=True)
+
+
+def _normalise(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, *, want_sum: bool) -> Any:
+    dtype = _validate(x, residual, weight, bias, eps)
+    if residual is x:  # torch.compile takes no tensor for two arguments
+        residual = x.view_as(x)
+    launch.refuse_transforms("Triton LayerNorm", "--norm torch")
+    return _LayerNorm.apply(x, residual, weight, bias, eps, dtype, want_sum)
+
+
+def _validate(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> torch.dtype:
+    """y's dtype, once the inputs are found to be what the kernels can take."""
+    if x.dim() < 1:
+        raise ValueError("x must be (..., C), got a scalar")
+    C = x.size(-1)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual must have x's shape, {tuple(x.shape)}, got {tuple(residual.shape)}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter.shape != (C,):
+            raise ValueError(f"{name} must have shape ({C},), x's last dimension, got {tuple(parameter.shape)}")
+        if not parameter.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got stride {parameter.stride(0)}")
+    for name, tensor in (("residual", residual), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must have x's device, {x.device}, got {tensor.device}")
+        if reason := launch.why_unsupported(f"Triton LayerNorm ({name})", x.device, tensor.dtype, "--norm torch"):
+            raise ValueError(reason)
+    if reason := why_unsupported(x.device, x.dtype, C):
+        raise ValueError(reason)
+    if not eps >= 0.0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return launch.autocast_dtype(x, dtype)
+
+
+def why_unsupported(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
+    """Why these kernels can't run with such inputs, in a line that says what would work; None if they can."""
+    if reason := launch.why_unsupported("Triton LayerNorm", device, dtype, "--norm torch"):
+        return reason
+    if not 1 <= channels <= MAX_CHANNELS:
+        return f"Triton LayerNorm has 1 to {MAX_CHANNELS} channels, got {channels}; choose fewer, or use --norm torch"
+    return None

@@ -1,0 +1,336 @@
+"""`python -m fastgpt2.kernels.tools.inspect`: what the compiler makes of every shipped configuration, without a GPU.
+
+Each kernel is compiled to machine code for each architecture that has a table, as its launcher would
+have it compiled, with the assembler that comes with Triton. The report: registers a thread, bytes
+spilled, shared memory, blocks that fit on a multiprocessor, the matrix instructions, how many products
+missed them, asynchronous copies, the instructions in each loop, and for kernels of GPT-2's own sizes a bound
+on the time at the 124M model's shape (kernels/tools/bounds.py says what it is worth). In bfloat16, float16 and TF32 a
+spill, a product outside the matrix units, a register touched while a product owns it, serialised products
+(kernels/tools/hazards.py) or a tile over the table's shared memory is a failure. Exact float32 has no matrix unit and is
+reported only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from multiprocessing import get_context
+from typing import Any
+
+from fastgpt2.kernels.launch import Kernel, Work
+from fastgpt2.kernels.tools.bounds import CARDS, SLACK, Bound, allowed, bound, check_in, read_code
+from fastgpt2.kernels.tools.hazards import serialised, touched_in_flight
+from fastgpt2.kernels.tuning import LaunchConfig, architectures, configurations, read_table
+
+MODULES = (
+    "fastgpt2.kernels.attention",
+    "fastgpt2.kernels.norm",
+    "fastgpt2.kernels.cross_entropy",
+    "fastgpt2.kernels.mlp",
+)
+"""The modules whose KERNELS are inspected."""
+ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "fp32"}
+
+ASYNCHRONOUS_COPIES = {"cp.async": "LDGSTS", "TMA": "UTMALDG"}
+MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
+
+# A multiprocessor's shared memory in bytes, of which each block takes 1 KiB for the system, and its threads.
+SHARED_MEMORY = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
+REGISTERS, THREADS = 65536, 2048
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as it is shipped for one precision, size and architecture.
+
+    constants: compile-time arguments in place of the shipped ones, such as {"T": 1}, which Triton compiles as one.
+    variant: one of the kernel's, or "" for what GPT-2's training calls.
+    """
+
+    op: str
+    precision: str
+    size: int
+    arch: str
+    config: LaunchConfig
+    constants: dict[str, Any] = field(default_factory=dict)
+    variant: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    case: Case
+    registers: int
+    spilled: int
+    shared: int
+    blocks: int
+    instructions: list[str]
+    products: int
+    missed: int
+    expected: int
+    copies: list[str]
+    loops: list[int]
+    races: list[str]
+    serialised: bool
+    at_least: Bound | None
+    unbound: bool
+
+    @property
+    def faults(self) -> list[str]:
+        """What must not ship; empty for exact float32."""
+        if self.case.precision == "float32":
+            return []
+        case, most = self.case, read_table(self.case.arch)["shared_memory"]
+        least = allowed(case.arch, case.op, case.precision, _triton_version()) if self.at_least else None
+        return [
+            fault
+            for wrong, fault in (
+                (self.spilled, f"spills {self.spilled} bytes"),
+                (self.races, f"races in {len(self.races)} places: {''.join(self.races[:1])}"),
+                (self.serialised, "each product waits for the one before: the assembler has serialised them"),
+                (
+                    self.expected and not self.products,
+                    "no product found: the compiler's output has changed, and this tool must",
+                ),
+                (
+                    self.unbound,
+                    f"loops of {self.loops} instructions are not those whose runs the kernel's work counts",
+                ),
+                (
+                    self.at_least is not None and least is not None and self.at_least.seconds > SLACK * least,
+                    f"takes {_in_words(self.at_least)} at least, {(least or 0.0) * 1e3:.3f} ms is checked in",
+                ),
+                (self.missed, f"{self.missed} of {self.products} products miss the matrix units"),
+                (self.shared > most, f"needs {self.shared} bytes of shared memory, the table allows {most}"),
+            )
+            if wrong
+        ]
+
+
+def all_kernels() -> dict[str, Kernel]:
+    """Every kernel of the package, by the name of its entries in the tables."""
+    return {op: kernel for module in MODULES for op, kernel in import_module(module).KERNELS.items()}
+
+
+def shipped(
+    archs: Iterable[str],
+    precisions: Iterable[str] | None = None,
+    sizes: Iterable[int] | None = None,
+    ops: Iterable[str] | None = None,
+    variants: bool = False,
+) -> list[Case]:
+    """Every entry of the tables, or those of some precisions, sizes and kernels (by how a kernel's name begins).
+
+    variants: what else a kernel is compiled to with the same tiles (dropout, documents, evaluation) as well.
+    """
+    return [
+        Case(op, precision, size, arch, config, variant=variant)
+        for arch in archs
+        for (op, precision, size), config in configurations(arch).items()
+        if (precisions is None or precision in precisions)
+        and (sizes is None or size in sizes)
+        and (ops is None or op.startswith(tuple(ops)))
+        for variant in ("", *(all_kernels()[op].variants if variants else ()))
+    ]
+
+
+def why_nothing(
+    known: Iterable[tuple[str, str, int]],
+    ops: Iterable[str] | None,
+    precisions: Iterable[str] | None,
+    sizes: Iterable[int] | None,
+) -> str | None:
+    """Which value of --op, --precision or --size chooses nothing, in a line that names what there is; None where each
+    chooses something.
+
+    Args:
+        known: kernel, precision and size of what can be chosen.
+    """
+    for flag, place, asked in (("--op", 0, ops), ("--precision", 1, precisions), ("--size", 2, sizes)):
+        there = dict.fromkeys(key[place] for key in known)
+        chosen = {
+            value: [x for x in there if x == value or (place == 0 and value and str(x).startswith(str(value)))]
+            for value in (there if asked is None else asked)
+        }
+        if unknown := [str(value) or "''" for value, found in chosen.items() if not found]:
+            has = "no kernel's name begins so" if flag == "--op" else "no kernel chosen has it"
+            return f"{flag} {' '.join(unknown)}: {has}; there are {', '.join(map(str, there))}"
+        known = [key for key in known if any(key[place] in found for found in chosen.values())]
+    return None
+
+
+def inspect_all(cases: list[Case]) -> list[Report]:
+    """Compile the cases, as many at a time as there are processors; this process must not be interpreting."""
+    reports = []
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork")) as pool:
+        for report in pool.map(inspect_one, cases):
+            reports.append(report)
+            if sys.stderr.isatty():
+                print(f"\rcompiled {len(reports)} of {len(cases)}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    return reports
+
+
+def inspect_one(case: Case) -> Report:
+    import triton
+
+    kernel = _compile(case)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage, sass = (
+            subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+    spilled = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
+    shared = kernel.metadata.shared
+    products = re.findall(r"\b(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) .*", kernel.asm["ttgir"])
+    # A product that stays a plain dot over blocked operands is done by multiply-adds, one thread at a time.
+    missed = [line for line in products if line.startswith("tt.dot ") and "parent = #blocked" in line]
+    code, work = read_code(sass), _work(case)
+    limit = bound(code, work, CARDS[case.arch], case.precision, case.config.num_warps) if work is not None else None
+    return Report(
+        case=case,
+        registers=registers,
+        spilled=spilled,
+        shared=shared,
+        blocks=_blocks(case, registers, shared),
+        instructions=[name for name, code in MATRIX_INSTRUCTIONS.items() if code in kernel.asm["ptx"]],
+        products=len(products),
+        missed=len(missed),
+        expected=all_kernels()[case.op].products,
+        copies=[name for name, instruction in ASYNCHRONOUS_COPIES.items() if instruction in sass],
+        loops=[body.total() for body in code.loops],
+        races=touched_in_flight(sass),
+        serialised=serialised(kernel.asm["ptx"], sass),
+        at_least=limit,
+        unbound=work is not None and limit is None,
+    )
+
+
+def _work(case: Case) -> Work | None:
+    """What the kernel does at GPT-2 124M's shape; None where that model never calls it like this."""
+    kernel = all_kernels()[case.op]
+    work = kernel.work and kernel.work(case.precision, case.size, case.config)
+    return work if work is not None and work.size == case.size and not (case.constants or case.variant) else None
+
+
+def _compile(case: Case) -> Any:
+    """The kernel as its launcher has it compiled: at GPT-2's shapes the launch then finds it in Triton's cache."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, element = all_kernels()[case.op], ELEMENTS[case.precision]
+    options = case.config.arguments()
+    blocks = {name: options.pop(name) for name in list(options) if name.startswith("BLOCK_")}
+    variant = kernel.variants[case.variant] if case.variant else {}
+    constants = kernel.constants(case.precision, case.size) | blocks | variant | case.constants
+    constants = {name: value for name, value in constants.items() if value is not ...}
+    signature: dict[str, Any] = {}
+    divisible: dict[tuple[int, ...], list] = {}
+    # A launch notes of each constant that it has no property, Triton 3.6 of text alone: it is part of the cache's key.
+    noted_always = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 7)
+    for i, argument in enumerate(kernel.function.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+            if noted_always or isinstance(constants[argument], str):
+                divisible[(i,)] = []
+        elif argument.endswith("_strides"):
+            signature[argument] = ("i32", "i32", "i32")
+            divisible |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
+        else:
+            default = "*{}" if argument.endswith("_ptr") else "i32"
+            signature[argument] = kernel.types.get(argument, default).format(element)
+            if argument.endswith("_ptr") or argument in kernel.multiples_of_16:
+                divisible[(i,)] = [["tt.divisibility", 16]]
+    target = GPUTarget("cuda", int(case.arch.removeprefix("sm_")), 32)
+    return triton.compile(ASTSource(kernel.function, signature, constants, divisible), target=target, options=options)
+
+
+def _blocks(case: Case, registers: int, shared: int) -> int:
+    """Blocks resident on a multiprocessor: by registers (given out 256 a warp), shared memory and threads."""
+    warps = case.config.num_warps
+    by_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
+    return min(by_registers, SHARED_MEMORY[case.arch] // (shared + 1024), THREADS // (32 * warps))
+
+
+def table(reports: list[Report]) -> str:
+    rows = [("kernel", "precision", "size", "arch", "tile, warps, stages",
+             "registers", "spilled", "shared", "blocks", "matrix", "missed", "serialised", "copies", "loops",
+             "at least", "")]  # fmt: skip
+    for r in reports:
+        c = r.case
+        rows.append((
+            f"{c.op} {c.variant}".rstrip(), c.precision, str(c.size), c.arch, str(c.config),
+            str(r.registers), str(r.spilled), str(r.shared), str(r.blocks),
+            "+".join(r.instructions) or "none", f"{r.missed}/{r.products}", "yes" if r.serialised else "no",
+            "+".join(r.copies) or "none", "+".join(map(str, r.loops)), _in_words(r.at_least), "; ".join(r.faults),
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
+def _in_words(limit: Bound | None) -> str:
+    """0.35 ms (special 45%): the bound, what sets it, and the most of the card's limit that it leaves."""
+    return "" if limit is None else f"{limit.seconds * 1e3:.3f} ms ({limit.limit} {limit.fraction:.0%})"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    about, usage = __doc__.split("\n")[0], "python -m fastgpt2.kernels.tools.inspect [flags]"
+    parser = argparse.ArgumentParser(
+        "fastgpt2.kernels.tools.inspect", usage=usage, description=about, allow_abbrev=False
+    )
+    parser.add_argument("--arch", nargs="+", default=architectures(), choices=architectures(), help="default: all")
+    parser.add_argument("--precision", nargs="+", choices=list(ELEMENTS), help="default: all")
+    parser.add_argument("--op", nargs="+", metavar="PREFIX", help="kernels whose name begins so (default: all)")
+    parser.add_argument("--variants", action="store_true", help="dropout, documents, evaluation and the like as well")
+    parser.add_argument("--size", nargs="+", type=int, help="head size, channels or vocabulary (default: all)")
+    parser.add_argument("--check-in-bounds", action="store_true", help="write the bounds to kernels/bounds.json")
+    parser.add_argument("--json", action="store_true", help="a list of objects instead of the table")
+    options = parser.parse_args(arguments)
+    known = [(case.op, case.precision, case.size) for case in shipped(options.arch)]
+    if problem := why_nothing(known, options.op, options.precision, options.size):
+        parser.error(problem)
+    cases = shipped(options.arch, options.precision, options.size, options.op, options.variants)
+    reports = inspect_all(cases)
+    if options.check_in_bounds:
+        found = [(r.case.arch, r.case.op, r.case.precision, r.at_least.seconds) for r in reports if r.at_least]
+        check_in(found, _triton_version())
+    if options.json:
+        print(json.dumps([asdict(r) | {"faults": r.faults} for r in reports], indent=1))
+    else:
+        print(table(reports))
+        faulty = sum(bool(r.faults) for r in reports)
+        print(f"{len(reports)} kernels compiled, {faulty} must not ship (exact float32 is reported only)")
+    return int(any(r.faults for r in reports))
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        # Triton read the variable when it was imported: compiling takes a process without it.
+        clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        sys.exit(
+            subprocess.run(
+                [sys.executable, "-m", "fastgpt2.kernels.tools.inspect", *sys.argv[1:]], env=clean
+            ).returncode
+        )
+    sys.exit(main())

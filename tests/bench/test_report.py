@@ -1,0 +1,272 @@
+"""Stored records: how they are read and compared, and that README, figures and `auto` say what they say.
+
+The records here are made up (tests/records.py), in a folder of the test's own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import plots, report
+from bench.results import RecordError, best_peer, load, pick, ratio, round_ratios, stored, summary, table, work
+from bench.sections import SECTIONS
+from bench.timing import PEER_PACKAGES, ROOT, environment
+from tests.bench.records import GPU, make_record, write_record
+
+# ------------------------------------------------------------------------------------------------------ results
+
+
+def result(backend: str, role: str, round_ms: list[float], **other: Any) -> dict[str, Any]:
+    ms = {"ms_median": sorted(round_ms)[len(round_ms) // 2], "ms_p20": min(round_ms), "ms_p80": max(round_ms)}
+    known = {"op": "mlp forward", "shape": {"B": 1, "C": 8}, "dtype": "bfloat16", "compiled": None, "contest": "one"}
+    return known | {"backend": backend, "role": role, "round_ms": round_ms} | ms | other
+
+
+def test_a_ratio_is_of_speeds_round_by_round() -> None:
+    # The clocks drift by 4x within the contest; ours is 1.25 times as fast in each round but the last.
+    mine, theirs = result("a", "ours", [1.0, 2.0, 4.0, 3.0, 1.0]), result("b", "peer", [1.25, 2.5, 5.0, 3.75, 3.0])
+    found = ratio(mine, theirs)
+    assert (found.median, found.p20, found.p80) == (1.25, 1.25, 1.25) and str(found) == "1.25 (1.25..1.25)"
+    for other in ({"contest": "two"}, {"round_ms": [1.25]}):
+        apart = ratio(mine, theirs | other)
+        # The medians are of different rounds: 3.0 over 2.0.
+        assert apart.median == pytest.approx(1.5) and not apart.paired and str(apart) == "~1.50"
+    assert round_ratios(mine, theirs | {"contest": "two"}) is None
+
+
+def test_the_best_peer_is_the_fastest_that_was_timed_in_turn_and_does_all_of_the_work() -> None:
+    mine = result("triton", "ours", [2.0])
+    slow, fast = result("torch", "peer", [4.0]), result("liger", "peer", [3.0])
+    floor = result("matmuls-alone", "floor", [1.0])
+    elsewhere, other = result("quack", "peer", [1.5], contest="two"), result("x", "peer", [1.0], shape={"B": 2, "C": 8})
+    ours = result("torch-like", "ours", [1.0])
+    assert best_peer(mine, [slow, elsewhere, mine, fast, floor, other, ours]) is fast
+    assert best_peer(mine, [floor, elsewhere, other]) is elsewhere
+    assert best_peer(mine, [mine, floor, other]) is None
+
+
+def test_an_eager_step_is_beside_eager_peers() -> None:
+    record = make_record()
+    for step in (r for r in pick(record, "training step") if r["role"] == "ours"):
+        peer = best_peer(step, record["results"])
+        assert peer is not None and peer["backend"] == "plain" and peer["compiled"] is step["compiled"]
+
+
+def test_the_table_has_the_fastest_first_and_says_the_limit() -> None:
+    rows = [
+        result("torch", "peer", [4.0], limit="memory", limit_fraction=0.25, tokens_per_s=10.0, tflops=1.0),
+        result("floor", "floor", [1.0]),
+        result("triton", "ours", [2.0], limit="memory", limit_fraction=0.5, host_ms=2.5, peak_memory_bytes=2**30),
+    ]
+    lines = table(rows).splitlines()
+    assert [line.split()[5] for line in lines[1:]] == ["floor", "triton", "torch"]
+    assert "mlp forward B=1 C=8 bfloat16" in lines[1]
+    assert "memory 50%, launch-bound" in lines[2] and "1.00  2.00 (2.00..2.00)" in lines[2]
+    assert "memory 25%" in lines[3] and lines[3].endswith("1.00 (1.00..1.00)")
+    assert table([]) == "no benchmark has a result"
+
+
+def test_the_summary_says_what_was_not_done_and_how_long_the_first_step_took() -> None:
+    text = summary(make_record())
+    assert text.startswith(f"{GPU}, commit aaaa") and "memory 3.00 TB/s, bfloat16 products 700.0 TFLOP/s" in text
+    assert "to the first step: gpt2 n_layer=12 B=32 T=1024 compiled, ours-triton: cold 41.0 s, cached 10.2 s" in text
+    assert text.endswith("not done: verify: the minutes were used up")
+
+
+def test_what_is_no_record_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    for text, said in (
+        ("{", "can't read"),
+        ("[]", "has format None"),
+        ('{"format": 1}', "has format 1, this reads 2: measure again"),
+        ('{"format": 2, "started": "x", "results": []}', "lacks commit, environment"),
+    ):
+        path.write_text(text)
+        with pytest.raises(RecordError, match=said) as error:
+            load(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_records_are_read_oldest_first_and_a_repeated_contest_counts_once(tmp_path: Path) -> None:
+    write_record(tmp_path, started="2030-03-01T00:00:00+00:00", commit="c" * 40)
+    write_record(tmp_path, started="2030-02-01T00:00:00+00:00", commit="b" * 40)
+    records = stored(tmp_path)
+    assert [record["commit"]["id"][0] for record in records] == ["b", "c"]
+    again = records[0] | {"results": [*records[0]["results"], {**records[0]["results"][0], "ms_median": 1e-9}]}
+    assert pick(again, "training step") == pick(records[0], "training step")
+
+
+def test_runs_of_one_commit_are_one_record(tmp_path: Path) -> None:
+    whole = make_record()
+    steps, rest = ([r for r in whole["results"] if (r["op"] == "training step") is step] for step in (True, False))
+    for minute, results in ((1, rest), (2, steps[:1]), (3, steps)):
+        run = whole | {"results": results, "started": f"2030-01-01T00:0{minute}:00+00:00"}
+        (tmp_path / "gpu").mkdir(exist_ok=True)
+        (tmp_path / "gpu" / f"{minute}.json").write_text(json.dumps(run | ({"ceilings": None} if minute == 3 else {})))
+    (record,) = stored(tmp_path)
+    assert record["results"] == [*steps, *steps[:1], *rest] and record["ceilings"] == whole["ceilings"]
+    assert record["started"].startswith("2030-01-01T00:03")
+
+
+# ------------------------------------------------------------------------------------------------------- report
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout with nothing measured."""
+    root = tmp_path_factory.mktemp("site")
+    (root / "fastgpt2").mkdir()
+    places = "\n".join(f"<!-- bench:{name} -->\nold\n<!-- /bench:{name} -->" for name in SECTIONS)
+    (root / "README.md").write_text(f"# head\n\n{places}\n\ntail\n")
+    assert report.main([], root) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def measured(site: Path) -> Path:
+    """The same after two runs on a GPU and one on a CPU."""
+    assert section(site, "step") == "Not measured on a GPU yet."
+    assert section(site, "cpu") == "Not measured on a CPU yet."
+    folder = site / "bench" / "results"
+    write_record(folder, machine=1.1)
+    write_record(folder, commit="b" * 40, started="2030-02-01T00:00:00+00:00", seed=4)
+    write_record(folder, device="cpu")
+    assert report.main(["--check"], site) == 1
+    assert report.main([], site) == 0
+    return site
+
+
+def section(root: Path, name: str) -> str:
+    readme = (root / "README.md").read_text()
+    assert readme.startswith("# head\n") and readme.endswith("\ntail\n") and "\nold\n" not in readme
+    found = re.search(f"<!-- bench:{name} -->\n(.*)\n<!-- /bench:{name} -->", readme, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def cells(text: str, *words: str) -> list[str]:
+    """The cells of the first line of a table with all the words."""
+    rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|"))
+    return next(row for row in rows if set(words) <= set(row))
+
+
+def test_every_table_says_where_when_and_with_what_it_was_measured(measured: Path) -> None:
+    for name in SECTIONS:
+        text = section(measured, name)
+        commit = "a" if name == "cpu" else "b"
+        assert commit * 12 in text and ("2030-01-01" if name == "cpu" else "2030-02-01") in text, name
+        assert "2.99.0" in text and ("cpu, 2 threads" if name == "cpu" else GPU) in text, name
+        if name not in ("headline", "history"):
+            assert "triton 3.99.0" in text and "transformers 9.9.9" in text and "liger" not in text.split("|")[0], name
+
+
+def test_the_figures_of_the_step_are_the_records(measured: Path) -> None:
+    record = load(measured / "bench" / "results" / "synthetic-gpu-80gb" / "2030-02-01-bbbbbbbbbbbb.json")
+    steps = {(*work(r)[1:], r["backend"]): r for r in pick(record, "training step")}
+    size = "gpt2 n_layer=12 B=32 T=1024", "bfloat16", "compiled"
+    mine, peer = steps[*size, "ours-triton"], steps[*size, "plain"]
+    row = cells(section(measured, "step"), " ".join(size), "ours-triton")
+    assert row[2:7] == [
+        f"{mine['tokens_per_s']:,.0f}", f"{mine['mfu']['llm.c']:.1%}", f"{mine['mfu']['nanogpt']:.1%}",
+        f"{mine['ms_median']:.1f}", "20.00",
+    ]  # fmt: skip
+    assert row[7:] == ["plain", str(ratio(mine, peer)), f"{20 / 31:.2f}"]
+    assert "llm.c's counts 6 for each parameter" in section(measured, "step").replace("\n", " ")
+    assert "nanoGPT's counts 6 for each parameter" in section(measured, "step").replace("\n", " ")
+    assert cells(section(measured, "ablation"), "attention by triton")[2].startswith("1.10 (")
+    assert cells(section(measured, "ablation"), "the same with --no-deterministic")[2].startswith("1.19 (")
+    read = cells(section(measured, "counters"), "attention_forward")
+    assert read[1:] == ["bfloat16", "128x64, 8 warps, 3 stages", "0.321", "0.71", "xu 55", "wait 1.5"]
+    assert cells(section(measured, "memory"), " ".join(size))[1:] == ["20.00 (ours-triton)"] * 2 + ["31.00 (plain)"] * 2
+    assert cells(section(measured, "first-step"), "ours-triton")[2:] == ["41.0", "10.2"]
+    assert cells(section(measured, "ops"), "optimizer step")[4:6] == ["memory 82%", "none"]
+    assert "matmuls-alone" not in section(measured, "ops")
+    assert cells(section(measured, "cpu"), "ours-torch")[0] == "gpt2 n_layer=12 B=8 T=1024 float32 compiled"
+    for commit in ("a" * 12, "b" * 12):
+        assert cells(section(measured, "history"), commit)[3] == "ours-triton"
+
+
+def test_the_figures_show_the_limit_and_are_pictures(measured: Path) -> None:
+    from matplotlib import image
+
+    figure = json.loads((measured / "bench" / "plots" / "attention-synthetic-gpu-80gb.json").read_text())
+    for panel in figure["panels"]:
+        lines = {line["label"]: line for line in panel["lines"]}
+        assert lines["measured limit (matrix)"]["y"] == pytest.approx([700.0] * 3)
+        assert lines["triton"]["x"] == [1024, 2048, 4096]
+        low, y, high = (lines["triton"][name] for name in ("low", "y", "high"))
+        assert all(a <= b <= c for a, b, c in zip(low, y, high, strict=True))
+        assert panel["x"] and "TFLOP/s" in panel["y"]
+    pictures = sorted((measured / "bench" / "plots").glob("*.png"))
+    assert [p.stem.split("-")[0] for p in pictures] == ["attention", "history", "step"]
+    for path in pictures:
+        pixels = image.imread(path)
+        assert pixels.shape[1] >= 800 and pixels[0, 0].min() == 1.0, "on white"
+        assert 0.01 < (pixels[..., :3].min(-1) < 0.9).mean() < 0.5, "something is drawn"
+        assert f"](bench/plots/{path.name})" in (measured / "README.md").read_text()
+
+
+def test_what_is_out_of_step_is_named(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["--check"], measured) == 0
+
+    def named(path: str, change: Any) -> None:
+        file = measured / path
+        before = file.read_bytes() if file.exists() else None
+        change(file)
+        capsys.readouterr()
+        assert report.main(["--check"], measured) == 1
+        said = capsys.readouterr().err
+        assert said == f"out of step with bench/results: {path}; run python -m bench.report\n"
+        file.unlink(missing_ok=True)
+        if before is not None:
+            file.write_bytes(before)
+
+    named("README.md", lambda file: file.write_text(file.read_text().replace("20.00", "19.00", 1)))
+    named("bench/plots/step-synthetic-gpu-80gb.json", lambda file: file.write_text("{}"))
+    named("bench/plots/step-synthetic-gpu-80gb.png", lambda file: file.unlink())
+    named("bench/plots/step-of-a-gpu-that-is-gone.png", lambda file: file.write_bytes(b""))
+    named("fastgpt2/auto.json", lambda file: file.write_text(file.read_text().replace("triton", "torch")))
+    assert report.main(["--check"], measured) == 0
+
+
+def test_a_readme_without_a_place_for_a_section_is_an_error(site: Path) -> None:
+    with pytest.raises(RecordError, match="<!-- bench:headline --> and <!-- /bench:headline --> once each"):
+        report.fill("# a README\n", [])
+
+
+def test_the_readme_is_in_step_with_the_stored_results() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.report", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    assert not [record for record in stored() if "Synthetic" in record["environment"]["device"]]
+
+
+def test_a_history_begins_with_the_second_run() -> None:
+    one, two = make_record(), make_record(commit="b" * 40, started="2030-02-01T00:00:00+00:00")
+    assert "history-synthetic-gpu-80gb" not in plots.figures([one])
+    panel = plots.figures([one, two])["history-synthetic-gpu-80gb"]["panels"][0]
+    assert panel["lines"][0]["x"] == ["aaaaaaa\n2030-01-01", "bbbbbbb\n2030-02-01"]
+
+
+def test_other_widths_and_batches_are_not_in_the_sweep_over_t() -> None:
+    record = make_record()
+    swept = plots.attention(record)
+    wide = [r for r in pick(record, "attention forward") if r["shape"]["T"] == 1024]
+    for more in ({"H": 25}, {"B": 4}):
+        record["results"] += [r | {"shape": r["shape"] | more, "ms_median": 1.0, "limit_ms": 0.5} for r in wide]
+    assert plots.attention(record) == swept
+
+
+def test_a_record_names_the_versions_of_all_peers_packages() -> None:
+    from bench.peers import PEERS
+
+    assert {peer.needs for table in PEERS.values() for peer in table.values()} - {None} <= set(PEER_PACKAGES)
+    assert environment()["packages"].keys() <= set(PEER_PACKAGES)

@@ -1,0 +1,153 @@
+"""`auto` is what the checked-in table says was faster on this GPU in this precision, and PyTorch's form elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import auto
+from bench.auto import as_text, table
+from bench.results import stored
+from fastgpt2 import ops
+from fastgpt2.kernels import launch
+from fastgpt2.ops import AUTO, SLOTS, make_ops
+from tests.bench.records import GPU, make_record
+
+PLAIN = {"attention": "sdpa", "mlp": "torch", "norm": "torch"}
+STEP = "training_step[modelgpt2-n_layer12-B{}-T1024-bfloat16-compiled-ours-{}]"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Put records' table in place, and a GPU of a name."""
+
+    def install(records: list[dict[str, Any]], name: str = GPU, capability: tuple[int, int] = (9, 0)) -> None:
+        (tmp_path / "auto.json").write_text(as_text(records))
+        monkeypatch.setattr(ops, "MEASURED", tmp_path / "auto.json")
+        ops._measured.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(launch, "capability", lambda device: capability)
+
+    yield install
+    ops._measured.cache_clear()
+
+
+def test_the_table_holds_what_won_beyond_the_spread(gpu: Any) -> None:
+    measured = table([make_record()])["devices"][GPU]["bfloat16"]
+    # 0.1% for the norm is within the spread, the MLP is slower; the loss that `auto` is already is the fastest.
+    assert measured["slots"] == {"attention": ["triton"]}
+    speed = measured["measured"]["speed over auto without a table"]
+    assert {slot: list(names) for slot, names in speed.items()} == {
+        "attention": ["triton"], "mlp": ["triton"], "norm": ["triton"], "loss": ["chunked"],
+    }  # fmt: skip
+    assert speed["attention"]["triton"].startswith("1.10 (1.09..1.10), 1.1")
+    assert measured["measured"]["commit"] == "a" * 40 and measured["measured"]["date"] == "2030-01-01"
+    assert measured["measured"]["versions"]["torch"] == "2.99.0"
+    assert len(measured["measured"]["steps"]) == 2
+
+
+def test_what_is_faster_by_the_median_but_not_beyond_the_spread_is_left_out() -> None:
+    def step(*round_ms: float) -> dict[str, Any]:
+        return {"slots": {**PLAIN, "loss": "torch"}, "contest": "one", "round_ms": round_ms, "ms_median": 10.0}
+
+    contest = {
+        auto.PLAIN: step(10.0, 10.0, 10.0, 10.0, 10.0),
+        "ours-norm-triton": step(9.9, 9.9, 9.9, 10.1, 10.1),
+        "ours-mlp-triton": step(9.9, 9.9, 9.9, 9.9, 10.1),
+    }
+    assert auto.best("norm", [contest]) == ([], {"triton": "1.01 (0.99..1.01)"})
+    assert auto.best("mlp", [contest]) == (["triton"], {"triton": "1.01 (1.01..1.01)"})
+    assert auto.best("loss", [contest]) == ([], {})
+
+
+def test_what_adds_in_any_order_is_held_against_the_plain_step_that_may() -> None:
+    """SDPA may then be cuDNN itself: what the request for equal bits costs is nothing that cuDNN is faster by."""
+
+    def step(ms: float, deterministic: bool) -> dict[str, Any]:
+        slots = {**PLAIN, "loss": "torch"}
+        return {"slots": slots, "contest": "one", "round_ms": [ms] * 5, "ms_median": ms, "deterministic": deterministic}
+
+    contest = {auto.PLAIN: step(10.0, True), "ours-attention-cudnn": step(9.0, False)}
+    assert auto.best("attention", [contest]) == ([], {})
+    contest[auto.PLAIN_ANY_ORDER] = step(8.1, False)
+    assert auto.best("attention", [contest]) == ([], {"cudnn": "0.90 (0.90..0.90)"})
+    contest[auto.PLAIN_ANY_ORDER] = step(9.9, False)
+    assert auto.best("attention", [contest]) == (["cudnn"], {"cudnn": "1.10 (1.10..1.10)"})
+
+
+def test_what_wins_in_one_contest_and_loses_in_another_is_left_out() -> None:
+    record = make_record(slower={STEP.format(64, "attention-triton"): 1.2})
+    assert table([record])["devices"][GPU]["bfloat16"]["slots"] == {}
+
+
+def test_a_faster_loss_in_chunks_wins_but_never_the_one_with_all_logits() -> None:
+    faster = {STEP.format(B, "loss-chunked"): 0.9 for B in (32, 64)}
+    assert table([make_record(slower=faster)])["devices"][GPU]["bfloat16"]["slots"]["loss"] == ["chunked"]
+    assert "torch" not in auto.CANDIDATES["loss"]
+
+
+def test_the_newest_record_with_an_ablation_counts() -> None:
+    old = make_record()
+    faster = {STEP.format(32, "mlp-triton"): 0.5}
+    new = make_record(commit="b" * 40, started="2030-02-01T00:00:00+00:00", slower=faster)
+    without = make_record(commit="c" * 40, started="2030-03-01T00:00:00+00:00")
+    without["results"] = [r for r in without["results"] if r["op"] != "training step"]
+    entry = table([old, new, without, make_record(device="cpu")])
+    assert list(entry["devices"]) == [GPU]
+    assert entry["devices"][GPU]["bfloat16"]["measured"]["commit"] == "b" * 40
+
+
+def test_auto_is_what_was_faster_on_this_gpu_in_this_precision(gpu: Any) -> None:
+    gpu([make_record()])
+    loss = {"loss": "triton"}
+    assert make_ops(device="cuda", dtype=torch.bfloat16)[1] == {**PLAIN, "attention": "triton", **loss}
+    assert make_ops(device="cuda", dtype=torch.float32)[1] == {**PLAIN, **loss}, "nobody measured float32"
+    assert make_ops({"attention": "sdpa"}, device="cuda", dtype=torch.bfloat16)[1] == {**PLAIN, **loss}
+    assert make_ops(device="cpu", dtype=torch.bfloat16)[1] == {**PLAIN, "loss": "chunked"}
+
+
+def test_auto_tells_tf32_from_float32(gpu: Any, tmp_path: Path) -> None:
+    gpu([])
+    faster = {"float32": {"slots": {"mlp": ["triton"]}}, "tf32": {"slots": {"attention": ["triton"]}}}
+    (tmp_path / "auto.json").write_text(json.dumps({"devices": {GPU: faster}}))
+    chosen = {tf32: make_ops(device="cuda", dtype=torch.float32, tf32=tf32)[1] for tf32 in (False, True)}
+    loss = {"loss": "triton"}
+    assert chosen == {False: {**PLAIN, "mlp": "triton", **loss}, True: {**PLAIN, "attention": "triton", **loss}}
+
+
+def test_auto_falls_back_on_another_gpu_and_where_the_winner_cannot_run(gpu: Any) -> None:
+    gpu([make_record()], name="NVIDIA H100 PCIe")
+    assert make_ops(device="cuda", dtype=torch.bfloat16)[1] == {**PLAIN, "loss": "triton"}
+    gpu([make_record()])
+    assert make_ops(device="cuda", dtype=torch.bfloat16, head_dim=300)[1]["attention"] == "sdpa"
+    gpu([make_record()], capability=(7, 5))
+    assert make_ops(device="cuda", dtype=torch.float16)[1] == {**PLAIN, "loss": "chunked"}
+
+
+def test_the_shipped_table_is_in_step_and_names_what_exists() -> None:
+    text = auto.PATH.read_text()
+    assert text == as_text(stored()), "fastgpt2/auto.json is out of step with bench/results: run python -m bench.report"
+    for precisions in json.loads(text)["devices"].values():
+        for entry in precisions.values():
+            assert all(name in SLOTS[slot] for slot, names in entry["slots"].items() for name in names)
+    assert all(name in SLOTS[slot] for slot, names in AUTO.items() for name in names)
+
+
+def test_the_ablation_is_among_what_is_timed() -> None:
+    steps = pytest.importorskip("bench.steps").STEPS
+    assert auto.PLAIN in steps
+    for slot, names in auto.CANDIDATES.items():
+        changed = {f"ours-{slot}-{name}" for name in names} & steps.keys()
+        assert changed, f"no step changes {slot} alone"
+    contests = pytest.importorskip("bench.bench_train_step").ON_A_GPU
+    (ablation,) = (contest for contest in contests if contest.kind == "ablation")
+    decides = {auto.PLAIN, auto.PLAIN_ANY_ORDER, "ours-attention-triton", "ours-attention-cudnn"}
+    assert ablation.shape.B == 32 and ablation.compiled and decides <= set(ablation.names)
+    asked = {name: steps[name].settings.get("deterministic", True) for name in decides}
+    assert {name for name, yes in asked.items() if not yes} == {auto.PLAIN_ANY_ORDER, "ours-attention-cudnn"}
