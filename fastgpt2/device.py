@@ -60,9 +60,8 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def on_its_way(tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A batch in the CPU's memory, copied to the device while the host goes on. The pinned memory that the copy reads
-    is PyTorch's to keep until the copy is over, and to use again after it."""
+def copy_async(tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Start copying a batch to the device without waiting. PyTorch keeps the pinned buffer until the copy is done."""
     return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastgpt2.config import ConfigError
 from fastgpt2.console import run_command
 from fastgpt2.data import DUMMY, DataError, ShardTokens, TokenSource, open_data, split, unigram_entropy
-from fastgpt2.device import on_its_way, pick_device
+from fastgpt2.device import copy_async, pick_device
 from fastgpt2.fields import Count, Name, Natural
 from fastgpt2.flags import read_arguments
 from fastgpt2.pretrained import check_vocabulary, load_run
@@ -106,7 +106,7 @@ def evaluate_split(
 
 
 def _loss(model: nn.Module, tokens: Tensor, device: torch.device | str) -> Tensor:
-    inputs, targets = split(on_its_way(tokens, torch.device(device)))
+    inputs, targets = split(copy_async(tokens, torch.device(device)))
     return model(inputs, targets)
 
 

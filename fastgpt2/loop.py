@@ -184,7 +184,7 @@ class Loop:
         saved = self.outputs.save(self.done, progress, otherwise)
         if saved and not self.diverged:
             self.good_loss = self._mean()
-        self.meter.go_on()
+        self.meter.resume()
         return saved
 
     def _evaluate(self) -> None:
@@ -201,7 +201,7 @@ class Loop:
                 run.device,
                 stop=lambda: reporter.stop_requested,
             )
-        self.meter.go_on()
+        self.meter.resume()
         if reporter.stop_requested and math.isnan(loss):
             return
         self.val_losses.append((self.done, loss))

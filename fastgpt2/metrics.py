@@ -81,7 +81,7 @@ class Meter:
         synchronize(self.device)
         self._paused = time.perf_counter()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Start the clock again."""
         synchronize(self.device)
         self._skipped += time.perf_counter() - self._paused

@@ -23,7 +23,7 @@ from fastgpt2.attention import CUDNN, sdpa_attention, sdpa_picks
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.cuda_graph import CapturedStep
 from fastgpt2.data import ShardTokens, TokenSource, data_end_of_text, data_vocab_size, open_data, split
-from fastgpt2.device import keep_freed_memory, on_its_way, pick_device
+from fastgpt2.device import copy_async, keep_freed_memory, pick_device
 from fastgpt2.folder import Claim, claim
 from fastgpt2.memory import check_memory
 from fastgpt2.model import GPT, saved_bytes
@@ -74,7 +74,7 @@ class Run:
 
     def next_tokens(self, step: int) -> Tensor:
         """The tokens of a step counted from 0, (grad_accum, B, T + 1), on their way to the device."""
-        return on_its_way(self.source.tokens(step), self.device)
+        return copy_async(self.source.tokens(step), self.device)
 
     @property
     def samples_per_step(self) -> int:

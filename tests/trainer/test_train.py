@@ -370,7 +370,7 @@ def test_the_clock_stands_still_outside_steps_and_the_first_interval_is_left_out
         for seconds in pauses:
             meter.pause()
             now += seconds
-            meter.go_on()
+            meter.resume()
         assert meter.read() == 1000.0
     assert meter.tokens_per_s() == 48.0
     assert meter.losses == [1.0, 2.0, 3.0, 2.0, 3.0]
