@@ -90,7 +90,8 @@ from torch import Tensor
 
 from fastgpt2.kernels import launch
 from fastgpt2.kernels.dropout import BITS, draw_seed, kept, weights_to_drop
-from fastgpt2.kernels.launch import Kernel, Loop, Tuning, Work, on, statistics
+from fastgpt2.kernels.launch import hash_callees_first, on, statistics
+from fastgpt2.kernels.specs.records import Kernel, Loop, Tuning, Work
 from fastgpt2.kernels.tiles import cast, dot, load_row, load_tile, store_row, store_tile
 from fastgpt2.kernels.tuning import LaunchConfig, lookup, precision_name
 
@@ -204,6 +205,7 @@ def _attend(q, o, m, total, k_ptr, v_ptr, k_stride, v_stride, row, first, begin,
     return o, m, total
 
 
+@hash_callees_first
 @triton.jit(do_not_specialize=["H"])
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,  # (B, T, H, D) three times by strides, then contiguous; (B, H, T)
@@ -270,6 +272,7 @@ def _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_stride, v_stride, row, fir
     return dq
 
 
+@hash_callees_first
 @triton.jit(do_not_specialize=["H"])
 def attention_backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr,  # dqkv (B, T, 3, H, D) contiguous
@@ -352,6 +355,7 @@ def _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_stride, do_stride, lse_ptr, delt
     return dk, dv
 
 
+@hash_callees_first
 @triton.jit(do_not_specialize=["H"])
 def attention_backward_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr,

@@ -43,7 +43,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt2.kernels.launch import Kernel, Loop, Tuning, Work, on, statistics
+from fastgpt2.kernels.launch import hash_callees_first, on, statistics
+from fastgpt2.kernels.specs.records import Kernel, Loop, Tuning, Work
 from fastgpt2.kernels.tiles import cast
 from fastgpt2.kernels.tuning import LaunchConfig, lookup, precision_name
 
@@ -118,6 +119,7 @@ def _write_gradient(row_ptr, begin, end, target, upstream, m, total, stride, voc
         tl.store(row_ptr + column, gradient, mask=column < stride) if MASKED else tl.store(row_ptr + column, gradient)
 
 
+@hash_callees_first
 @triton.jit(do_not_specialize=["vocab_size", "ignore_index"])
 def cross_entropy_kernel(
     logits_ptr, targets_ptr, loss_ptr, lse_ptr, upstream_ptr,  # (N, stride); (N,) four times

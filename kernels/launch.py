@@ -1,6 +1,6 @@
-"""What every launcher needs on the host: the right device, autocast, who can run, and how inspect compiles it.
+"""What every launcher needs on the host: the current device, autocast, operator registration, and which inputs can run.
 
-Triton is imported when first asked about, so that an operation's plain form works where Triton is not installed.
+Triton is imported inside the functions that need it: an operation's plain form works without Triton.
 """
 
 from __future__ import annotations
@@ -9,132 +9,45 @@ import contextlib
 import dis
 import functools
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KernelFunction = TypeVar("KernelFunction")
 
 
-@dataclass(frozen=True)
-class Loop:
-    """How often one of a kernel's loops runs, all programs together.
+def hash_callees_first(kernel: KernelFunction) -> KernelFunction:
+    """Decorate a kernel so that Triton computes its cache key after those of the functions it calls.
 
-    Args:
-        runs: of its body.
-        special: of a run's elements those that a program takes through the special-function unit; from them the
-            assembler's unrolling is told. 0 where there are none.
-        conditional: how often the part runs that an `if` guards, an epilogue in a flattened loop; None: every time.
-    """
-
-    runs: float
-    special: int = 0
-    conditional: float | None = None
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a kernel does at GPT-2 124M's shape, for `fastgpt2.kernels.tools.bounds`.
-
-    Args:
-        size: the kernel's size there: 64 channels a head, 768 channels, 50304 rows of the head.
-        flops: of the operation, as credited by its formula.
-        executed_flops: of the products that the kernel forms, masked elements and all.
-        bytes: read and written at least.
-        programs: in the grid.
-        loops: the kernel's loops in the order of the code.
-    """
-
-    size: int
-    flops: float
-    executed_flops: float
-    bytes: float
-    programs: int
-    loops: tuple[Loop, ...] = ()
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A Triton kernel and how its launcher has it compiled, for `fastgpt2.kernels.tools.inspect` and `fastgpt2.kernels.tools.tune`.
-
-    An argument's type follows from its name: *_ptr points to elements of the precision, *_strides are three
-    integers, the rest are integers. Pointers and strides divide by 16.
-
-    Args:
-        function: the @triton.jit function.
-        constants: (precision, size) -> its compile-time arguments beside the configuration's.
-        types: Triton's type of an argument that isn't what its name says ("*fp32", "fp32", "i64"); an element
-            type written {} is that of the precision ("tensordesc<{}[128, 64]>").
-        multiples_of_16: integers that divide by 16 at the shapes that matter.
-        products: tl.dot calls in the source; 0 for a kernel without.
-        variants: by name, what else the launchers have it compiled to with the same tiles, as constants in place of
-            those above; ... for an argument that is passed then.
-        work: (precision, size, configuration) -> what it does at GPT-2 124M's shape.
-    """
-
-    function: Any
-    constants: Callable[[str, int], dict[str, Any]]
-    types: dict[str, str] = field(default_factory=dict)
-    multiples_of_16: tuple[str, ...] = ()
-    products: int = 0
-    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
-    work: Callable[[str, int, Any], Work] | None = None
-
-    def __post_init__(self) -> None:
-        hash_callees_first(self.function)
-
-
-def hash_callees_first(function: Any) -> None:
-    """Have Triton compute the cache key of a kernel's callees before its own, which then is the same in every process.
-
-    Triton 3.6 leaves a callee's constants out of the caller's key unless the callee was hashed before, by whatever else
-    the process had compiled. A kernel compiled in one process was compiled again in another.
+    Triton 3.6 leaves a callee's constants out of the caller's key unless the callee was hashed before. The key then
+    depends on what else the process compiled, and a kernel compiled in one process is compiled again in another.
     """
     from triton.runtime import JITFunction
 
-    if not isinstance(function, JITFunction) or function.hash is not None:  # interpreted, none of Triton's, or done
-        return
-    for instruction in dis.get_instructions(function.fn):
-        if instruction.opname == "LOAD_GLOBAL":
-            hash_callees_first(function.__globals__.get(instruction.argval))
-    function.cache_key  # noqa: B018 - computed when it is read, and kept
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What `fastgpt2.kernels.tools.tune` tries for a kernel, and what it times: the kernel at GPT-2 124M's shape.
-
-    A module's TUNING holds one for each of its KERNELS that can be tuned, by the same name.
-
-    Args:
-        candidates: (precision, size) -> the configurations to try beside the table's.
-        example: (precision, size, device, seed) -> a function of a configuration that launches the kernel, by its
-            launcher, on inputs of its own; the tensors that it returns must not depend on the configuration.
-        launched: major compute capability -> whether GPUs of it launch this kernel at the sizes of the tables.
-    """
-
-    candidates: Callable[[str, int], Iterable[Any]]
-    example: Callable[[str, int, torch.device, int], Callable[[Any], Any]]
-    launched: Callable[[int], bool] = lambda major: True
+    if isinstance(kernel, JITFunction) and kernel.hash is None:  # not interpreted, and not done yet
+        for instruction in dis.get_instructions(kernel.fn):
+            if instruction.opname == "LOAD_GLOBAL":
+                hash_callees_first(kernel.__globals__.get(instruction.argval))
+        kernel.cache_key  # noqa: B018 - reading it computes and stores it
+    return kernel
 
 
 def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compiler.assume_constant_result, which imports the whole compiler first: a second or more of a process that
-    compiles nothing. This is all that it does then."""
+    """Do what torch.compiler.assume_constant_result does, without importing the compiler, which takes a second or more."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """torch.library.register_fake, for operators that Inductor is to take as they are, however deep in a model."""
+    """torch.library.register_fake for an operator that Inductor should call as it is, however deep in a model."""
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(fake)
         def traced(*args: Any, **kwargs: Any) -> Any:
-            take_as_it_is(name)
+            register_inductor_fallback(name)
             return fake(*args, **kwargs)
 
         return torch.library.register_fake(name, traced)
@@ -142,12 +55,12 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     return register
 
 
-def take_as_it_is(name: str) -> None:
-    """Tell Inductor, once it is there, to call an operator as it would any that it doesn't know.
+def register_inductor_fallback(name: str) -> None:
+    """Tell Inductor, if it is imported, to call this operator as it is.
 
-    Left to find that out, PyTorch 2.11 first makes a text of the arguments, for a log that nobody reads. Each holds the
-    texts of all operators before it, some of them twice: for the loss at the end of 4 layers of ours that took most
-    of a minute, and of 12 it did not end. From 2.13 on the text is made only if it is read.
+    PyTorch 2.11 finds that out by itself, but first formats the operator's arguments for a debug log. Each text holds
+    those of all operators before it: the loss after 4 layers of ours took most of a minute, after 12 it never ended.
+    From 2.13 on the text is formatted only if it is read.
     """
     lowering = sys.modules.get("torch._inductor.lowering")
     namespace, operator = name.split("::")

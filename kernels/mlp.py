@@ -77,7 +77,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels import launch
-from fastgpt2.kernels.launch import Kernel, Loop, Tuning, Work, on, statistics
+from fastgpt2.kernels.launch import hash_callees_first, on, statistics
+from fastgpt2.kernels.specs.records import Kernel, Loop, Tuning, Work
 from fastgpt2.kernels.tiles import INTERPRETED, cast, dot
 from fastgpt2.kernels.tuning import LaunchConfig, lookup, precision_name
 
@@ -206,6 +207,7 @@ def _activate(z, bias_ptr, pre, act, row, column, M, HIDDEN, DTYPE: tl.constexpr
     _store(act, cast(z * _share(z, APPROXIMATE), DTYPE), row, column, M, HIDDEN, ROWS, COLUMNS, TMA)
 
 
+@hash_callees_first
 @triton.jit(do_not_specialize=["M"])
 def gelu_mlp_forward_kernel(
     x_ptr, w_ptr, bias_ptr, pre_ptr, act_ptr,  # (M, C), (HIDDEN, C), (HIDDEN,), (M, HIDDEN) twice: contiguous
@@ -263,6 +265,7 @@ def _differentiate(dact, pre, dpre, act, partial_ptr, row, column, M, HIDDEN, DT
     tl.store(partial_ptr + tl.cast(row // ROWS, tl.int64) * HIDDEN + c, tl.sum(d, 0), mask=c < HIDDEN)
 
 
+@hash_callees_first
 @triton.jit(do_not_specialize=["M"])
 def gelu_mlp_backward_kernel(
     dy_ptr, w_ptr, pre_ptr, dpre_ptr, act_ptr,  # (M, N), (N, HIDDEN), (M, HIDDEN) three times: contiguous

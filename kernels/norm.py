@@ -80,7 +80,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt2.kernels import launch
-from fastgpt2.kernels.launch import Kernel, Loop, Tuning, Work, on, statistics
+from fastgpt2.kernels.launch import hash_callees_first, on, statistics
+from fastgpt2.kernels.specs.records import Kernel, Loop, Tuning, Work
 from fastgpt2.kernels.tiles import cast, load_row, load_tile, store_row, store_tile
 from fastgpt2.kernels.tuning import LaunchConfig, lookup, precision_name
 
@@ -120,6 +121,7 @@ def load_sum(
     return s
 
 
+@hash_callees_first
 @triton.jit(do_not_specialize=["rows"])
 def layer_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr,  # (rows, C) by its stride, the same or None, (C,), (C,)
@@ -145,6 +147,7 @@ def layer_norm_forward_kernel(
     store_row(rstd_ptr, rstd, start, rows, BLOCK_M)
 
 
+@hash_callees_first
 @triton.jit(do_not_specialize=["rows"])
 def layer_norm_backward_kernel(
     dy_ptr, dtotal_ptr,  # (rows, C) by its stride, the same or None

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from fastgpt2.kernels.launch import Work
+from fastgpt2.kernels.specs.records import Work
 
 
 @dataclass(frozen=True)

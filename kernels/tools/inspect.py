@@ -26,7 +26,7 @@ from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
 
-from fastgpt2.kernels.launch import Kernel, Work
+from fastgpt2.kernels.specs.records import Kernel, Work
 from fastgpt2.kernels.tools.bounds import CARDS, SLACK, Bound, allowed, bound, check_in, read_code
 from fastgpt2.kernels.tools.hazards import serialised, touched_in_flight
 from fastgpt2.kernels.tuning import LaunchConfig, architectures, configurations, read_table

@@ -40,7 +40,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fastgpt2.kernels.launch import Tuning
+from fastgpt2.kernels.specs.records import Tuning
 from fastgpt2.kernels.tools import inspect
 from fastgpt2.kernels.tools.inspect import Case, Report
 from fastgpt2.kernels.tuning import TABLES, LaunchConfig, architectures, check_table, major, nearest, read_table

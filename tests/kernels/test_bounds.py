@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from fastgpt2.kernels.launch import Loop, Work
+from fastgpt2.kernels.specs.records import Loop, Work
 from fastgpt2.kernels.tools import bounds
 from fastgpt2.kernels.tools.bounds import CARDS, Body, Code, bound, read_code
 from tests.kernels.machine_code import sass

@@ -144,7 +144,7 @@ import json, sys
 import triton
 import triton.language as tl
 from fastgpt2.kernels.tools import inspect
-from fastgpt2.kernels.launch import Kernel
+from fastgpt2.kernels.specs.records import Kernel
 from fastgpt2.kernels.tuning import LaunchConfig
 
 @triton.jit

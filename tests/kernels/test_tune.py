@@ -347,7 +347,7 @@ def test_a_dry_run_compiles_and_says_what_it_drops(tmp_path) -> None:
     """Of three candidates one spills and one can't compile; in a process that compiles, and so can't interpret."""
     code = (
         "from fastgpt2.kernels.tools import tune\n"
-        "from fastgpt2.kernels.launch import Tuning\n"
+        "from fastgpt2.kernels.specs.records import Tuning\n"
         "from fastgpt2.kernels.tuning import LaunchConfig\n"
         "bad = [LaunchConfig(16, num_warps=16), LaunchConfig(3, num_warps=4)]\n"
         "tune.tunings = lambda: {'layer_norm_backward': Tuning(lambda *_: bad, None)}\n"

@@ -1,0 +1,1 @@
+"""What the tools know of each kernel: work, candidates, examples. Nothing here runs in training."""
