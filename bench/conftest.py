@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from bench import contests
-from bench.contests import Contest, Measured, Missing, call_once, free_memory
+from bench.ops import contests
+from bench.ops.contests import Contest, Measured, Missing, call_once, free_memory
+from bench.ops.shapes import DEVICE
 from bench.roofline import read_or_measure
-from bench.shapes import DEVICE
-from bench.steps import STEPS, TUNED, Kernels
+from bench.step.steps import STEPS, TUNED, Kernels
 from bench.timing import append_json_line, commit, environment, replay
 from fastgpt2.kernels.tuning import use_table
 from fastgpt2.ops import SLOTS
@@ -48,9 +48,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 SLOT = {
     "bench_attention": "attention",
-    "bench_gelu_mlp": "mlp",
-    "bench_layer_norm": "norm",
-    "bench_linear_cross_entropy": "loss",
+    "bench_mlp": "mlp",
+    "bench_norm": "norm",
+    "bench_loss": "loss",
 }
 """Whose kernel is the candidate "triton" of a file."""
 

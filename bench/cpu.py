@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from bench.lockstep import Limits, Lost, contest
 from bench.results import best_peer, gib, mode, number, ratio
 from bench.stages import new_record, record_file
-from bench.steps import REFERENCES, STEPS, StepShape, agree_in, result
+from bench.step.lockstep import Limits, Lost, contest
+from bench.step.steps import REFERENCES, STEPS, StepShape, agree_in, result
 from bench.timing import ROOT, commit, environment
 from fastgpt2.config import PRESETS
 from fastgpt2.flags import Parser

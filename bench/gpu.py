@@ -34,7 +34,7 @@ from bench import kernel_profile, smoke, targets
 from bench.device_state import FIXED_FIELDS, find_tool, make_state_query, query_gpu
 from bench.results import Record, align, summary
 from bench.stages import Files, NotNow, Stage, exit_status, new_record, read_environment, record_file, run_stages
-from bench.steps import TUNED, Kernels
+from bench.step.steps import TUNED, Kernels
 from bench.timing import ROOT, commit
 from fastgpt2.flags import Parser
 from fastgpt2.kernels.tuning import check_table
@@ -110,9 +110,9 @@ def part_1(run: Run) -> list[Stage]:
         _step(run, "step, B=64", "gpt2-B64-compiled-first", 120, seconds_needed=45),
         _kernels(run, "the step's kernels: ours", "ours-triton", 40),
         _kernels(run, "the step's kernels: plain", "plain", 40),
-        _bench(run, "attention", "attention T=1024", f"{attention} and ({_FAST})", 30, seconds_needed=12),
-        _bench(run, "gelu_mlp", "gelu_mlp, 64k tokens", _MLP, 30, seconds_needed=12),
-        _bench(run, "linear_cross_entropy", "loss, 64k tokens", f"{large} and {_LOSS}", 30, seconds_needed=12),
+        _bench(run, "ops/bench_attention", "attention T=1024", f"{attention} and ({_FAST})", 30, seconds_needed=12),
+        _bench(run, "ops/bench_mlp", "gelu_mlp, 64k tokens", _MLP, 30, seconds_needed=12),
+        _bench(run, "ops/bench_loss", "loss, 64k tokens", f"{large} and {_LOSS}", 30, seconds_needed=12),
         # Minute 4.
         _tests(run, "operations", 80, seconds_needed=40),
         _tests(run, "trajectories", 30, seconds_needed=20),
@@ -136,13 +136,13 @@ def part_2(run: Run) -> list[Stage]:
     def step(name: str, keyword: str, seconds_limit: float = 300) -> Stage:
         return _step(run, name, keyword, seconds_limit, seconds_needed=40)
 
-    mlp, loss = "gelu_mlp", "linear_cross_entropy"
+    attn, mlp, norm, loss = (f"ops/bench_{op}" for op in ("attention", "mlp", "norm", "loss"))
     return [
         _ceilings(run),
         _smoke(run, 40),
         step("step, CUDA graphs, B=1, eager", "gpt2-B1-eager-graph", 60),
         step("step, CUDA graphs, B=1", "gpt2-B1-compiled-graph", 90),
-        bench("attention T=2048 and up", "attention", "T2048 or T4096 or T8192", 60),
+        bench("attention T=2048 and up", attn, "T2048 or T4096 or T8192", 60),
         # Its checks are among the tests; this is their table.
         Stage("verify", [*_PYTHON, "fastgpt2.verify"], 240, seconds_needed=40, required=True),
         _tool("gpu tests: memory and races", "sanitize", "compute-sanitizer", 300),
@@ -152,24 +152,24 @@ def part_2(run: Run) -> list[Stage]:
         step("step, CUDA graphs, B=4", "gpt2-B4 and graph"),
         step("step, B=32", "gpt2-B32-compiled-peers"),
         _tool("attention's counters", "profile", "ncu", 150, "--jsonl", str(run.results)),
-        bench("attention T=1024, the others", "attention", f"{attention} and not ({_FAST})", 150),
+        bench("attention T=1024, the others", attn, f"{attention} and not ({_FAST})", 150),
         bench("gelu_mlp, 64k tokens, the others", mlp, f"{large} and not ({_MLP})", 150),
         bench("loss, 64k tokens, the others", loss, f"{large} and not {_LOSS}", 150),
-        bench("layer norm, 64k tokens", "layer_norm", large, 120),
+        bench("layer norm, 64k tokens", norm, large, 120),
         step("step, eager", "gpt2-B32-eager-peers", 180),
         step("step, recomputed", "gpt2-B32-compiled-recompute"),
-        bench("optimizer step", "optimizer", "test", 120),
-        bench("data loading", "data", "test", 60),
+        bench("optimizer step", "ops/bench_optimizer", "test", 120),
+        bench("data loading", "step/bench_data", "test", 60),
         *(step(f"step, {model}", f"gpt2-{model}") for model in ("medium", "large", "xl")),
-        bench("attention, other sizes", "attention", f"T1024 and not {attention}", 240),
+        bench("attention, other sizes", attn, f"T1024 and not {attention}", 240),
         bench("loss, other sizes", loss, f"not ({large})", 120),
         bench("gelu_mlp, other sizes", mlp, f"not ({large})", 120),
-        bench("layer norm, other sizes", "layer_norm", f"not ({large})", 120),
+        bench("layer norm, other sizes", norm, f"not ({large})", 120),
         step("step, few tokens", "(gpt2-B16 or gpt2-B8 or gpt2-B4 or gpt2-B1) and compiled-peers"),
-        bench("first step", "first_step", "compiled", 300),
-        bench("first step, eager", "first_step", "eager", 120),
+        bench("first step", "step/bench_first_step", "compiled", 300),
+        bench("first step, eager", "step/bench_first_step", "eager", 120),
         # The same again: differences between candidates that are smaller than these are noise.
-        bench("attention T=1024, repeated", "attention", attention, 90),
+        bench("attention T=1024, repeated", attn, attention, 90),
     ]
 
 
@@ -200,7 +200,7 @@ def _bench(run: Run, file: str, name: str, keyword: str, seconds_limit: float, s
     def argv() -> list[str]:
         options = ["--bench-jsonl", str(run.results), "--bench-commit", run.commit, *run.options("--bench-")]
         options += ["--bench-ceilings", str(run.ceilings), "--tb=short"]
-        return [*_PYTEST, f"bench/bench_{file}.py", "-k", keyword, *options]
+        return [*_PYTEST, f"bench/{file}.py", "-k", keyword, *options]
 
     return Stage(name, argv, seconds_limit, seconds_needed)
 
@@ -208,7 +208,7 @@ def _bench(run: Run, file: str, name: str, keyword: str, seconds_limit: float, s
 def _step(
     run: Run, name: str, keyword: str, seconds_limit: float, seconds_needed: float, *, tuned: bool = False
 ) -> Stage:
-    stage = _bench(run, "train_step", name, keyword, seconds_limit, seconds_needed=seconds_needed)
+    stage = _bench(run, "step/bench_train_step", name, keyword, seconds_limit, seconds_needed=seconds_needed)
     return _after_tuning(run, stage) if tuned else stage
 
 

@@ -17,9 +17,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
+from bench.ops.shapes import DEVICE
 from bench.results import align
-from bench.shapes import DEVICE
-from bench.steps import STEPS, Kernels, StepShape
+from bench.step.steps import STEPS, Kernels, StepShape
 from bench.timing import append_json_line
 from fastgpt2.config import PRESETS, ConfigError, Dtype
 from fastgpt2.device import synchronize

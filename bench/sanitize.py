@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from bench.device_state import find_tool
+from bench.ops.shapes import DEVICE
 from bench.results import align
-from bench.shapes import DEVICE
 from bench.timing import ROOT
 from fastgpt2 import kernels
 from fastgpt2.attention import document_bounds

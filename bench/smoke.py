@@ -221,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.change and given.slot not in CHANGES[given.change].slots:
         parser.error(f"--change {given.change!r} needs --slot {' or '.join(CHANGES[given.change].slots)}")
     if given.warm:
-        from bench.steps import STEPS  # a slot's process need not wait for it
+        from bench.step.steps import STEPS  # a slot's process need not wait for it
 
         if unknown := [name for name in given.warm if name not in STEPS]:
             parser.error(f"--warm: no step {' or '.join(unknown)}; there are {', '.join(STEPS)}")

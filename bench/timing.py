@@ -279,7 +279,7 @@ PEER_PACKAGES = (
     *("transformers", "liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4"),
     *("cut-cross-entropy", "quack-kernels"),
 )
-"""What bench.peers and bench.steps take their candidates from, beside PyTorch."""
+"""What bench.ops.peers and bench.step.steps take their candidates from, beside PyTorch."""
 
 
 def environment() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Contestants that a worker of bench.lockstep can be given: each sleeps, and one thing goes wrong with it."""
+"""Contestants that a worker of bench.step.lockstep can be given: each sleeps, and one thing goes wrong with it."""
 
 from __future__ import annotations
 

@@ -16,18 +16,18 @@ from typing import Any
 import pytest
 import torch
 
-from bench.bench_attention import AttentionContest
-from bench.bench_data import NEEDED_TOKENS_PER_S, TOKENS, DataContest, nanogpt, write_counting_shard
-from bench.bench_gelu_mlp import MlpContest, MlpShape
-from bench.bench_layer_norm import NormContest, NormShape
-from bench.bench_linear_cross_entropy import HeadContest, HeadShape
-from bench.bench_optimizer import ONE_BLOCK, OptimizerContest, fused
-from bench.contests import Contest, Function, Missing
-from bench.peers import torch_add_layer_norm
+from bench.ops.bench_attention import AttentionContest
+from bench.ops.bench_loss import HeadContest, HeadShape
+from bench.ops.bench_mlp import MlpContest, MlpShape
+from bench.ops.bench_norm import NormContest, NormShape
+from bench.ops.bench_optimizer import ONE_BLOCK, OptimizerContest, fused
+from bench.ops.contests import Contest, Function, Missing
+from bench.ops.peers import torch_add_layer_norm
+from bench.ops.shapes import AttentionShape
 from bench.results import table
-from bench.shapes import AttentionShape
+from bench.step.bench_data import NEEDED_TOKENS_PER_S, TOKENS, DataContest, nanogpt, write_counting_shard
+from bench.step.worker import FAILED, OUT_OF_MEMORY, _explain
 from bench.timing import ROOT
-from bench.worker import FAILED, OUT_OF_MEMORY, _explain
 from fastgpt2.attention import sdpa_attention
 from fastgpt2.data import GPT2_VOCAB_SIZE
 from fastgpt2.kernels.loss import linear_cross_entropy_reference
@@ -64,7 +64,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 # ------------------------------------------------------------------------------------------- `pytest bench/`
 
-OPS = ("attention", "gelu_mlp", "layer_norm", "linear_cross_entropy", "optimizer", "data")
+FILES = (
+    "ops/bench_attention",
+    "ops/bench_mlp",
+    "ops/bench_norm",
+    "ops/bench_loss",
+    "ops/bench_optimizer",
+    "step/bench_data",
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +82,7 @@ def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     outputs = [f"--benchmark-json={folder / 'bench.json'}", f"--bench-jsonl={folder / 'lines'}"]
     small = "not compiled and not chunks" + (" and (B4 or N4096 or gpt2)" if CUDA else "")
     done = run(
-        *(f"bench/bench_{op}.py" for op in OPS),
+        *(f"bench/{file}.py" for file in FILES),
         "-k",
         small,
         *outputs,
@@ -207,8 +214,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.contests import Candidate, Contest
-from bench.peers import Unavailable
+from bench.ops.contests import Candidate, Contest
+from bench.ops.peers import Unavailable
 from bench.roofline import Work
 from bench.timing import REPLAY
 
@@ -301,7 +308,7 @@ def test_without_ceilings_there_is_no_limit(sleepers: dict[str, Any]) -> None:
 
 
 def test_without_pytest_benchmark_a_line_says_what_is_missing() -> None:
-    done = run("-p", "no:benchmark", "bench/bench_data.py")
+    done = run("-p", "no:benchmark", "bench/step/bench_data.py")
     assert done.returncode == 4
     assert "ERROR: the benchmarks need pytest-benchmark: pip install pytest-benchmark" in done.stdout + done.stderr
 

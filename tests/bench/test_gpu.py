@@ -26,7 +26,7 @@ from bench.gpu import ALONE, SESSIONS, Run, gpu_test_sessions, programme
 from bench.results import load, summary
 from bench.smoke import CHANGES
 from bench.stages import Files, NotNow, Stage, exit_status, run_stages
-from bench.steps import STEPS, Kernels
+from bench.step.steps import STEPS, Kernels
 from bench.timing import ROOT
 from fastgpt2.kernels import tuning
 from fastgpt2.ops import torch_norm

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import peers
-from bench.budget import Yardstick
-from bench.peers import PEERS, Unavailable, torch_add_layer_norm
+from bench.ops import peers
+from bench.ops.budget import Yardstick
+from bench.ops.peers import PEERS, Unavailable, torch_add_layer_norm
 from fastgpt2.attention import naive_attention
 from fastgpt2.kernels.loss import linear_cross_entropy_reference
 from fastgpt2.ops import torch_mlp

@@ -266,7 +266,7 @@ def test_other_widths_and_batches_are_not_in_the_sweep_over_t() -> None:
 
 
 def test_a_record_names_the_versions_of_all_peers_packages() -> None:
-    from bench.peers import PEERS
+    from bench.ops.peers import PEERS
 
     assert {peer.needs for table in PEERS.values() for peer in table.values()} - {None} <= set(PEER_PACKAGES)
     assert environment()["packages"].keys() <= set(PEER_PACKAGES)

@@ -20,13 +20,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench import cpu
-from bench.bench_train_step import ON_A_CPU, ON_A_GPU
-from bench.lockstep import FIRST_CALLS, Candidate, Finished, Limits, Lost, Worker, contest
-from bench.plain_gpt2 import PlainGPT2
 from bench.results import load, ratio
-from bench.steps import STEPS, HuggingFace, StepShape, agree_in, initial_weights, make_plain, result, to_transformers
+from bench.step.bench_train_step import ON_A_CPU, ON_A_GPU
+from bench.step.lockstep import FIRST_CALLS, Candidate, Finished, Limits, Lost, Worker, contest
+from bench.step.plain_gpt2 import PlainGPT2
+from bench.step.steps import (
+    STEPS,
+    HuggingFace,
+    StepShape,
+    agree_in,
+    initial_weights,
+    make_plain,
+    result,
+    to_transformers,
+)
+from bench.step.worker import _Serving
 from bench.timing import ROOT, Timed
-from bench.worker import _Serving
 from fastgpt2.config import PRESETS, ModelConfig, TrainConfig
 from fastgpt2.model import GPT
 
@@ -154,7 +163,7 @@ def test_a_candidate_that_hangs_while_it_is_built_costs_the_others_no_round(tmp_
 
 def test_a_worker_whose_parent_is_killed_goes_too(tmp_path: Path) -> None:
     program = f"""
-from bench.lockstep import Worker, Candidate
+from bench.step.lockstep import Worker, Candidate
 arguments = {{"name": "x", "log": {str(tmp_path / "calls")!r}, "what": "hang", "at": 0}}
 worker = Worker("x", Candidate("tests.bench.contestants:Trouble", arguments))
 import threading
@@ -215,7 +224,7 @@ def test_a_round_on_a_gpu_is_one_wall_clock_over_consecutive_calls(monkeypatch: 
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr("bench.worker.time", SimpleNamespace(perf_counter=lambda: clock.host_s))
+    monkeypatch.setattr("bench.step.worker.time", SimpleNamespace(perf_counter=lambda: clock.host_s))
     serving = _Serving()
     serving.contestant = Queued()
     answer = serving._cuda_round(5)
@@ -340,7 +349,7 @@ def test_the_padding_that_a_peer_predicts_is_allowed_for() -> None:
 HELD_APART = """
 import torch, torch.nn.functional as F
 from torch._dynamo.utils import counters
-from bench.steps import make_plain
+from bench.step.steps import make_plain
 from tests.bench.test_step import SETTINGS
 
 def found(**held):

@@ -116,13 +116,14 @@ def test_a_gelu_mlp_that_auto_uses_has_no_excuse() -> None:
 BENCHED = """
 import json, torch
 torch.cuda.is_available = lambda: True
-from bench import bench_attention, bench_gelu_mlp, bench_linear_cross_entropy, bench_train_step
-from bench.steps import STEPS
+from bench.ops import bench_attention, bench_loss, bench_mlp
+from bench.step import bench_train_step
+from bench.step.steps import STEPS
 
 directions = ("forward", "backward")
 contests = [bench_attention.AttentionContest(s, d) for s in bench_attention.ATTENTION_SHAPES for d in directions]
-contests += [bench_gelu_mlp.MlpContest(s, d) for s in bench_gelu_mlp.SHAPES for d in bench_gelu_mlp.FLOPS]
-contests += [bench_linear_cross_entropy.HeadContest(s, "training") for s in bench_linear_cross_entropy.SHAPES]
+contests += [bench_mlp.MlpContest(s, d) for s in bench_mlp.SHAPES for d in bench_mlp.FLOPS]
+contests += [bench_loss.HeadContest(s, "training") for s in bench_loss.SHAPES]
 benched = [(c.op, c.shape(), c.dtype, None, {}, list(c.candidates)) for c in contests]
 for c in bench_train_step.ON_A_GPU:
     slots = {name: {"attention": STEPS[name].settings.get("attn", "sdpa"), "mlp": "torch"} for name in c.names}

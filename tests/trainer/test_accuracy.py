@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.budget import Yardstick
+from bench.ops.budget import Yardstick
 from fastgpt2.accuracy import ALLOWED, SEEDS, UNITS_IN_LAST_PLACE, ErrorBudget, error_and_budget, pooled, problems
 
 pytestmark = pytest.mark.numeric

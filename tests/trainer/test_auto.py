@@ -140,12 +140,12 @@ def test_the_shipped_table_is_in_step_and_names_what_exists() -> None:
 
 
 def test_the_ablation_is_among_what_is_timed() -> None:
-    steps = pytest.importorskip("bench.steps").STEPS
+    steps = pytest.importorskip("bench.step.steps").STEPS
     assert auto.PLAIN in steps
     for slot, names in auto.CANDIDATES.items():
         changed = {f"ours-{slot}-{name}" for name in names} & steps.keys()
         assert changed, f"no step changes {slot} alone"
-    contests = pytest.importorskip("bench.bench_train_step").ON_A_GPU
+    contests = pytest.importorskip("bench.step.bench_train_step").ON_A_GPU
     (ablation,) = (contest for contest in contests if contest.kind == "ablation")
     decides = {auto.PLAIN, auto.PLAIN_ANY_ORDER, "ours-attention-triton", "ours-attention-cudnn"}
     assert ablation.shape.B == 32 and ablation.compiled and decides <= set(ablation.names)

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.budget import assert_within_budget
-from bench.contests import Candidate, Contest, Function, backward_of, ours, peers, rotate
-from bench.peers import PEERS, Unavailable
-from bench.shapes import ATTENTION_SHAPES, DEVICE, AttentionShape
+from bench.ops.budget import assert_within_budget
+from bench.ops.contests import Candidate, Contest, Function, backward_of, ours, peers, rotate
+from bench.ops.peers import PEERS, Unavailable
+from bench.ops.shapes import ATTENTION_SHAPES, DEVICE, AttentionShape
 from bench.timing import REPLAY, Call, input_sets
 from fastgpt2.accuracy import attention_problem, error_and_budget
 from fastgpt2.attention import naive_attention, sdpa_attention

@@ -1,6 +1,6 @@
 """The whole training step, as the trainer runs it: draw the next batch, forward, backward, optimizer.
 
-Each contest is a set of candidates of bench.steps, every one in a process of its own (bench.lockstep), timed in turn
+Each contest is a set of candidates of bench.step.steps, every one in a process of its own (bench.step.lockstep), timed in turn
 once their losses and gradients are seen to agree with those of plain PyTorch, eager:
 
     peers       ours as it comes, and with every kernel of ours, beside plain PyTorch and transformers
@@ -24,9 +24,9 @@ from typing import Any, NoReturn
 import pytest
 
 from bench.device_state import make_state_query
-from bench.lockstep import Candidate, Finished, Limits, Lost, contest
-from bench.shapes import CUDA, DEVICE
-from bench.steps import REFERENCES, STEPS, TUNED, Kernels, StepShape, agree_in, result
+from bench.ops.shapes import CUDA, DEVICE
+from bench.step.lockstep import Candidate, Finished, Limits, Lost, contest
+from bench.step.steps import REFERENCES, STEPS, TUNED, Kernels, StepShape, agree_in, result
 from bench.timing import REPLAY, replay, stage_ends
 from fastgpt2.ops import SLOTS
 

@@ -23,11 +23,11 @@ import torch._functorch.config as functorch_config
 
 from bench import timing
 from bench.device_state import make_state_query
-from bench.peers import PEERS, Unavailable
+from bench.ops.peers import PEERS, Unavailable
+from bench.ops.shapes import DEVICE, SECONDS
 from bench.roofline import Work, figures
-from bench.shapes import DEVICE, SECONDS
+from bench.step.worker import lacked_memory
 from bench.timing import Call, Timed, peak_memory
-from bench.worker import lacked_memory
 from fastgpt2.config import ConfigError
 from fastgpt2.device import synchronize
 from fastgpt2.ops import make_ops
@@ -96,7 +96,7 @@ def ours(slot: str, name: str, dtype: torch.dtype, head_dim: int = 64) -> Functi
 
 
 def peers(op: str) -> dict[str, Candidate]:
-    """All of bench.peers for an operation."""
+    """All of bench.ops.peers for an operation."""
     return {name: Candidate(peer.load, "peer" if peer.packed else "floor") for name, peer in PEERS[op].items()}
 
 

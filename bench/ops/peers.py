@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.worker import NO_KERNEL
+from bench.step.worker import NO_KERNEL
 from fastgpt2.attention import flex_attention, naive_attention, sdpa_attention, unsupported
 from fastgpt2.kernels import launch
 from fastgpt2.kernels.loss import linear_cross_entropy_reference

@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.contests import Candidate, Contest, Function
+from bench.ops.contests import Candidate, Contest, Function
+from bench.ops.shapes import CUDA, DEVICE
 from bench.roofline import Work
-from bench.shapes import CUDA, DEVICE
 from bench.timing import REPLAY, Call
 from fastgpt2.data import GPT2_VOCAB_SIZE, HEADER_BYTES, open_data, split, write_shard
 

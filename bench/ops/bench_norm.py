@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.budget import Yardstick
-from bench.contests import Candidate, Contest, Function, backward_of, ours, peers, rotate
-from bench.peers import torch_add_layer_norm
+from bench.ops.budget import Yardstick
+from bench.ops.contests import Candidate, Contest, Function, backward_of, ours, peers, rotate
+from bench.ops.peers import torch_add_layer_norm
+from bench.ops.shapes import CUDA, DEVICE
 from bench.roofline import Work
-from bench.shapes import CUDA, DEVICE
 from bench.timing import REPLAY, Call, input_sets
 
 Drawn = tuple[list[Tensor], tuple[Tensor, Tensor]]

@@ -1,6 +1,6 @@
 """A worker of a contest: a process that builds one candidate and does with it what the parent says.
 
-Commands and answers are lines of JSON, on the standard input and output; bench.lockstep is the other end.
+Commands and answers are lines of JSON, on the standard input and output; bench.step.lockstep is the other end.
 """
 
 from __future__ import annotations

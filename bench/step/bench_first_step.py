@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from bench.bench_train_step import LIMITS
-from bench.lockstep import Worker, WorkerError
-from bench.shapes import CUDA, DEVICE
-from bench.steps import STEPS, Kernels, StepShape
+from bench.ops.shapes import CUDA, DEVICE
+from bench.step.bench_train_step import LIMITS
+from bench.step.lockstep import Worker, WorkerError
+from bench.step.steps import STEPS, Kernels, StepShape
+from bench.step.worker import FAILED
 from bench.timing import REPLAY, Timed, replay
-from bench.worker import FAILED
 
 SHAPE = StepShape("gpt2", 4, "bfloat16") if CUDA else StepShape("tiny", 8, "float32", n_layer=1)
 NAMES = ("ours-auto", "ours-triton", "plain", "transformers")

@@ -4,7 +4,7 @@ All train the same GPT-2 from the same weights on the same tokens with the same 
 while the device works. Ours runs as the trainer does, under its numerics, which ask PyTorch for deterministic
 algorithms; the peers run without that request, which is PyTorch at its fastest. Peers:
 
-    plain                   bench.plain_gpt2: PyTorch alone, as nanoGPT does it, SDPA's choice of kernel
+    plain                   bench.step.plain_gpt2: PyTorch alone, as nanoGPT does it, SDPA's choice of kernel
     plain-cudnn, -flash, -efficient      the same with SDPA held to one kernel
     plain-reduce-overhead   the same with PyTorch's own CUDA graphs (torch.compile's mode)
     transformers            GPT2LMHeadModel with attn_implementation="sdpa" and the one-kernel form of its GELU; logits,
@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.lockstep import Candidate, Finished, Values
-from bench.plain_gpt2 import PlainGPT2
 from bench.roofline import Work, figures
+from bench.step.lockstep import Candidate, Finished, Values
+from bench.step.plain_gpt2 import PlainGPT2
 from fastgpt2.config import PRESETS, ConfigError, ModelConfig, TrainConfig
 from fastgpt2.data import open_data, split
 from fastgpt2.kernels.tuning import use_table
@@ -148,11 +148,11 @@ def _ours(choices: dict[str, str] | None, **settings: Any) -> StepCandidate:
     if settings.get("attn") == "cudnn":
         settings["deterministic"] = False  # there is no deterministic form of it
     cuda = next((why for why, yes in needs.items() if yes), "")
-    return StepCandidate("ours", "bench.steps:make_ours", settings, cuda=cuda)
+    return StepCandidate("ours", "bench.step.steps:make_ours", settings, cuda=cuda)
 
 
 def _plain(cuda: str = "", **options: Any) -> StepCandidate:
-    return StepCandidate("peer", "bench.steps:make_plain", options=options, cuda=cuda)
+    return StepCandidate("peer", "bench.step.steps:make_plain", options=options, cuda=cuda)
 
 
 _ALL = dict.fromkeys(SLOTS, "triton")
@@ -180,7 +180,7 @@ STEPS: dict[str, StepCandidate] = {
     "plain": _plain(),
     **{f"plain-{kernel}": _plain(_KERNELS, kernel=kernel) for kernel in ("cudnn", "flash", "efficient")},
     "plain-reduce-overhead": _plain(_GRAPH, mode="reduce-overhead"),
-    "transformers": StepCandidate("peer", "bench.steps:make_transformers"),
+    "transformers": StepCandidate("peer", "bench.step.steps:make_transformers"),
 }
 """By name. `ours-auto` is what the trainer does by default, `ours-auto-attn` what it does with `--attn triton`;
 `ours-<slot>-<implementation>` has PyTorch's forms but for one slot."""
@@ -259,7 +259,7 @@ def make_ours(settings: dict[str, Any], table: str | None = None) -> Step:
 
 
 def make_plain(settings: dict[str, Any], kernel: str | None = None, mode: str | None = None) -> Step:
-    """bench.plain_gpt2, with SDPA held to a kernel and torch.compile in a mode where they are given."""
+    """bench.step.plain_gpt2, with SDPA held to a kernel and torch.compile in a mode where they are given."""
     if kernel is not None:
         _for_good(sdpa_kernel(getattr(SDPBackend, f"{kernel.upper()}_ATTENTION")))
         # The compiler's caches on disk don't know what SDPA is held to: one candidate would run another's code.
@@ -382,7 +382,7 @@ GRADIENT_TOLERANCE = {"float64": 1e-8, "float32": 1e-3, "tf32": 2e-2, "bfloat16"
 
 
 def agree_in(shape: StepShape) -> Callable[[str, Values, str, Values], str | None]:
-    """What bench.lockstep checks before it times: the first losses, and the norms of the first step's gradients, since
+    """What bench.step.lockstep checks before it times: the first losses, and the norms of the first step's gradients, since
     on random tokens a loss hardly feels what is wrong.
 
     A vocabulary that is predicted with its padding, as nanoGPT's is, adds up to log(padded / V) to the loss.

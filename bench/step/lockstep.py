@@ -23,8 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench.step.worker import FAILED, OUT_OF_MEMORY, UNAVAILABLE
 from bench.timing import ROOT, Timed
-from bench.worker import FAILED, OUT_OF_MEMORY, UNAVAILABLE
 from fastgpt2.cuda_graph import WARM_UP_STEPS
 
 FIRST_CALLS = WARM_UP_STEPS + 2
@@ -51,7 +51,7 @@ class Candidate:
 
     Args:
         make: "module:function", called in the worker with `arguments`, which JSON must be able to hold; gives a
-            bench.worker.Contestant.
+            bench.step.worker.Contestant.
         environment: beside the parent's variables.
     """
 
@@ -309,7 +309,7 @@ class Worker:
         self.close()
         self._began = time.monotonic()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker"],
+            [sys.executable, "-m", "bench.step.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._printed,

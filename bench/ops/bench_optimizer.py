@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.budget import Yardstick
-from bench.contests import Candidate, Contest, Function
-from bench.peers import Unavailable
+from bench.ops.budget import Yardstick
+from bench.ops.contests import Candidate, Contest, Function
+from bench.ops.peers import Unavailable
+from bench.ops.shapes import CUDA, DEVICE
 from bench.roofline import Work
-from bench.shapes import CUDA, DEVICE
 from bench.timing import REPLAY, Call
 from fastgpt2.config import PRESETS, ModelConfig, TrainConfig
 from fastgpt2.model import GPT

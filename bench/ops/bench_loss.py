@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.budget import Yardstick
-from bench.contests import Candidate, Contest, Function, ours, peers, rotate
+from bench.ops.budget import Yardstick
+from bench.ops.contests import Candidate, Contest, Function, ours, peers, rotate
+from bench.ops.shapes import CUDA, DEVICE
 from bench.roofline import Work
-from bench.shapes import CUDA, DEVICE
 from bench.timing import REPLAY, Call, input_sets
 from fastgpt2.kernels.loss import linear_cross_entropy_reference
 

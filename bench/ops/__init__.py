@@ -1,0 +1,1 @@
+"""Benchmarks of one operation: ours beside PyTorch's forms and other packages."""

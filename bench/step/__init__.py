@@ -1,0 +1,1 @@
+"""Benchmarks of the training step: every candidate in a process of its own."""
