@@ -39,7 +39,8 @@ from fastgpt2.flags import Parser
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import SLOTS, Ops, make_ops
 from fastgpt2.optim import make_optimizer
-from fastgpt2.run import TORCH_DTYPE, Run, settle
+from fastgpt2.run import Run, settle
+from fastgpt2.settings import TORCH_DTYPE
 
 CHECKED_IN = Path(__file__).parent / "counts.json"
 B, T, H, D, V = 4, 1024, 12, 64, 50257
@@ -295,12 +296,12 @@ def _run(config: TrainConfig, choices: dict[str, str], ops: Ops | None) -> tuple
     """A run that is ready to step, and tokens (1, B, T + 1) for it."""
     config, device = settle(dataclasses.replace(config, device="cpu", steps=3))
     size = config.model_config()
-    ops = ops or make_ops(choices, dtype=TORCH_DTYPE[str(config.dtype)], head_dim=size.head_dim)[0]
+    ops = ops or make_ops(choices, dtype=config.torch_dtype, head_dim=size.head_dim)[0]
     model = GPT(size, ops, recompute=config.recompute)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     parameters = list(model.parameters())
     run = Run(config, device, model, make_optimizer(model, config), scaler, None, None, {}, parameters=parameters)  # type: ignore[arg-type]
-    return run, torch.zeros(1, int(config.batch_size or 0), size.block_size + 1, dtype=torch.int64)
+    return run, torch.zeros(1, config.batch_size, size.block_size + 1, dtype=torch.int64)
 
 
 PROBLEMS = {

@@ -32,9 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt2.config import ConfigError, ModelConfig, TrainConfig
+from fastgpt2.config import ConfigError, ModelConfig
 from fastgpt2.durable import OutputError, open_regular, read_json, sha256, sync
 from fastgpt2.model import parameter_count
+from fastgpt2.settings import Settled
 from fastgpt2.state import STATE, UNKNOWN, Progress, check_agreement, check_state, make_state, read_progress
 from fastgpt2.tensors import check_tensors, read_shapes, read_tensors
 
@@ -69,7 +70,7 @@ def checkpoints(out: Path) -> list[Path]:
 def save(
     out: Path,
     step: int,
-    config: TrainConfig,
+    config: Settled,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -109,7 +110,7 @@ def save(
 def _write(
     folder: Path,
     step: int,
-    config: TrainConfig,
+    config: Settled,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,

@@ -1,8 +1,7 @@
 """What to train and how: two dataclasses, the presets, and the checks that need no device.
 
 `TrainConfig` is the command line (a field is a flag, the string below it the help) and the argument of `train`. What
-decides the computation and was left at None is settled once, by `TrainConfig.resolve`, from the preset, the data and
-the device: a resolved configuration trains the same run on another machine.
+decides the computation and was left at None is settled once, by `fastgpt2.settings.resolve`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastgpt2.fields import ConfigError, Count, Fraction, Name, Natural, NonNegative, Place, check_fields, nearest
+from fastgpt2.fields import ConfigError, Count, Fraction, Name, Natural, NonNegative, Place, check_fields
 
 Attention = Literal["auto", "naive", "sdpa", "cudnn", "flex", "triton"]
 Mlp = Literal["auto", "torch", "triton"]
@@ -189,68 +188,6 @@ class TrainConfig:
             given = "--resume auto" if self.resume == "auto" else "--resume"
             raise ConfigError(f"{given} needs --out: the folder of the run to continue")
 
-    def resolve(
-        self,
-        *,
-        cuda: bool,
-        bf16: bool = True,
-        memory_bytes: int = 0,
-        data_vocab_size: int | None = None,
-        data_end_of_text: int | None = None,
-    ) -> TrainConfig:
-        """Fill every field left at None that decides what is computed; `model` and `device` stay as they were asked.
-
-        Args:
-            cuda: whether the run is on a CUDA device.
-            bf16: whether that device computes in bfloat16.
-            memory_bytes: its memory, which decides the batch.
-            data_vocab_size: the vocabulary of the token shards, None for dummy data.
-            data_end_of_text: their end-of-text token, None where it isn't known.
-
-        Raises:
-            ConfigError: no such preset, or a block_size over what the published model has positions for.
-        """
-        name = self.model or ("gpt2" if cuda else "mini")
-        if name not in PRESETS:
-            raise ConfigError(f"no preset {name!r}: there are {', '.join(PRESETS)}{nearest(name, PRESETS)}")
-        preset = PRESETS[name]
-        if self.block_size is not None and self.model is not None and self.block_size > preset.block_size:
-            raise ConfigError(
-                f"--block-size {self.block_size} is over the {preset.block_size} positions of {name}; "
-                f"leave --model out and give the size by flags for a longer context"
-            )
-        shape = {
-            f: _default(getattr(self, f), getattr(preset, f)) for f in ("n_layer", "n_head", "n_embd", "block_size")
-        }
-        vocab_size = _default(self.vocab_size, _default(data_vocab_size, preset.vocab_size))
-        if data_vocab_size is not None and vocab_size < data_vocab_size:
-            raise ConfigError(
-                f"--vocab-size {vocab_size} is smaller than the vocabulary of --data {self.data}: {data_vocab_size}"
-            )
-        end_of_text = _default(self.end_of_text, data_end_of_text) if self.document_mask else self.end_of_text
-        if self.document_mask and end_of_text is None:
-            raise ConfigError(
-                f"--document-mask needs the token that opens a document, which --data {self.data} doesn't tell: "
-                "give it by --end-of-text"
-            )
-        return dataclasses.replace(
-            self,
-            end_of_text=end_of_text,
-            **shape,
-            vocab_size=vocab_size,
-            batch_size=_default(self.batch_size, _sequences_that_fit(memory_bytes) if cuda else 8),
-            steps=_default(self.steps, 200 if cuda else 600),
-            dtype=_default(self.dtype, "bfloat16" if cuda and bf16 else "float32"),
-        )
-
-    def model_config(self) -> ModelConfig:
-        """The shape of the model; the configuration must be resolved."""
-        shape = {f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig) if f.name != "end_of_text"}
-        unsettled = [name for name, value in shape.items() if value is None]
-        if unsettled:
-            raise ConfigError(f"resolve() the configuration first: {', '.join(unsettled)} not settled")
-        return ModelConfig(**shape, end_of_text=self.end_of_text if self.document_mask else None)
-
     def to_toml(self) -> str:
         """The configuration as `--config` reads it, without `resume` and fields at None."""
         rows = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "resume"}
@@ -271,15 +208,3 @@ def _toml(value: Any) -> str:
         value = f"./{value}" if str(value).startswith("~") else str(value)
     # JSON's numbers, booleans and, but for one character, strings are TOML's.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _sequences_that_fit(memory_bytes: int) -> int:
-    """A power of two up to 32, at 1.25 GiB a sequence: GPT-2 124M of 1024 tokens keeps 0.3 GiB of activations in
-    bfloat16 (counted), and the backward's temporaries, the chunk of logits, weights, gradients and the optimizer's
-    averages (3 GiB) come once. An estimate with room for the plain loss, not measured."""
-    fits = (memory_bytes / 2**30 - 3) / 1.25
-    return next((n for n in (32, 16, 8, 4, 2) if n <= fits), 1)
-
-
-def _default(value: Any, otherwise: Any) -> Any:
-    return otherwise if value is None else value

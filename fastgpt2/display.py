@@ -89,7 +89,7 @@ class TrainDisplay(Reporter):
         self.console.print(f"{config.steps} steps of {tokens:,} tokens from {data}; writing to {out}")
         self._progress.start()
         self._task = self._progress.add_task("", total=config.steps, completed=run.start, status="starting")
-        self._steps = int(config.steps or 0)
+        self._steps = config.steps
         self._status = ""
 
     def note(self, text: str) -> None:
@@ -141,7 +141,7 @@ class TrainDisplay(Reporter):
             if value is not None:
                 table.add_row(name, printable(value))
         self.console.print(table)
-        stopped = self.stop_requested and result.steps_done < int(result.config.steps or 0)
+        stopped = self.stop_requested and result.steps_done < result.config.steps
         if stopped and out is not None and result.config.save_every and result.steps_done and not result.missing:
             self.console.print(f"stopped early; continue with --resume --out {shell_word(out)}")
 
@@ -181,7 +181,7 @@ def plot_losses(out: Path, result: TrainResult) -> Path:
     if validated[0]:
         axes.plot(*validated, "o-", label="validation", markersize=4)
     if config.data.startswith("dummy"):
-        floor = math.log(int(config.vocab_size or 1))
+        floor = math.log(config.vocab_size)
         label = "floor" if config.data == "dummy" else "uniform guess"
         axes.axhline(floor, color="gray", linestyle="--", label=f"{label}: ln {config.vocab_size} = {floor:.3f}")
         if config.data == "dummy":  # noise around the floor is not a trend: show it on a scale that says so

@@ -15,6 +15,7 @@ from typing import Any
 from fastgpt2 import checkpoint, record
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.durable import InUseError, locked
+from fastgpt2.settings import Settled
 from fastgpt2.toml import UnreadableError, check_settings, load_toml
 
 _SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
@@ -113,7 +114,7 @@ class Claim:
     """What the user should know."""
 
 
-def claim(config: TrainConfig, held: contextlib.ExitStack) -> Claim:
+def claim(config: Settled, held: contextlib.ExitStack) -> Claim:
     """Make --out, keep other runs out of it until `held` is closed, and see where to go on.
 
     Raises:
@@ -167,7 +168,7 @@ def _begin(out: Path, notes: list[str]) -> Claim:
     return Claim(None, notes)
 
 
-def _continue(config: TrainConfig, out: Path, notes: list[str]) -> Claim:
+def _continue(config: Settled, out: Path, notes: list[str]) -> Claim:
     if checkpoint.checkpoints(out):
         latest, found = checkpoint.to_resume(out)
         return Claim(latest, notes + found)

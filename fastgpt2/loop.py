@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fastgpt2 import checkpoint
-from fastgpt2.config import TrainConfig
 from fastgpt2.data import DataError
 from fastgpt2.device import device_name, peak_flops, peak_memory_bytes
 from fastgpt2.evaluate import evaluate
@@ -26,6 +25,7 @@ from fastgpt2.optim import learning_rate
 from fastgpt2.outputs import Outputs
 from fastgpt2.reporter import Reporter
 from fastgpt2.run import Run
+from fastgpt2.settings import Settled
 
 MFU_FORMULA = "llm.c"
 LAST_TRIES_S = (1.0, 2.0, 4.0)
@@ -43,7 +43,7 @@ class _Due:
     evaluate: bool
 
 
-def _due(config: TrainConfig, step: int, *, first: bool) -> _Due:
+def _due(config: Settled, step: int, *, first: bool) -> _Due:
     """The first step is logged by itself: it holds the warm-up and the compilation."""
     last = step == config.steps
     save_now = bool(config.save_every) and (step % config.save_every == 0 or last)
@@ -58,11 +58,11 @@ class Loop:
     def __init__(self, run: Run, reporter: Reporter, outputs: Outputs, began: float) -> None:
         config = run.config
         self.run, self.reporter, self.outputs, self.began = run, reporter, outputs, began
-        self.steps, self.block_size = int(config.steps or 0), int(config.block_size or 0)
+        self.steps, self.block_size = config.steps, config.block_size
         self.meter = Meter(run.device, run.start, run.samples_per_step * self.block_size)
         self.val_losses: list[tuple[int, float]] = []
         self.done = run.start
-        self.uniform_loss = math.log(int(config.vocab_size or 1))
+        self.uniform_loss = math.log(config.vocab_size)
         """Of a guess that knows nothing, in nats: where a run begins."""
         self.good_loss: float | None = None
         """The loss at the newest checkpoint that had not diverged."""
@@ -218,7 +218,7 @@ def _loss_of_newest_good(run: Run) -> float | None:
 
 def mfu(run: Run, tokens_per_s: float) -> float | None:
     """Model FLOPs over the device's dense peak in this precision; None where the peak is not known."""
-    peak = peak_flops(device_name(run.device), str(run.config.dtype))
+    peak = peak_flops(device_name(run.device), run.config.dtype)
     return peak and tokens_per_s * FLOPS_PER_TOKEN[MFU_FORMULA](run.model.config) / peak
 
 

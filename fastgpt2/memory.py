@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from fastgpt2.config import ConfigError, ModelConfig, TrainConfig
+from fastgpt2.config import ConfigError, ModelConfig
 from fastgpt2.model import parameter_count
+from fastgpt2.settings import Settled
 
 TOKEN_BYTES = 8
 ADDRESSABLE_BYTES = 2**56
@@ -23,7 +24,7 @@ CGROUP_LIMITS = {"": "memory.max", "memory": "memory.limit_in_bytes"}
 """By the controller that /proc/self/cgroup names ("" in version 2): the file with the limit in bytes."""
 
 
-def check_memory(config: TrainConfig, device: torch.device) -> None:
+def check_memory(config: Settled, device: torch.device) -> None:
     """See that a settled configuration isn't over what the device, and with a GPU the host, can hold.
 
     Raises:
@@ -40,7 +41,7 @@ def check_memory(config: TrainConfig, device: torch.device) -> None:
             )
 
 
-def least_bytes(config: TrainConfig, model: ModelConfig, *, whole_step: bool) -> tuple[int, str]:
+def least_bytes(config: Settled, model: ModelConfig, *, whole_step: bool) -> tuple[int, str]:
     """Bytes that a run needs at least, and the flags that set the largest part of them.
 
     Weights, their gradients and Adam's two averages are held together when the optimizer steps; the inputs of all
@@ -49,9 +50,9 @@ def least_bytes(config: TrainConfig, model: ModelConfig, *, whole_step: bool) ->
     Args:
         whole_step: of the device that steps; else of the host, which draws the weights and the tokens of a GPU's.
     """
-    B, T, C = int(config.batch_size or 0), model.block_size, model.n_embd
+    B, T, C = config.batch_size, model.block_size, model.n_embd
     per_weight = 8 if config.dtype == "float64" and whole_step else 4
-    per_activation = {"float64": 8, "bfloat16": 2, "float16": 2}.get(str(config.dtype), 4)
+    per_activation = {"float64": 8, "bfloat16": 2, "float16": 2}.get(config.dtype, 4)
     weights = per_weight * parameter_count(model, padded=True)
     embeddings = {
         "--vocab-size or --n-embd": per_weight * model.padded_vocab_size * C,

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastgpt2.config import TrainConfig
+from fastgpt2.settings import Settled
 
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 FINAL_LR_FRACTION = 0.1
@@ -51,14 +52,12 @@ def _cosine(progress: float) -> float:
 _SCHEDULES = {"constant": _constant, "linear": _linear, "cosine": _cosine}
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
+def learning_rate(step: int, config: Settled) -> float:
     """The learning rate of a step counted from 0: a linear warm-up, then the schedule.
 
     The warm-up's first step has lr / warmup_steps rather than 0; the last step of the run reaches
     FINAL_LR_FRACTION with the falling schedules.
     """
-    if config.steps is None:
-        raise ValueError("config.steps is not settled: resolve() the configuration first")
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)

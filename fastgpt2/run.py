@@ -29,22 +29,15 @@ from fastgpt2.memory import check_memory
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import ablation, make_ops
 from fastgpt2.optim import learning_rate, make_optimizer
+from fastgpt2.settings import Settled, resolve
 from fastgpt2.state import UNKNOWN, Progress, carried_over, changed_data, changed_settings, read_progress
-
-TORCH_DTYPE = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "tf32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 @dataclass
 class Run:
     """A run that is ready to step."""
 
-    config: TrainConfig
+    config: Settled
     device: torch.device
     model: GPT
     optimizer: torch.optim.Optimizer
@@ -69,7 +62,7 @@ class Run:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision: 16-bit matmuls over float32 weights; nothing in the other precisions."""
-        dtype = TORCH_DTYPE[str(self.config.dtype)]
+        dtype = self.config.torch_dtype
         return torch.autocast(self.device.type, dtype=dtype) if dtype.itemsize == 2 else contextlib.nullcontext()
 
     def next_tokens(self, step: int) -> Tensor:
@@ -79,7 +72,7 @@ class Run:
     @property
     def samples_per_step(self) -> int:
         """Sequences that a step takes."""
-        return self.config.grad_accum * int(self.config.batch_size or 0)
+        return self.config.grad_accum * self.config.batch_size
 
     def samples_done(self, done: int) -> int:
         """Sequences that the first `done` steps took from the data."""
@@ -174,19 +167,18 @@ def build(config: TrainConfig, held: contextlib.ExitStack | None = None) -> Run:
         return _build(config, held or until_it_returns)
 
 
-def _build(config: TrainConfig, held: contextlib.ExitStack) -> Run:
+def _build(asked: TrainConfig, held: contextlib.ExitStack) -> Run:
     refuse_several_processes()
-    config, device = settle(config)
+    config, device = settle(asked)
     check_memory(config, device)
     if device.type == "cpu":
         keep_freed_memory()
     model_config = config.model_config()
     source, val_source = _open_sources(config)
-    dtype = TORCH_DTYPE[str(config.dtype)]
     ops, chosen = make_ops(
         {"attention": config.attn, "mlp": config.mlp, "norm": config.norm, "loss": config.loss},
         device=device,
-        dtype=dtype,
+        dtype=config.torch_dtype,
         head_dim=model_config.head_dim,
         dropout=config.dropout,
         tf32=config.dtype == "tf32",
@@ -199,7 +191,7 @@ def _build(config: TrainConfig, held: contextlib.ExitStack) -> Run:
         notes += changed_settings(state, config) + carried_over(state, config, device)
     torch.manual_seed(config.seed)
     model = GPT(model_config, ops, recompute=config.recompute)
-    model.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
+    model.to(device=device, dtype=torch.promote_types(config.torch_dtype, torch.float32))
     model.train()
     if config.compile:
         lean = config.lean or device.type == "cpu"
@@ -261,12 +253,12 @@ def activation_bytes(run: Run, *, recompute: bool) -> int:
         model = GPT(run.model.config, ops, recompute=recompute)
         # .to() can't convert fake parameters.
         model.load_state_dict({name: mode.from_tensor(weight) for name, weight in weights.items()}, assign=True)
-        tokens = torch.zeros(int(config.batch_size or 0), int(config.block_size or 0), dtype=torch.int64)
+        tokens = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64)
         return saved_bytes(model, tokens, tokens)
 
 
-def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
-    """The resolved configuration and its device.
+def settle(config: TrainConfig) -> tuple[Settled, torch.device]:
+    """The settled configuration and its device.
 
     Raises:
         ConfigError: no such device, or one that can't compute in the precision asked for.
@@ -286,14 +278,15 @@ def settle(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
         raise ConfigError(f"--compile on a CPU needs a C++ compiler and {cxx} is not found: install it or set CXX")
     if config.cuda_graph and device.type != "cuda":
         raise ConfigError("--cuda-graph needs a CUDA GPU: leave it out")
-    resolved = config.resolve(
+    settled = resolve(
+        config,
         cuda=device.type == "cuda",
         bf16=bf16,
         memory_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0,
         data_vocab_size=data_vocab_size(config.data),
         data_end_of_text=data_end_of_text(config.data),
     )
-    return resolved, device
+    return settled, device
 
 
 @contextlib.contextmanager
@@ -319,23 +312,23 @@ def numerics(config: TrainConfig) -> Iterator[None]:
 def kept_from_cudnn(run: Run) -> bool:
     """Whether deterministic algorithms keep SDPA, without documents, from cuDNN, which PyTorch would pick here
     otherwise, and nobody has measured on this GPU what that costs."""
-    config, size, precision = run.config, run.model.config, str(run.config.dtype)
+    config, size = run.config, run.model.config
     asked = run.chosen["attention"] == "sdpa" and size.end_of_text is None and config.deterministic
-    if run.device.type != "cuda" or not asked or ablation(run.device, precision):
+    if run.device.type != "cuda" or not asked or ablation(run.device, config.dtype):
         return False
     shape = (1, size.block_size, 3, size.n_head, size.head_dim)
     with numerics(dataclasses.replace(config, deterministic=False)):
-        return sdpa_picks(shape, TORCH_DTYPE[precision], run.device, config.dropout) == CUDNN
+        return sdpa_picks(shape, config.torch_dtype, run.device, config.dropout) == CUDNN
 
 
-def _open_sources(config: TrainConfig) -> tuple[TokenSource, TokenSource | None]:
+def _open_sources(config: Settled) -> tuple[TokenSource, TokenSource | None]:
     def open_split(name: str, grad_accum: int, sequences: int) -> TokenSource:
         return open_data(
             config.data,
             split=name,
-            vocab_size=int(config.vocab_size or 0),
-            batch_size=int(config.batch_size or 0),
-            block_size=int(config.block_size or 0),
+            vocab_size=config.vocab_size,
+            batch_size=config.batch_size,
+            block_size=config.block_size,
             grad_accum=grad_accum,
             seed=config.seed,
             sequences=sequences,

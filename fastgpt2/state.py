@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastgpt2.config import ConfigError, ModelConfig, TrainConfig
+from fastgpt2.config import ConfigError, ModelConfig
+from fastgpt2.settings import Settled
 
 FORMAT = 2
 """1 had no checksums."""
@@ -40,7 +41,7 @@ UNKNOWN = Progress()
 
 
 def make_state(
-    step: int, config: TrainConfig, scaler: torch.amp.GradScaler, progress: Progress, device: torch.device
+    step: int, config: Settled, scaler: torch.amp.GradScaler, progress: Progress, device: torch.device
 ) -> dict[str, Any]:
     """What state.json holds after `step` steps, the last of them on a device."""
     kept = dataclasses.asdict(progress)
@@ -58,7 +59,7 @@ def make_state(
     }
 
 
-def config_as_json(config: TrainConfig) -> dict[str, Any]:
+def config_as_json(config: Settled) -> dict[str, Any]:
     """A configuration by field name, as it comes back from a JSON file."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
@@ -172,7 +173,7 @@ def read_progress(state: dict[str, Any]) -> Progress:
 # ------------------------------------------------------------------------------------------------- resuming
 
 
-def changed_settings(state: dict[str, Any], config: TrainConfig) -> list[str]:
+def changed_settings(state: dict[str, Any], config: Settled) -> list[str]:
     """The settings that are not those of the checkpoint, in a line or none.
 
     Left out are the model's name, as check_shape compares what it stands for, and the device, which carried_over does.
@@ -199,7 +200,7 @@ def changed_data(was: str | None, now: str | None, data: str) -> list[str]:
     return [f"changed since the checkpoint: the {' and '.join(other)} data in {data}"] if other else []
 
 
-def carried_over(state: dict[str, Any], config: TrainConfig, device: torch.device) -> list[str]:
+def carried_over(state: dict[str, Any], config: Settled, device: torch.device) -> list[str]:
     """What of a checkpoint's state has no counterpart in a run with other settings, or the reverse; a line each."""
     notes = []
     float16 = config.dtype == "float16"

@@ -33,6 +33,7 @@ from fastgpt2.model import FLOPS_PER_TOKEN, GPT, recompute_flops
 from fastgpt2.outputs import Outputs
 from fastgpt2.reporter import Reporter
 from fastgpt2.run import Run, activation_bytes, build, kept_from_cudnn, numerics, refuse_several_processes
+from fastgpt2.settings import Settled
 
 
 @dataclass
@@ -43,7 +44,7 @@ class TrainResult:
     """The training loss of each step that this call made, in nats a token, mean over its micro-steps."""
     val_losses: list[tuple[int, float]]
     """(step, validation loss)."""
-    config: TrainConfig
+    config: Settled
     """The settled configuration."""
     model: GPT
     steps_done: int
@@ -147,12 +148,12 @@ def _notes(run: Run) -> Iterator[str]:
     yield from run.found
     if run.start:
         yield f"continuing after step {run.start}"
-    if run.start >= int(config.steps or 0):
+    if run.start >= config.steps:
         yield f"nothing to do: --steps {config.steps} is no more than the {run.start} already done"
     if config.data == "dummy":
         yield (
             f"dummy tokens are uniform and new at every step, so nothing can be learned: the loss stays at "
-            f"ln {config.vocab_size} = {math.log(int(config.vocab_size or 1)):.4f} nats, its floor"
+            f"ln {config.vocab_size} = {math.log(config.vocab_size):.4f} nats, its floor"
         )
     if config.data == "dummy-fixed":
         yield "dummy-fixed repeats one batch: the loss falls as the model learns it by heart"
@@ -182,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
             display.error(text)
     if result.missing:
         return 1
-    complete = result.steps_done >= int(result.config.steps or 0)
+    complete = result.steps_done >= result.config.steps
     return 0 if complete or display.stopped_by is None else 128 + display.stopped_by
 
 

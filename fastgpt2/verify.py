@@ -38,7 +38,8 @@ from fastgpt2.fields import Count, Name
 from fastgpt2.flags import read_arguments
 from fastgpt2.model import GPT
 from fastgpt2.ops import FLAGS, SLOTS, Ops, make_ops
-from fastgpt2.run import TORCH_DTYPE, build, numerics
+from fastgpt2.run import build, numerics
+from fastgpt2.settings import TORCH_DTYPE
 from fastgpt2.train import train
 
 LOSS_FLOOR = {"float32": 1e-5, "tf32": 1e-3, "bfloat16": 1e-3, "float16": 1e-3}
@@ -175,7 +176,7 @@ class Gradients:
                 for name, weight in self.run.model.named_parameters():
                     if name.endswith("attn.c_attn.weight"):
                         weight.mul_(PEAKED)
-            self.snapshots = [s for step in range(int(config.steps or 0)) if (s := self._advance(step))]
+            self.snapshots = [s for step in range(self.run.config.steps) if (s := self._advance(step))]
         self._yardstick: dict[Dtype, dict[str, float]] = {}
 
     def _advance(self, step: int) -> Snapshot | None:

@@ -36,7 +36,8 @@ from fastgpt2.data import open_data, split
 from fastgpt2.kernels.tuning import use_table
 from fastgpt2.model import FLOPS_PER_TOKEN, GPT
 from fastgpt2.ops import FLAGS, SLOTS
-from fastgpt2.run import TORCH_DTYPE, build, numerics, settle
+from fastgpt2.run import build, numerics, settle
+from fastgpt2.settings import Settled
 
 # ------------------------------------------------------------------------------------------------ candidates
 
@@ -322,7 +323,7 @@ def _peer(
 ) -> Step:
     """A training loop's body with PyTorch alone."""
     config, device = settle(TrainConfig(**settings))
-    dtype = TORCH_DTYPE[str(config.dtype)]
+    dtype = config.torch_dtype
     torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
     model = make_model(config.model_config(), initial_weights(config)).to(device)
     model.train()
@@ -333,9 +334,9 @@ def _peer(
     source = open_data(
         config.data,
         split="train",
-        vocab_size=int(config.vocab_size or 0),
-        batch_size=int(config.batch_size or 0),
-        block_size=int(config.block_size or 0),
+        vocab_size=config.vocab_size,
+        batch_size=config.batch_size,
+        block_size=config.block_size,
         grad_accum=1,
         seed=config.seed,
     )
@@ -357,10 +358,10 @@ def _peer(
     return Step(device, model, work, draw, facts, keeps_memory=mode is not None)
 
 
-def initial_weights(config: TrainConfig) -> dict[str, Tensor]:
+def initial_weights(config: Settled) -> dict[str, Tensor]:
     """What the trainer begins with; float64 in that precision, else float32."""
     torch.manual_seed(config.seed)
-    dtype = torch.promote_types(TORCH_DTYPE[str(config.dtype)], torch.float32)
+    dtype = torch.promote_types(config.torch_dtype, torch.float32)
     return GPT(config.model_config()).to(dtype).state_dict()
 
 

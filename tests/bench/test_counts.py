@@ -23,6 +23,7 @@ from fastgpt2.config import ModelConfig, TrainConfig
 from fastgpt2.kernels import launch
 from fastgpt2.model import FLOPS_PER_TOKEN, GPT
 from fastgpt2.ops import Ops, make_ops, torch_mlp
+from fastgpt2.settings import resolve
 
 pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="Triton's launchers are counted where it interprets")
 PLAIN = {"attention": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
@@ -159,7 +160,7 @@ def test_bytes_are_freed_as_tensors_are() -> None:
 
 def test_flops_of_a_naive_step_are_the_matmuls_formula() -> None:
     found = step_counts({**PLAIN, "attention": "naive"}, "float32", n_layer=2)
-    size = TrainConfig(model="gpt2", n_layer=2).resolve(cuda=False, bf16=False, memory_bytes=0).model_config()
+    size = resolve(TrainConfig(model="gpt2", n_layer=2), cuda=False, bf16=False, memory_bytes=0).model_config()
     assert found["flops"] == 4 * 1024 * FLOPS_PER_TOKEN["matmul"](size)
 
 

@@ -38,6 +38,7 @@ from bench.step.worker import _Serving
 from bench.timing import ROOT, Timed
 from fastgpt2.config import PRESETS, ModelConfig, TrainConfig
 from fastgpt2.model import GPT
+from fastgpt2.settings import resolve
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -308,7 +309,7 @@ def first_values(**changed: Any) -> list[dict[str, float]]:
 
 def test_the_check_before_timing_has_teeth(monkeypatch: pytest.MonkeyPatch) -> None:
     agree, right = agree_in(SHAPE), first_values()
-    parameters = len(initial_weights(TrainConfig(**SETTINGS).resolve(cuda=False)))
+    parameters = len(initial_weights(resolve(TrainConfig(**SETTINGS), cuda=False)))
     assert len(right[0]) == 1 + parameters + 2 * 2, "of each of two blocks q, k and v apart"
     assert agree("ours-auto", right, "plain", right) is None
     assert "the gradient of" in str(agree("ours-auto", first_values(seed=1), "plain", right))
@@ -386,7 +387,7 @@ def test_every_contest_names_candidates_that_can_be_configured() -> None:
     for entered in (*ON_A_GPU, *ON_A_CPU):
         for name in entered.names:
             arguments = STEPS[name].on(entered.shape, torch.device("cuda:0"), compiled=entered.compiled).arguments
-            config = TrainConfig(**arguments["settings"]).resolve(cuda=True)
+            config = resolve(TrainConfig(**arguments["settings"]), cuda=True)
             assert config.batch_size == entered.shape.B and config.compile == entered.compiled
             assert config.model_config() == entered.shape.size()
     peers = [set(entered.names) for entered in ON_A_GPU if entered.kind == "peers"]

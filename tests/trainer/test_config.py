@@ -20,6 +20,7 @@ from fastgpt2 import ConfigError, ModelConfig, TrainConfig
 from fastgpt2.arguments import parse
 from fastgpt2.config import PRESETS, preset_name
 from fastgpt2.fields import ACCEPTS, FLOAT32_MAX, Count, Fraction, Natural, NonNegative, field_hints, flag, options
+from fastgpt2.settings import resolve
 from fastgpt2.toml import read_toml
 
 # ---------------------------------------------------------------------------------------------------- types
@@ -147,14 +148,14 @@ def test_a_tilde_is_the_home_folder(name: str, monkeypatch: pytest.MonkeyPatch, 
 )
 def test_what_can_mean_nothing_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        TrainConfig(**changes).resolve(cuda=False)
+        resolve(TrainConfig(**changes), cuda=False)
 
 
 def test_a_default_number_of_steps_bounds_the_warm_up_too() -> None:
     config = TrainConfig(warmup_steps=300)
-    assert config.resolve(cuda=False).warmup_steps == 300
+    assert resolve(config, cuda=False).warmup_steps == 300
     with pytest.raises(ConfigError, match="--warmup-steps 300 must be below --steps 200"):
-        config.resolve(cuda=True)
+        resolve(config, cuda=True)
 
 
 # ---------------------------------------------------------------------------------------------- config.toml
@@ -230,12 +231,12 @@ def test_every_accepted_configuration_comes_back_from_config_toml(tmp_path: Path
         assert back == dataclasses.replace(config, resume=False)
         assert number % 20 or back == parse(["--config", str(file)])
         try:
-            settled = back.resolve(cuda=False)
+            settled = resolve(back, cuda=False)
         except ConfigError:
             continue
         # Settled here, the run computes the same on a machine with other defaults.
         file.write_text(settled.to_toml(), encoding="utf-8")
-        assert TrainConfig(**read_toml(file)).resolve(cuda=True, memory_bytes=80 << 30) == settled
+        assert resolve(TrainConfig(**read_toml(file)), cuda=True, memory_bytes=80 << 30) == settled
         computed += 1
     assert computed > 100
 
@@ -249,20 +250,20 @@ def test_every_character_comes_back() -> None:
 
 
 def test_config_toml_says_what_was_asked_and_what_defines_the_computation() -> None:
-    settled = TrainConfig().resolve(cuda=True, memory_bytes=80 << 30)
+    settled = resolve(TrainConfig(), cuda=True, memory_bytes=80 << 30)
     keys = tomllib.loads(settled.to_toml())
     assert not {"model", "device", "out", "resume"} & set(keys)
     assert {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch_size", "steps", "dtype"} <= set(keys)
-    asked = tomllib.loads(TrainConfig(model="tiny", device="cpu", out="r").resolve(cuda=False).to_toml())
+    asked = tomllib.loads(resolve(TrainConfig(model="tiny", device="cpu", out="r"), cuda=False).to_toml())
     assert asked.items() >= {"model": "tiny", "device": "cpu", "out": "r"}.items()
 
 
 @pytest.mark.parametrize("cuda", [True, False])
 def test_more_positions_than_the_default_preset_come_back(cuda: bool, tmp_path: Path) -> None:
-    settled = TrainConfig(block_size=2048).resolve(cuda=cuda)
+    settled = resolve(TrainConfig(block_size=2048), cuda=cuda)
     (tmp_path / "c.toml").write_text(settled.to_toml())
     for anywhere in (True, False):
-        assert parse(["--config", str(tmp_path / "c.toml")]).resolve(cuda=anywhere) == settled
+        assert resolve(parse(["--config", str(tmp_path / "c.toml")]), cuda=anywhere) == settled
 
 
 @pytest.mark.parametrize(

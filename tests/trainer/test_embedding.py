@@ -20,6 +20,7 @@ from fastgpt2.embedding import embedding
 from fastgpt2.model import GPT
 from fastgpt2.ops import make_ops
 from fastgpt2.run import numerics
+from fastgpt2.settings import resolve
 from tests.seeds import generator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,7 +71,7 @@ def test_the_compiled_step_has_no_indexed_sum() -> None:
 
     config = TrainConfig(n_layer=1, n_head=1, n_embd=16, block_size=8, vocab_size=64, batch_size=2, device="cpu")
     with numerics(config):
-        model = GPT(config.resolve(cuda=False, bf16=False, memory_bytes=0).model_config())
+        model = GPT(resolve(config, cuda=False, bf16=False, memory_bytes=0).model_config())
         model.compile(backend=aot_autograd(fw_compiler=count, decompositions=select_decomp_table()), fullgraph=True)
         tokens = torch.zeros(2, 8, dtype=torch.int64)
         model(tokens, tokens).backward()

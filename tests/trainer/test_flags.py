@@ -16,6 +16,7 @@ from fastgpt2 import ConfigError, TrainConfig, checkpoint, toml, train
 from fastgpt2.arguments import naming_files, parse, read_command_line
 from fastgpt2.console import run_command
 from fastgpt2.flags import Parser, make_parser
+from fastgpt2.settings import resolve
 from fastgpt2.train import main
 
 # --------------------------------------------------------------------------------------------------- layers
@@ -97,7 +98,7 @@ def test_another_preset_or_data_replaces_what_came_with_the_former(
 ) -> None:
     write("c.toml", 'model = "tiny"\nn_layer = 3\nn_embd = 64\ndata = "texts"\nend_of_text = 256\n')
     config = parse(["--config", "c.toml", *arguments])
-    assert (config.resolve(cuda=False).n_layer, config.end_of_text) == (n_layer, end_of_text)
+    assert (resolve(config, cuda=False).n_layer, config.end_of_text) == (n_layer, end_of_text)
 
 
 def test_a_lost_config_toml_is_taken_from_the_checkpoint(
@@ -124,7 +125,7 @@ def test_a_checkpoint_has_the_settings_of_its_run(tmp_path: Path) -> None:
     (tmp_path / "starts.jsonl").unlink()
     again = parse(["--resume", "--out", str(tmp_path)])
     assert again == parse(["--resume", "--out", str(tmp_path), "--lr", "0.5"])
-    assert (again.lr, again.n_embd, again.steps) == (0.5, 64, 1) and again.model_config() == config.model_config()
+    assert (again.lr, again.n_embd, again.steps) == (0.5, 64, 1) and resolve(again, cuda=False).model_config() == config.model_config()
 
 
 @pytest.mark.parametrize("at", [0.0, 0.3, 0.9, 0.99])
@@ -138,7 +139,7 @@ def test_a_config_toml_that_was_cut_is_not_taken_for_whole(tmp_path: Path, at: f
     path.write_text(text[: text.rindex("\n", 0, max(1, int(at * len(text))) + 1) + 1] if at else "")
     again = parse(["--resume", "--out", str(tmp_path)])
     assert (again.lr, again.keep, again.n_embd) == (0.5, 7, 64)
-    assert again.model_config() == result.config.model_config()
+    assert resolve(again, cuda=False).model_config() == result.config.model_config()
     (tmp_path / "starts.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"config\.toml was cut short: i"):
         parse(["--resume", "--out", str(tmp_path)])
@@ -180,7 +181,7 @@ def test_other_data_is_blamed_for_its_vocabulary() -> None:
         r"\(--vocab-size is from run/config\.toml\)$"
     )
     with pytest.raises(ConfigError, match=message), naming_files(origins):
-        config.resolve(cuda=False, data_vocab_size=50257)
+        resolve(config, cuda=False, data_vocab_size=50257)
 
 
 # ---------------------------------------------------------------------------------------------------- files

@@ -16,6 +16,7 @@ from fastgpt2.console import run_command
 from fastgpt2.memory import ADDRESSABLE_BYTES, check_memory, least_bytes, memory_bytes
 from fastgpt2.model import GPT
 from fastgpt2.run import Run, build
+from fastgpt2.settings import resolve
 from fastgpt2.train import main
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -23,7 +24,7 @@ LARGEST = 2**63 - 1
 
 
 def settled(**changes: Any) -> TrainConfig:
-    return TrainConfig(**{"model": "tiny", **changes}).resolve(cuda=False)
+    return resolve(TrainConfig(**{"model": "tiny", **changes}), cuda=False)
 
 
 @pytest.mark.parametrize(

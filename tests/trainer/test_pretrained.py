@@ -23,13 +23,14 @@ from fastgpt2.config import ConfigError
 from fastgpt2.evaluate import evaluate_split
 from fastgpt2.ops import Ops
 from fastgpt2.pretrained import load_run
+from fastgpt2.settings import resolve
 
 CPU = torch.device("cpu")
 
 
 def save(out: Path, step: int, **changes: Any) -> GPT:
     """A checkpoint of a model of this step's own weights."""
-    config = TrainConfig(model="tiny", n_layer=1, data="nowhere", keep=0, **changes).resolve(cuda=False)
+    config = resolve(TrainConfig(model="tiny", n_layer=1, data="nowhere", keep=0, **changes), cuda=False)
     torch.manual_seed(step)
     model = GPT(config.model_config()).to(torch.float64 if config.dtype == "float64" else torch.float32)
     optimizer = torch.optim.Adam(model.parameters())

@@ -24,6 +24,7 @@ from fastgpt2.data import DummyTokens, ShardTokens, write_shard
 from fastgpt2.evaluate import evaluate, evaluate_split
 from fastgpt2.model import GPT
 from fastgpt2.sample import SampleConfig, Sampling, draw, generate, pick_tokenizer, stream
+from fastgpt2.settings import resolve
 from fastgpt2.tokenizer import ByteTokenizer
 
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=257)
@@ -46,9 +47,12 @@ def make_run(tmp_path: Path, data: str | None = None, vocab_size: int = 257) -> 
     write_shard(folder / "train_000000.bin", rng.integers(0, 257, 500))
     write_shard(folder / "val_000000.bin", rng.integers(97, 123, 100))
     (folder / "meta.json").write_text(json.dumps({"tokenizer": "byte", "vocab_size": 257}))
-    config = TrainConfig(
-        model="tiny", n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=vocab_size, data=data or str(folder)
-    ).resolve(cuda=False)
+    config = resolve(
+        TrainConfig(
+            model="tiny", n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=vocab_size, data=data or str(folder)
+        ),
+        cuda=False,
+    )
     model = make_model(vocab_size=vocab_size)
     optimizer = torch.optim.Adam(model.parameters())
     checkpoint.save(tmp_path / "run", 3, config, model, optimizer, torch.amp.GradScaler(enabled=False))

@@ -17,6 +17,7 @@ from fastgpt2.config import preset_name
 from fastgpt2.data import DummyTokens
 from fastgpt2.ops import Ops
 from fastgpt2.run import Run, build, lean_inductor, settle
+from fastgpt2.settings import resolve
 from fastgpt2.train import Reporter
 
 
@@ -37,7 +38,7 @@ def of_groups(name: str) -> Callable[[TrainConfig], Any]:
 def asked_of_ops(name: str) -> Callable[[TrainConfig], Any]:
     def asked(config: TrainConfig) -> Any:
         with (
-            mock.patch("fastgpt2.run.settle", lambda c: (c.resolve(cuda=False), torch.device("cpu"))),
+            mock.patch("fastgpt2.run.settle", lambda c: (resolve(c, cuda=False), torch.device("cpu"))),
             mock.patch("fastgpt2.run.make_ops", return_value=(Ops(), {})) as make,
         ):
             build(config)
@@ -77,7 +78,7 @@ def deterministic(config: TrainConfig) -> bool:
 def compiler(config: TrainConfig) -> Any:
     """How a model on a GPU is compiled, played on the meta device; None where it isn't."""
     with (
-        mock.patch("fastgpt2.run.settle", lambda c: (c.resolve(cuda=False), torch.device("meta"))),
+        mock.patch("fastgpt2.run.settle", lambda c: (resolve(c, cuda=False), torch.device("meta"))),
         mock.patch("fastgpt2.model.GPT.compile") as compile_,
     ):
         build(config)

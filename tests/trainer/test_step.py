@@ -30,6 +30,7 @@ from fastgpt2.ops import FLAGS, SLOTS, Ops, make_ops
 from fastgpt2.optim import make_optimizer
 from fastgpt2.pretrained import load_run
 from fastgpt2.run import Run, activation_bytes, build, lean_inductor, numerics, settle
+from fastgpt2.settings import resolve
 from fastgpt2.train import Reporter, _notes, train
 from tests.trainer.played_cuda import PlayedCuda
 
@@ -203,7 +204,7 @@ def test_another_gpu_than_the_current_one_computes_the_same(slots: str) -> None:
 @pytest.fixture
 def everything_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """float16 and a CUDA graph, too, which the trainer refuses there."""
-    monkeypatch.setattr("fastgpt2.run.settle", lambda config: (config.resolve(cuda=False), torch.device("cpu")))
+    monkeypatch.setattr("fastgpt2.run.settle", lambda config: (resolve(config, cuda=False), torch.device("cpu")))
 
 
 class Overflow(Reporter):
@@ -307,7 +308,7 @@ def test_the_document_mask_takes_the_datas_end_of_text_token(tmp_path: Path) -> 
 
 
 def test_a_document_mask_without_an_end_of_text_token_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--document-mask needs the token .* dummy doesn't tell: give it by --end"):
+    with pytest.raises(ConfigError, match=r"--document-mask needs the token .* dummy doesn't name one: give it by --end"):
         build(tiny(document_mask=True))
     data = str(shards(tmp_path / "data", end_of_text=None))
     with pytest.raises(ConfigError, match="give it by --end-of-text"):

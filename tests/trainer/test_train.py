@@ -29,6 +29,7 @@ from fastgpt2.metrics import Meter, NonFiniteLossError, read_json_lines
 from fastgpt2.model import FLOPS_PER_TOKEN
 from fastgpt2.optim import learning_rate
 from fastgpt2.run import Run, build, numerics
+from fastgpt2.settings import resolve
 from fastgpt2.train import Reporter, main
 
 TINY = TrainConfig(
@@ -181,16 +182,16 @@ def test_a_repeated_batch_is_learned_and_uniform_tokens_are_not() -> None:
 
 
 def test_defaults_suit_the_device() -> None:
-    without, with_gpu = TrainConfig().resolve(cuda=False), TrainConfig().resolve(cuda=True, memory_bytes=80 << 30)
+    without, with_gpu = resolve(TrainConfig(), cuda=False), resolve(TrainConfig(), cuda=True, memory_bytes=80 << 30)
     assert (preset_name(without.model_config()), without.batch_size, without.dtype) == ("mini", 8, "float32")
     assert (preset_name(with_gpu.model_config()), with_gpu.batch_size, with_gpu.dtype) == ("gpt2", 32, "bfloat16")
-    assert TrainConfig().resolve(cuda=True, bf16=False).dtype == "float32"
-    sizes = {gib: TrainConfig().resolve(cuda=True, memory_bytes=gib << 30).batch_size for gib in (4, 8, 16, 24, 48)}
+    assert resolve(TrainConfig(), cuda=True, bf16=False).dtype == "float32"
+    sizes = {gib: resolve(TrainConfig(), cuda=True, memory_bytes=gib << 30).batch_size for gib in (4, 8, 16, 24, 48)}
     assert sizes == {4: 1, 8: 4, 16: 8, 24: 16, 48: 32}
-    assert TrainConfig(model="gpt2").resolve(cuda=False, data_vocab_size=257).vocab_size == 257
-    assert TrainConfig(vocab_size=300).resolve(cuda=False, data_vocab_size=257).vocab_size == 300
+    assert resolve(TrainConfig(model="gpt2"), cuda=False, data_vocab_size=257).vocab_size == 257
+    assert resolve(TrainConfig(vocab_size=300), cuda=False, data_vocab_size=257).vocab_size == 300
     with pytest.raises(ConfigError, match="--vocab-size 256 is smaller than the vocabulary of --data dummy: 257"):
-        TrainConfig(vocab_size=256).resolve(cuda=False, data_vocab_size=257)
+        resolve(TrainConfig(vocab_size=256), cuda=False, data_vocab_size=257)
 
 
 # ------------------------------------------------------------------------------------ optimizer and schedule

@@ -18,7 +18,7 @@ from fastgpt2 import config, verify
 from fastgpt2.accuracy import problems
 from fastgpt2.attention import naive_attention, sdpa_attention
 from fastgpt2.ops import AUTO, SLOTS, Ops, torch_loss, torch_mlp, torch_norm
-from fastgpt2.run import TORCH_DTYPE
+from fastgpt2.settings import TORCH_DTYPE
 from fastgpt2.verify import Backend, Checks, Gradients, Row, backends, error_row, small_config
 from tests import seeds
 
