@@ -125,7 +125,9 @@ def test_a_checkpoint_has_the_settings_of_its_run(tmp_path: Path) -> None:
     (tmp_path / "starts.jsonl").unlink()
     again = parse(["--resume", "--out", str(tmp_path)])
     assert again == parse(["--resume", "--out", str(tmp_path), "--lr", "0.5"])
-    assert (again.lr, again.n_embd, again.steps) == (0.5, 64, 1) and resolve(again, cuda=False).model_config() == config.model_config()
+    assert (again.lr, again.n_embd, again.steps) == (0.5, 64, 1) and resolve(
+        again, cuda=False
+    ).model_config() == config.model_config()
 
 
 @pytest.mark.parametrize("at", [0.0, 0.3, 0.9, 0.99])

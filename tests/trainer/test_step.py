@@ -308,7 +308,9 @@ def test_the_document_mask_takes_the_datas_end_of_text_token(tmp_path: Path) -> 
 
 
 def test_a_document_mask_without_an_end_of_text_token_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--document-mask needs the token .* dummy doesn't name one: give it by --end"):
+    with pytest.raises(
+        ConfigError, match=r"--document-mask needs the token .* dummy doesn't name one: give it by --end"
+    ):
         build(tiny(document_mask=True))
     data = str(shards(tmp_path / "data", end_of_text=None))
     with pytest.raises(ConfigError, match="give it by --end-of-text"):
