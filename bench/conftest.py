@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 SLOT = {
-    "bench_attention": "attention",
+    "bench_attention": "attn",
     "bench_mlp": "mlp",
     "bench_norm": "norm",
     "bench_loss": "loss",

@@ -44,7 +44,7 @@ from fastgpt2.settings import TORCH_DTYPE
 
 CHECKED_IN = Path(__file__).parent / "counts.json"
 B, T, H, D, V = 4, 1024, 12, 64, 50257
-OPERATIONS = {"attention": "attention", "gelu_mlp": "mlp", "layer_norm": "norm", "linear_cross_entropy": "loss"}
+OPERATIONS = {"attention": "attn", "gelu_mlp": "mlp", "layer_norm": "norm", "linear_cross_entropy": "loss"}
 """By the beginning of an operator's name: the file of its kernels."""
 """Our operators are fastgpt2::<operation>_forward and _backward, each launched by kernels.<operation>'s function of the
 same name; the embedding's is fastgpt2.embedding's."""
@@ -305,7 +305,7 @@ def _run(config: TrainConfig, choices: dict[str, str], ops: Ops | None) -> tuple
 
 
 PROBLEMS = {
-    "attention": attention_problem((B, T, H, D)),
+    "attn": attention_problem((B, T, H, D)),
     "mlp": mlp_problem((B * T, H * D)),
     "norm": norm_problem((B * T, H * D)),
     "loss": loss_problem((T, H * D, V)),  # a chunk; the step has several
@@ -347,7 +347,7 @@ def slot_counts(slot: str, name: str, dtype: str) -> Counts:
 
 
 _TRITON = dict.fromkeys(SLOTS, "triton")
-_PLAIN = {"attention": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
+_PLAIN = {"attn": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
 DTYPES = ("bfloat16", "float32")
 CASES: dict[str, Callable[[], Counts]] = {
     # On a CPU the default's loss goes through its rows in thousands of operators, which take seconds to count: once,

@@ -58,7 +58,7 @@ PROCESSES = 12
 """At the most: hundreds of kernels are compiled for the tests, at a second each, and each process holds a context."""
 TUNING_S = 60.0
 """After which no further kernel is tuned."""
-TUNED_OPS = {"attention": "attention", "mlp": "gelu_mlp", "loss": "cross_entropy"}
+TUNED_OPS = {"attn": "attention", "mlp": "gelu_mlp", "loss": "cross_entropy"}
 """By slot: how the names of the kernels begin that are worth tuning on the day."""
 
 

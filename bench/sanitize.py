@@ -31,7 +31,7 @@ from bench.ops.shapes import DEVICE
 from bench.results import align
 from bench.timing import ROOT
 from fastgpt2 import kernels
-from fastgpt2.attention import document_bounds
+from fastgpt2.documents import document_bounds
 from fastgpt2.flags import Parser
 
 NAME = "compute-sanitizer"

@@ -41,7 +41,7 @@ from fastgpt2.flags import Parser
 COMPARE = (sys.executable, "-m", "bench.smoke")
 WARM = (sys.executable, "-m", "bench.kernel_profile")
 """The commands that it starts."""
-SLOTS = ("attention", "mlp", "norm", "loss")
+SLOTS = ("attn", "mlp", "norm", "loss")
 SECONDS = 60.0
 """For everything, where nobody says when it must end."""
 SHARE = 0.6
@@ -86,7 +86,7 @@ def compare(slot: str, change: str | None = None, device: str = "cuda:0") -> Fou
     from fastgpt2.ops import make_ops
 
     sizes = {
-        "attention": [problems.attention_problem((2, 1024, 12, 64))],
+        "attn": [problems.attention_problem((2, 1024, 12, 64))],
         "mlp": [problems.mlp_problem((2048, 768))],
         "norm": [problems.norm_problem((2048, 768), last=last) for last in (False, True)],
         "loss": [problems.loss_problem((2048, 768, 50257))],

@@ -156,7 +156,7 @@ def _steps(record: Record, *, compiled: bool) -> list[Result]:
 def _best_step(record: Record, peers: Sequence[str], B: int | None = None) -> tuple[Result | None, list[Result]]:
     """The most tokens a second of a step with our attention that stands beside one of these peers, and all steps."""
     steps = _steps(record, compiled=True)
-    ours = [r for r in steps if r["role"] == "ours" and r["slots"]["attention"] == "triton"]
+    ours = [r for r in steps if r["role"] == "ours" and r["slots"]["attn"] == "triton"]
     ours = [r for r in ours if B in (None, r["shape"]["B"]) and _beside(r, steps, peers)]
     return max(ours, key=lambda r: r["tokens_per_s"], default=None), steps
 

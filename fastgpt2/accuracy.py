@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt2.attention import naive_attention, sdpa_attention
-from fastgpt2.ops import torch_loss, torch_mlp, torch_norm
+from fastgpt2.backends.attention import naive_attention, sdpa_attention
+from fastgpt2.backends.loss import torch_loss
+from fastgpt2.backends.mlp import torch_mlp
+from fastgpt2.backends.norm import torch_norm
 
 ALLOWED = 2.0
 """An implementation's error may be this multiple of its peers'."""
@@ -184,7 +186,7 @@ class Problem:
 def attention_problem(shape: tuple[int, int, int, int]) -> Problem:
     """shape: B, T, H, D."""
     B, T, H, D = shape
-    return Problem("attention", shape, {"qkv": (B, T, 3, H, D)}, {"o": (B, T, H, D)}, (naive_attention, sdpa_attention))
+    return Problem("attn", shape, {"qkv": (B, T, 3, H, D)}, {"o": (B, T, H, D)}, (naive_attention, sdpa_attention))
 
 
 def mlp_problem(shape: tuple[int, int]) -> Problem:
@@ -223,7 +225,7 @@ def problems(device: torch.device | str) -> dict[str, Problem]:
     else:
         rows, C, V, heads = 21, 48, 300, (2, 41, 1, 16)
     return {
-        "attention": attention_problem(heads),
+        "attn": attention_problem(heads),
         "mlp": mlp_problem((rows, C)),
         "norm": norm_problem((rows, C)),
         "last norm": norm_problem((rows, C), last=True),

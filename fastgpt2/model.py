@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastgpt2.attention import document_bounds
 from fastgpt2.config import ModelConfig
+from fastgpt2.documents import document_bounds
 from fastgpt2.embedding import Embedding
 from fastgpt2.ops import Ops
 
@@ -112,7 +112,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
-        self.config, self.op = config, ops.attention
+        self.config, self.op = config, ops.attn
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
@@ -138,7 +138,7 @@ class Mlp(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Residual add and LayerNorm; see ops.torch_norm."""
+    """Residual add and LayerNorm; see backends.norm."""
 
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()

@@ -17,35 +17,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt2.attention import sdpa_attention, unsupported
+from fastgpt2.backends.attention import sdpa_attention, unsupported
+from fastgpt2.backends.loss import torch_loss
+from fastgpt2.backends.mlp import torch_mlp
+from fastgpt2.backends.norm import torch_norm
 from fastgpt2.config import ConfigError
 
 ATTENTION: dict[str, str] = {
-    "naive": "fastgpt2.attention:naive_attention",
-    "sdpa": "fastgpt2.attention:sdpa_attention",
-    "cudnn": "fastgpt2.attention:cudnn_attention",
-    "flex": "fastgpt2.attention:flex_attention",
+    "naive": "fastgpt2.backends.attention:naive_attention",
+    "sdpa": "fastgpt2.backends.attention:sdpa_attention",
+    "cudnn": "fastgpt2.backends.attention:cudnn_attention",
+    "flex": "fastgpt2.backends.attention:flex_attention",
     "triton": "fastgpt2.kernels.attention:flash_attention_qkv",
 }
 MLP: dict[str, str] = {
-    "torch": "fastgpt2.ops:torch_mlp",
+    "torch": "fastgpt2.backends.mlp:torch_mlp",
     "triton": "fastgpt2.kernels.mlp:gelu_mlp",
 }
 NORM: dict[str, str] = {
-    "torch": "fastgpt2.ops:torch_norm",
-    "triton": "fastgpt2.ops:fused_norm",
+    "torch": "fastgpt2.backends.norm:torch_norm",
+    "triton": "fastgpt2.backends.norm:fused_norm",
 }
 LOSS: dict[str, str] = {
-    "torch": "fastgpt2.ops:torch_loss",
+    "torch": "fastgpt2.backends.loss:torch_loss",
     "chunked": "fastgpt2.kernels.loss:linear_cross_entropy",
     "triton": "fastgpt2.kernels.loss:linear_cross_entropy",
 }
-SLOTS = {"attention": ATTENTION, "mlp": MLP, "norm": NORM, "loss": LOSS}
-FLAGS = {"attention": "--attn", "mlp": "--mlp", "norm": "--norm", "loss": "--loss"}
-AUTO = {"attention": ("sdpa",), "mlp": ("torch",), "norm": ("torch",), "loss": ("triton", "chunked")}
+SLOTS = {"attn": ATTENTION, "mlp": MLP, "norm": NORM, "loss": LOSS}
+AUTO = {"attn": ("sdpa",), "mlp": ("torch",), "norm": ("torch",), "loss": ("triton", "chunked")}
 """What `auto` is where nothing was measured, the first that can run without being interpreted: PyTorch's own form. The
 loss alone needs no measurement: only in chunks are the logits never whole, and of the two that do so Triton's passes
 over a chunk twice, PyTorch's some ten times. On a GPU in auto.json what was faster there in the compiled step and in
@@ -58,69 +59,11 @@ NormOp = Callable[..., tuple[Tensor, Tensor | None]]
 LossOp = Callable[..., Tensor]
 
 
-def torch_mlp(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor) -> Tensor:
-    """gelu(x w_fc^T + b_fc) w_proj^T + b_proj with GPT-2's tanh GELU; x (..., C), w_fc (4C, C), w_proj (C, 4C)."""
-    return F.linear(F.gelu(F.linear(x, w_fc, b_fc), approximate="tanh"), w_proj, b_proj)
-
-
-def torch_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, last: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Add x to the residual stream and normalise it over its last dimension (eps 1e-5, as GPT-2).
-
-    Args:
-        x: (B, T, C), what the last branch computed.
-        residual: (B, T, C), the stream so far; None where x itself begins it.
-        last: the stream ends here: no norm follows that adds to it.
-
-    Returns:
-        (LayerNorm(residual + x), residual + x, or None after the last norm).
-    """
-    if residual is not None:
-        x = residual + x
-    return F.layer_norm(x, (x.size(-1),), weight, bias, eps=1e-5), None if last else x
-
-
-def fused_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    last: bool = False,
-    alone: Callable[..., Tensor],
-    added: Callable[..., tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor | None]:
-    """As torch_norm, by two functions: `added` gives the norm and the sum, `alone` the norm without writing a sum."""
-    if residual is None or last:
-        return alone(x, weight, bias, residual=residual), None if last else x
-    return added(x, residual, weight, bias)
-
-
-def torch_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int) -> Tensor:
-    """Mean next-token cross-entropy in nats.
-
-    Args:
-        hidden: (B, T, C), after the last LayerNorm.
-        weight: (padded vocabulary, C), the tied head; its rows from vocab_size on are outside the softmax.
-        targets: (B, T) int64.
-
-    Returns:
-        A scalar, float32 at least.
-    """
-    # A bias of -inf takes the padding out of the softmax, gradient and all: exp(-inf) is exactly 0. Cutting the
-    # logits instead would copy them, forward and backward (1.3x the time of this function on a CPU).
-    padding = hidden.new_zeros(weight.size(0))
-    padding[vocab_size:] = float("-inf")
-    logits = F.linear(hidden, weight, padding).flatten(0, -2)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets.flatten())
-
-
 @dataclass(frozen=True)
 class Ops:
-    """One implementation a slot. The shapes are in the functions above, which are the plain forms."""
+    """One implementation a slot. The shapes are in the plain forms, fastgpt2.backends."""
 
-    attention: AttentionOp = sdpa_attention
+    attn: AttentionOp = sdpa_attention
     mlp: MlpOp = torch_mlp
     norm: NormOp = torch_norm
     loss: LossOp = torch_loss
@@ -135,7 +78,7 @@ def make_ops(
     dropout: float = 0.0,
     tf32: bool = False,
 ) -> tuple[Ops, dict[str, str]]:
-    """The ops asked for, and what each choice became: {"attention": "sdpa", "mlp": "torch", ...}.
+    """The ops asked for, and what each choice became: {"attn": "sdpa", "mlp": "torch", ...}.
 
     Args:
         choices: by slot, a key of its table or "auto", which is what slots left out are.
@@ -155,9 +98,9 @@ def make_ops(
         if name == "auto":
             name = next(n for n in order[slot] if (device.type == "cuda" or n != "triton") and not why_not(slot, n))
         if name not in table:
-            raise ConfigError(f"no {slot} {name!r}: there are auto, {', '.join(table)}")
+            raise ConfigError(f"no --{slot} {name!r}: there are auto, {', '.join(table)}")
         if reason := why_not(slot, name):
-            raise ConfigError(f"{FLAGS[slot]} {name} can't run here: {reason}")
+            raise ConfigError(f"--{slot} {name} can't run here: {reason}")
         chosen[slot] = name
         functions[slot] = partial(_load(SLOTS[slot][name]), **_options(slot, name, tf32))
     return Ops(**functions), chosen
@@ -191,7 +134,7 @@ def _options(slot: str, name: str, tf32: bool) -> dict[str, Any]:
             "alone": _load("fastgpt2.kernels.norm:layer_norm"),
             "added": _load("fastgpt2.kernels.norm:add_layer_norm"),
         }
-    return {"allow_tf32": tf32} if name == "triton" and slot in ("attention", "mlp") else {}
+    return {"allow_tf32": tf32} if name == "triton" and slot in ("attn", "mlp") else {}
 
 
 def _why_not(
@@ -199,17 +142,17 @@ def _why_not(
 ) -> str | None:
     """Why an implementation can't run, in a line that says what would work; None where it can."""
     if name != "triton":
-        return unsupported(name, device, dtype, head_dim, dropout) if slot == "attention" else None
+        return unsupported(name, device, dtype, head_dim, dropout) if slot == "attn" else None
     try:
         launch = import_module("fastgpt2.kernels.launch")
         import_module("triton")
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        return f"the triton package is missing (it is published for Linux); use {FLAGS[slot]} {AUTO[slot][-1]}"
-    if slot == "attention":
+        return f"the triton package is missing (it is published for Linux); use --{slot} {AUTO[slot][-1]}"
+    if slot == "attn":
         return import_module("fastgpt2.kernels.attention").why_unsupported(device, dtype, head_dim, dropout)
-    return launch.why_unsupported(f"Triton's {slot}", device, dtype, f"{FLAGS[slot]} {AUTO[slot][-1]}")
+    return launch.why_unsupported(f"Triton's {slot}", device, dtype, f"--{slot} {AUTO[slot][-1]}")
 
 
 def _load(path: str) -> Callable[..., Any]:

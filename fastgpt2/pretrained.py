@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from fastgpt2.checkpoint import MODEL, find, load_model
 from fastgpt2.config import ConfigError, ModelConfig
 from fastgpt2.model import GPT
-from fastgpt2.ops import FLAGS, SLOTS, make_ops
+from fastgpt2.ops import SLOTS, make_ops
 from fastgpt2.tensors import check_tensors
 
 
@@ -65,10 +65,10 @@ def check_operations(source: Path, config: Mapping[str, Any]) -> None:
         ConfigError: it doesn't.
     """
     for slot, table in SLOTS.items():
-        name = config.get(FLAGS[slot].removeprefix("--"), "auto")
+        name = config.get(slot, "auto")
         if name not in ("auto", *table):
             raise ConfigError(
-                f"{source} was trained with {FLAGS[slot]} {name}, which this version doesn't have: "
+                f"{source} was trained with --{slot} {name}, which this version doesn't have: "
                 f"evaluated with another, it may be another model (there are {', '.join(table)})"
             )
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2 import checkpoint
-from fastgpt2.attention import CUDNN, sdpa_attention, sdpa_picks
+from fastgpt2.backends.attention import CUDNN, sdpa_attention, sdpa_picks
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.cuda_graph import CapturedStep
 from fastgpt2.data import ShardTokens, TokenSource, data_end_of_text, data_vocab_size, open_data, split
@@ -176,7 +176,7 @@ def _build(asked: TrainConfig, held: contextlib.ExitStack) -> Run:
     model_config = config.model_config()
     source, val_source = _open_sources(config)
     ops, chosen = make_ops(
-        {"attention": config.attn, "mlp": config.mlp, "norm": config.norm, "loss": config.loss},
+        {"attn": config.attn, "mlp": config.mlp, "norm": config.norm, "loss": config.loss},
         device=device,
         dtype=config.torch_dtype,
         head_dim=model_config.head_dim,
@@ -247,8 +247,8 @@ def activation_bytes(run: Run, *, recompute: bool) -> int:
 
     config, weights = run.config, run.model.state_dict()
     ops = run.model.ops
-    if run.chosen["attention"] == "flex":  # can't be traced on fake tensors; it keeps what sdpa does without a mask
-        ops = dataclasses.replace(ops, attention=lambda qkv, dropout_p, documents: sdpa_attention(qkv, dropout_p))
+    if run.chosen["attn"] == "flex":  # can't be traced on fake tensors; it keeps what sdpa does without a mask
+        ops = dataclasses.replace(ops, attn=lambda qkv, dropout_p, documents: sdpa_attention(qkv, dropout_p))
     with FakeTensorMode() as mode, run.device, run.autocast():
         model = GPT(run.model.config, ops, recompute=recompute)
         # .to() can't convert fake parameters.
@@ -313,7 +313,7 @@ def kept_from_cudnn(run: Run) -> bool:
     """Whether deterministic algorithms keep SDPA, without documents, from cuDNN, which PyTorch would pick here
     otherwise, and nobody has measured on this GPU what that costs."""
     config, size = run.config, run.model.config
-    asked = run.chosen["attention"] == "sdpa" and size.end_of_text is None and config.deterministic
+    asked = run.chosen["attn"] == "sdpa" and size.end_of_text is None and config.deterministic
     if run.device.type != "cuda" or not asked or ablation(run.device, config.dtype):
         return False
     shape = (1, size.block_size, 3, size.n_head, size.head_dim)

@@ -37,7 +37,7 @@ from fastgpt2.device import pick_device
 from fastgpt2.fields import Count, Name
 from fastgpt2.flags import read_arguments
 from fastgpt2.model import GPT
-from fastgpt2.ops import FLAGS, SLOTS, Ops, make_ops
+from fastgpt2.ops import SLOTS, Ops, make_ops
 from fastgpt2.run import build, numerics
 from fastgpt2.settings import TORCH_DTYPE
 from fastgpt2.train import train
@@ -77,8 +77,8 @@ class Backend:
 
     def config(self, config: TrainConfig) -> TrainConfig:
         """A run with it."""
-        names: dict[str, Any] = {FLAGS[s].removeprefix("--"): name for s, name in (PLAIN | self.choices).items()}
-        return dataclasses.replace(config, **names, deterministic=self.choices != {"attention": "cudnn"})
+        names: dict[str, Any] = PLAIN | self.choices
+        return dataclasses.replace(config, **names, deterministic=self.choices != {"attn": "cudnn"})
 
     def ops(self, device: str, dtype: Dtype) -> Ops:
         """Its functions.
@@ -213,7 +213,7 @@ class Gradients:
         """The larger of the plain form's and sdpa's error in a precision, by parameter."""
         if dtype not in self._yardstick:
             device = str(self.run.device)
-            pair = [self.errors(backends()[name].ops(device, dtype), dtype) for name in ("plain", "attention sdpa")]
+            pair = [self.errors(backends()[name].ops(device, dtype), dtype) for name in ("plain", "attn sdpa")]
             self._yardstick[dtype] = {name: max(errors[name] for errors in pair) for name in pair[0]}
         return self._yardstick[dtype]
 
@@ -247,7 +247,7 @@ class Checks:
         return self._make(Gradients, backend)
 
     def _make(self, check: type, backend: Backend) -> Any:
-        short = not set(backend.choices) <= {"attention"}
+        short = not set(backend.choices) <= {"attn"}
         if (check, short) not in self._made:
             self._made[check, short] = check(small_config(self.device, self.steps, short=short))
         return self._made[check, short]

@@ -21,7 +21,7 @@ from bench.ops.peers import PEERS, Unavailable
 from bench.ops.shapes import ATTENTION_SHAPES, DEVICE, AttentionShape
 from bench.timing import REPLAY, Call, input_sets
 from fastgpt2.accuracy import attention_problem, error_and_budget
-from fastgpt2.attention import naive_attention, sdpa_attention
+from fastgpt2.backends.attention import naive_attention, sdpa_attention
 
 LONGEST_NAIVE = 2048
 """The plain form keeps all scores: at 65,536 tokens of 12 heads and T = 2048 some 10 GB for the backward, and with T
@@ -31,7 +31,7 @@ they double."""
 def candidates(size: AttentionShape) -> dict[str, Candidate]:
     """By name; those whose inputs are apart do without the copy that packs the gradient, and are a floor."""
     table = {
-        "triton": Candidate(lambda: ours("attention", "triton", size.dtype, size.D), "ours"),
+        "triton": Candidate(lambda: ours("attn", "triton", size.dtype, size.D), "ours"),
         "naive": Candidate(lambda: naive_attention, "peer"),
         "sdpa": Candidate(lambda: sdpa_attention, "peer"),
         **peers("attention"),

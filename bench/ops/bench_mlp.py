@@ -20,7 +20,7 @@ from bench.ops.contests import Candidate, Contest, Function, backward_of, ours, 
 from bench.ops.shapes import CUDA, DEVICE
 from bench.roofline import Work
 from bench.timing import REPLAY, Call, input_sets
-from fastgpt2.ops import torch_mlp
+from fastgpt2.backends.mlp import torch_mlp
 
 
 @dataclass(frozen=True)

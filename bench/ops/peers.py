@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.step.worker import NO_KERNEL
-from fastgpt2.attention import flex_attention, naive_attention, sdpa_attention, unsupported
+from fastgpt2.backends.attention import flex_attention, naive_attention, sdpa_attention, unsupported
+from fastgpt2.backends.mlp import torch_mlp
 from fastgpt2.kernels import launch
 from fastgpt2.kernels.loss import linear_cross_entropy_reference
-from fastgpt2.ops import torch_mlp
 
 CUDA = torch.cuda.is_available()
 AMPERE, HOPPER = (8, 0), (9, 0)

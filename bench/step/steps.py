@@ -35,7 +35,7 @@ from fastgpt2.config import PRESETS, ConfigError, ModelConfig, TrainConfig
 from fastgpt2.data import open_data, split
 from fastgpt2.kernels.tuning import use_table
 from fastgpt2.model import FLOPS_PER_TOKEN, GPT
-from fastgpt2.ops import FLAGS, SLOTS
+from fastgpt2.ops import SLOTS
 from fastgpt2.run import build, numerics, settle
 from fastgpt2.settings import Settled
 
@@ -95,7 +95,7 @@ class StepCandidate:
         """Ours with what is known of our kernels: also a slot left at auto might become one that is not to run."""
         if self.role != "ours":
             return self
-        flags = {FLAGS[slot].removeprefix("--"): TORCH[slot] for slot in kernels.without}
+        flags = {slot: TORCH[slot] for slot in kernels.without}
         plain = {flag: form for flag, form in flags.items() if self.settings.get(flag, "auto") in ("auto", "triton")}
         table = {} if kernels.table is None else {"table": str(kernels.table)}
         return dataclasses.replace(self, settings=self.settings | plain, options=self.options | table)
@@ -130,7 +130,7 @@ class StepCandidate:
         return Candidate(self.make, {"settings": settings, **self.options}, environment)
 
 
-TORCH = {"attention": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
+TORCH = {"attn": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
 """What the ablation begins with: PyTorch's forms."""
 _INTERPRETED = "Triton on a CPU is interpreted: its time would say nothing about the kernel"
 _GRAPH = "a CUDA graph needs a CUDA GPU"
@@ -140,7 +140,7 @@ _KERNELS = "PyTorch's attention kernels are told apart on a CUDA GPU only"
 def _ours(choices: dict[str, str] | None, **settings: Any) -> StepCandidate:
     """The trainer's step, with PyTorch's forms but for `choices`; None: slots are at auto but where settings say so."""
     chosen = {} if choices is None else TORCH | choices
-    settings |= {FLAGS[slot].removeprefix("--"): name for slot, name in chosen.items()}
+    settings |= chosen
     needs = {
         _INTERPRETED: "triton" in settings.values(),
         "it trains on a CUDA GPU only": settings.get("attn") in ("cudnn", "flex"),

@@ -30,13 +30,13 @@ PROFILES = [
         },
     }
 ]  # fmt: skip
-PLAIN = {"attention": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
+PLAIN = {"attn": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
 STEPS: dict[str, tuple[str, dict[str, str] | None, float, float]] = {
     # backend: role, slots, milliseconds at B = 32, GiB
     "ours-torch": ("ours", PLAIN, 90.0, 30.0),
     "ours-triton": ("ours", dict.fromkeys(PLAIN, "triton"), 75.0, 20.0),
     "ours-triton-any-order": ("ours", dict.fromkeys(PLAIN, "triton"), 75.5, 20.0),
-    "ours-attention-triton": ("ours", PLAIN | {"attention": "triton"}, 82.0, 29.0),
+    "ours-attn-triton": ("ours", PLAIN | {"attn": "triton"}, 82.0, 29.0),
     "ours-mlp-triton": ("ours", PLAIN | {"mlp": "triton"}, 91.0, 28.0),
     "ours-norm-triton": ("ours", PLAIN | {"norm": "triton"}, 89.9, 29.5),
     "ours-loss-triton": ("ours", PLAIN | {"loss": "triton"}, 93.0, 22.0),

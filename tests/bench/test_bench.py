@@ -28,11 +28,11 @@ from bench.results import table
 from bench.step.bench_data import NEEDED_TOKENS_PER_S, TOKENS, DataContest, nanogpt, write_counting_shard
 from bench.step.worker import FAILED, OUT_OF_MEMORY, _explain
 from bench.timing import ROOT
-from fastgpt2.attention import sdpa_attention
+from fastgpt2.backends.attention import sdpa_attention
+from fastgpt2.backends.mlp import torch_mlp
 from fastgpt2.data import GPT2_VOCAB_SIZE
 from fastgpt2.kernels.loss import linear_cross_entropy_reference
 from fastgpt2.model import parameter_count
-from fastgpt2.ops import torch_mlp
 
 CUDA = torch.cuda.is_available()
 PRODUCTS = {"float32": 5e11, "bfloat16": 1e12}

@@ -18,15 +18,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import counts
 from bench.counts import CASES, PROBLEMS, OperatorCounter, changes, checked_in, compile_counts, slot_counts, step_counts
-from fastgpt2.attention import sdpa_attention
+from fastgpt2.backends.attention import sdpa_attention
+from fastgpt2.backends.mlp import torch_mlp
 from fastgpt2.config import ModelConfig, TrainConfig
 from fastgpt2.kernels import launch
 from fastgpt2.model import FLOPS_PER_TOKEN, GPT
-from fastgpt2.ops import Ops, make_ops, torch_mlp
+from fastgpt2.ops import Ops, make_ops
 from fastgpt2.settings import resolve
 
 pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="Triton's launchers are counted where it interprets")
-PLAIN = {"attention": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
+PLAIN = {"attn": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -67,7 +68,7 @@ def plain() -> dict[str, Any]:
 
 
 def test_a_planted_copy_is_found(plain: dict[str, Any]) -> None:
-    lines = changes("step", plain, one_block(attention=lambda qkv, **given: sdpa_attention(qkv.clone(), **given)))
+    lines = changes("step", plain, one_block(attn=lambda qkv, **given: sdpa_attention(qkv.clone(), **given)))
     size, clones = 4 * 1024 * 3 * 768 * 4, plain["calls"]["clone"]
     assert f"step: operators grew from {plain['operators']:,} to {plain['operators'] + 1:,}" in lines
     assert f"step, calls: clone grew from {clones} to {clones + 1}" in lines
@@ -107,7 +108,7 @@ def test_a_planted_graph_break_is_found() -> None:
         torch._dynamo.graph_break()
         return sdpa_attention(qkv, **given)
 
-    found = compile_counts(PLAIN, "float32", Ops(attention=breaks))
+    found = compile_counts(PLAIN, "float32", Ops(attn=breaks))
     assert found["graph breaks"] > 0 and found["graphs"] > 1
 
 
@@ -118,7 +119,7 @@ def test_a_planted_recompilation_is_found() -> None:
         calls[0] += 1
         return sdpa_attention(qkv * float(calls[0]), **given)
 
-    assert compile_counts(PLAIN, "float32", Ops(attention=changing))["recompilations"] == 2
+    assert compile_counts(PLAIN, "float32", Ops(attn=changing))["recompilations"] == 2
 
 
 def test_no_norm_of_a_compiled_model_has_a_gradient_of_zeros_to_read() -> None:
@@ -159,19 +160,19 @@ def test_bytes_are_freed_as_tensors_are() -> None:
 
 
 def test_flops_of_a_naive_step_are_the_matmuls_formula() -> None:
-    found = step_counts({**PLAIN, "attention": "naive"}, "float32", n_layer=2)
+    found = step_counts({**PLAIN, "attn": "naive"}, "float32", n_layer=2)
     size = resolve(TrainConfig(model="gpt2", n_layer=2), cuda=False, bf16=False, memory_bytes=0).model_config()
     assert found["flops"] == 4 * 1024 * FLOPS_PER_TOKEN["matmul"](size)
 
 
 def test_our_operators_count_the_flops_of_those_they_replace() -> None:
-    for slot, plain in (("attention", "sdpa"), ("mlp", "torch"), ("loss", "torch")):
+    for slot, plain in (("attn", "sdpa"), ("mlp", "torch"), ("loss", "torch")):
         assert slot_counts(slot, "triton", "bfloat16")["flops"] == slot_counts(slot, plain, "bfloat16")["flops"] > 0
 
 
 def test_our_operators_keep_what_they_say() -> None:
     B, T, H, D = 4, 1024, 12, 64
-    attention = slot_counts("attention", "triton", "bfloat16")
+    attention = slot_counts("attn", "triton", "bfloat16")
     assert attention["saved bytes"] == 2 * B * T * H * D + 4 * B * H * T  # o and lse
     assert attention["launches"] == {
         "attention_backward_dkdv_kernel": 1,

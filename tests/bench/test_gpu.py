@@ -28,8 +28,8 @@ from bench.smoke import CHANGES
 from bench.stages import Files, NotNow, Stage, exit_status, run_stages
 from bench.step.steps import STEPS, Kernels
 from bench.timing import ROOT
+from fastgpt2.backends.norm import torch_norm
 from fastgpt2.kernels import tuning
-from fastgpt2.ops import torch_norm
 
 BLOCKED = ("rich", "safetensors", "matplotlib", "tiktoken", "transformers")
 SM_90 = tuning.TABLES / "sm_90.json"
@@ -340,12 +340,12 @@ def test_a_slot_that_is_not_right_is_tried_otherwise() -> None:
     smoke.examine(smoke.SLOTS, attempt, lambda slot, found: reports.setdefault(slot, []).append(found), pytest.fail)
     plain = [name for name in CHANGES if name != "pointers"]
     tried = {slot: {change for s, change in made if s == slot} for slot in smoke.SLOTS}
-    assert tried == {"norm": {None}, "mlp": {None, *CHANGES}, "attention": {None, *plain}, "loss": {None, *plain}}
+    assert tried == {"norm": {None}, "mlp": {None, *CHANGES}, "attn": {None, *plain}, "loss": {None, *plain}}
     assert reports["norm"] == [{"status": "ok"}]
     first, final = reports["mlp"]
     assert first == {"status": "wrong"}, "known at once"
     assert final["right_with"] == "4 warps" and final["changes"]["1 stage"] == {"status": "wrong"}
-    assert reports["attention"][1]["right_with"] is None and reports["loss"][1]["status"] == "timed out"
+    assert reports["attn"][1]["right_with"] is None and reports["loss"][1]["status"] == "timed out"
 
 
 @pytest.mark.parametrize("failed", [(), ("mlp",), smoke.SLOTS])
@@ -368,8 +368,8 @@ def test_pytorchs_form_takes_the_place_of_a_slot_that_is_not_right(tmp_path: Pat
 
 def test_a_kernel_that_is_known_to_fail_is_not_run(tmp_path: Path) -> None:
     run = run_in(tmp_path, without=("loss",))
-    smoke.write_failed(run.failed, ["attention"])
-    assert run.kernels() == Kernels(("attention", "loss"))
+    smoke.write_failed(run.failed, ["attn"])
+    assert run.kernels() == Kernels(("attn", "loss"))
     run.table.touch()
     assert run.kernels().table == run.table
     assert run.options("--") == ["--without=attention", "--without=loss", f"--table={run.table}"]
@@ -453,7 +453,7 @@ if slot == "loss" and not change:
         signal.signal(signal.SIGABRT, signal.SIG_IGN)
     Path(f"{os.getpid()}.pid").touch()
     time.sleep(600)
-right = slot == "attention" or change == ["--change", "4 warps"]
+right = slot == "attn" or change == ["--change", "4 warps"]
 print("compiled")
 print(json.dumps({"status": "ok" if right else "wrong", "worst": "y", "error": 2.0, "budget": 1.0}))
 """
@@ -482,7 +482,7 @@ def test_a_smoke_outlives_comparisons_that_die_or_hang(
     written = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [line["kind"] for line in written] == 4 * ["smoke"]
     found = {line["slot"]: line for line in written}
-    assert found["attention"]["status"] == "ok" and "changes" not in found["attention"]
+    assert found["attn"]["status"] == "ok" and "changes" not in found["attn"]
     mlp, norm, loss = found["mlp"], found["norm"], found["loss"]
     assert (mlp["status"], mlp["worst"], mlp["right_with"]) == ("wrong", "y", "4 warps")
     statuses = {name: tried["status"] for name, tried in mlp["changes"].items()}
@@ -774,7 +774,7 @@ def test_the_stages_processes_need_only_torch_triton_numpy_and_pytest(
     assert outcomes.pop("blocked")[0] == "failed" and {"bench.smoke", "fastgpt2.verify"} <= outcomes.keys()
     assert all(status == "passed" for status, _ in outcomes.values()), outcomes
     (seen,) = record["step_kernels"]
-    assert seen["stage"] == "a step of ours" and seen["slots"]["attention"] == "sdpa" and not seen["compiled"]
+    assert seen["stage"] == "a step of ours" and seen["slots"]["attn"] == "sdpa" and not seen["compiled"]
     milliseconds = [ms for _, _, ms in seen["kernels"]]
     assert 0 < len(milliseconds) <= kernel_profile.KEPT and milliseconds == sorted(milliseconds, reverse=True)
     assert sum(milliseconds) <= seen["ms"] * 1.001 and any("mm" in name for name, _, _ in seen["kernels"])

@@ -21,9 +21,9 @@ from torch import Tensor
 from bench.ops import peers
 from bench.ops.budget import Yardstick
 from bench.ops.peers import PEERS, Unavailable, torch_add_layer_norm
-from fastgpt2.attention import naive_attention
+from fastgpt2.backends.attention import naive_attention
+from fastgpt2.backends.mlp import torch_mlp
 from fastgpt2.kernels.loss import linear_cross_entropy_reference
-from fastgpt2.ops import torch_mlp
 from tests.seeds import generator
 
 pytestmark = pytest.mark.numeric

@@ -27,7 +27,7 @@ def step(B: int, backend: str, ms: float, *, compiled: bool = True, gib: float =
     shape = {"model": "gpt2", "n_layer": 12, "B": B, "T": 1024}
     figures = {"compiled": compiled, "tokens_per_s": B * 1024e3 / ms, "peak_memory_bytes": int(gib * GIB)}
     figures["contest"] = f"step {shape} {compiled}"
-    slots = {"slots": {"attention": "sdpa" if backend in ("ours-auto", "ours-torch") else "triton", "mlp": "torch"}}
+    slots = {"slots": {"attn": "sdpa" if backend in ("ours-auto", "ours-torch") else "triton", "mlp": "torch"}}
     return result("training step", shape, backend, ms, **(figures | slots | other))
 
 
@@ -48,7 +48,7 @@ RESULTS = [
     step(32, "ours-triton", 55.0),
     step(32, "plain", 99.0),
     # The fastest step of all stands beside no peer.
-    step(32, "ours-attention-triton", 1.0, contest="an ablation"),
+    step(32, "ours-attn-triton", 1.0, contest="an ablation"),
     *attention("forward", 1024, triton=0.25, sdpa_flash=0.40, sdpa_cudnn=0.30, sdpa_cudnn_apart=0.28, naive=0.01),
     *attention("backward", 1024, triton=0.50, flex=0.55),
     *attention("forward", 4096, triton=1.0, sdpa_flash=0.9),
@@ -126,7 +126,7 @@ contests += [bench_mlp.MlpContest(s, d) for s in bench_mlp.SHAPES for d in bench
 contests += [bench_loss.HeadContest(s, "training") for s in bench_loss.SHAPES]
 benched = [(c.op, c.shape(), c.dtype, None, {}, list(c.candidates)) for c in contests]
 for c in bench_train_step.ON_A_GPU:
-    slots = {name: {"attention": STEPS[name].settings.get("attn", "sdpa"), "mlp": "torch"} for name in c.names}
+    slots = {name: {"attn": STEPS[name].settings.get("attn", "sdpa"), "mlp": "torch"} for name in c.names}
     benched.append(("training step", c.shape.info(), c.shape.dtype, c.compiled, slots, c.names))
 print(json.dumps(benched))
 """

@@ -40,13 +40,13 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
         ("bench.gpu --only nosuch", "smoke"),
         ("bench.gpu --only smoke nosuch", "ceilings"),
         ("bench.gpu --only ''", "ceilings"),
-        ("bench.gpu --without nosuch", "attention"),
+        ("bench.gpu --without nosuch", "attn"),
         ("bench.cpu --cells nosuch", "float32-eager"),
         ("bench.cpu --candidates nosuch", "ours-auto"),
         ("bench.smoke --failed f --warm ours nosuch", "ours-auto"),
-        ("bench.smoke --slot nosuch", "attention"),
+        ("bench.smoke --slot nosuch", "attn"),
         ("bench.kernel_profile nosuch", "ours-auto"),
-        ("bench.kernel_profile ours-auto --without nosuch", "attention"),
+        ("bench.kernel_profile ours-auto --without nosuch", "attn"),
     ],
 )
 def test_a_choice_of_nothing_is_status_2_and_names_what_there_is(command, choices, capsys) -> None:

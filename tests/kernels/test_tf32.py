@@ -50,5 +50,5 @@ def test_every_product_is_in_the_runs_precision(dtype, products, monkeypatch) ->
 
 @pytest.mark.parametrize("dtype", ["tf32", "float32"])
 def test_verify_tells_the_kernels(dtype) -> None:
-    ops = Backend("ours", {"attention": "triton", "mlp": "triton"}).ops("cpu", dtype)
-    assert ops.attention.keywords == ops.mlp.keywords == {"allow_tf32": dtype == "tf32"}
+    ops = Backend("ours", {"attn": "triton", "mlp": "triton"}).ops("cpu", dtype)
+    assert ops.attn.keywords == ops.mlp.keywords == {"allow_tf32": dtype == "tf32"}

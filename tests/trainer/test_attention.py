@@ -13,18 +13,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 
-from fastgpt2 import attention
 from fastgpt2.accuracy import named, pooled
-from fastgpt2.attention import (
+from fastgpt2.backends import attention
+from fastgpt2.backends.attention import (
     block_mask,
     cudnn_attention,
-    document_bounds,
     flex_attention,
     naive_attention,
     sdpa_attention,
     sdpa_picks,
     unsupported,
 )
+from fastgpt2.documents import document_bounds
 from tests.seeds import generator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

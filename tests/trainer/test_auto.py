@@ -17,7 +17,7 @@ from fastgpt2.kernels import launch
 from fastgpt2.ops import AUTO, SLOTS, make_ops
 from tests.bench.records import GPU, make_record
 
-PLAIN = {"attention": "sdpa", "mlp": "torch", "norm": "torch"}
+PLAIN = {"attn": "sdpa", "mlp": "torch", "norm": "torch"}
 STEP = "training_step[modelgpt2-n_layer12-B{}-T1024-bfloat16-compiled-ours-{}]"
 
 
@@ -41,12 +41,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 def test_the_table_holds_what_won_beyond_the_spread(gpu: Any) -> None:
     measured = table([make_record()])["devices"][GPU]["bfloat16"]
     # 0.1% for the norm is within the spread, the MLP is slower; the loss that `auto` is already is the fastest.
-    assert measured["slots"] == {"attention": ["triton"]}
+    assert measured["slots"] == {"attn": ["triton"]}
     speed = measured["measured"]["speed over auto without a table"]
     assert {slot: list(names) for slot, names in speed.items()} == {
-        "attention": ["triton"], "mlp": ["triton"], "norm": ["triton"], "loss": ["chunked"],
+        "attn": ["triton"], "mlp": ["triton"], "norm": ["triton"], "loss": ["chunked"],
     }  # fmt: skip
-    assert speed["attention"]["triton"].startswith("1.10 (1.09..1.10), 1.1")
+    assert speed["attn"]["triton"].startswith("1.10 (1.09..1.10), 1.1")
     assert measured["measured"]["commit"] == "a" * 40 and measured["measured"]["date"] == "2030-01-01"
     assert measured["measured"]["versions"]["torch"] == "2.99.0"
     assert len(measured["measured"]["steps"]) == 2
@@ -73,16 +73,16 @@ def test_what_adds_in_any_order_is_held_against_the_plain_step_that_may() -> Non
         slots = {**PLAIN, "loss": "torch"}
         return {"slots": slots, "contest": "one", "round_ms": [ms] * 5, "ms_median": ms, "deterministic": deterministic}
 
-    contest = {auto.PLAIN: step(10.0, True), "ours-attention-cudnn": step(9.0, False)}
-    assert auto.best("attention", [contest]) == ([], {})
+    contest = {auto.PLAIN: step(10.0, True), "ours-attn-cudnn": step(9.0, False)}
+    assert auto.best("attn", [contest]) == ([], {})
     contest[auto.PLAIN_ANY_ORDER] = step(8.1, False)
-    assert auto.best("attention", [contest]) == ([], {"cudnn": "0.90 (0.90..0.90)"})
+    assert auto.best("attn", [contest]) == ([], {"cudnn": "0.90 (0.90..0.90)"})
     contest[auto.PLAIN_ANY_ORDER] = step(9.9, False)
-    assert auto.best("attention", [contest]) == (["cudnn"], {"cudnn": "1.10 (1.10..1.10)"})
+    assert auto.best("attn", [contest]) == (["cudnn"], {"cudnn": "1.10 (1.10..1.10)"})
 
 
 def test_what_wins_in_one_contest_and_loses_in_another_is_left_out() -> None:
-    record = make_record(slower={STEP.format(64, "attention-triton"): 1.2})
+    record = make_record(slower={STEP.format(64, "attn-triton"): 1.2})
     assert table([record])["devices"][GPU]["bfloat16"]["slots"] == {}
 
 
@@ -106,26 +106,26 @@ def test_the_newest_record_with_an_ablation_counts() -> None:
 def test_auto_is_what_was_faster_on_this_gpu_in_this_precision(gpu: Any) -> None:
     gpu([make_record()])
     loss = {"loss": "triton"}
-    assert make_ops(device="cuda", dtype=torch.bfloat16)[1] == {**PLAIN, "attention": "triton", **loss}
+    assert make_ops(device="cuda", dtype=torch.bfloat16)[1] == {**PLAIN, "attn": "triton", **loss}
     assert make_ops(device="cuda", dtype=torch.float32)[1] == {**PLAIN, **loss}, "nobody measured float32"
-    assert make_ops({"attention": "sdpa"}, device="cuda", dtype=torch.bfloat16)[1] == {**PLAIN, **loss}
+    assert make_ops({"attn": "sdpa"}, device="cuda", dtype=torch.bfloat16)[1] == {**PLAIN, **loss}
     assert make_ops(device="cpu", dtype=torch.bfloat16)[1] == {**PLAIN, "loss": "chunked"}
 
 
 def test_auto_tells_tf32_from_float32(gpu: Any, tmp_path: Path) -> None:
     gpu([])
-    faster = {"float32": {"slots": {"mlp": ["triton"]}}, "tf32": {"slots": {"attention": ["triton"]}}}
+    faster = {"float32": {"slots": {"mlp": ["triton"]}}, "tf32": {"slots": {"attn": ["triton"]}}}
     (tmp_path / "auto.json").write_text(json.dumps({"devices": {GPU: faster}}))
     chosen = {tf32: make_ops(device="cuda", dtype=torch.float32, tf32=tf32)[1] for tf32 in (False, True)}
     loss = {"loss": "triton"}
-    assert chosen == {False: {**PLAIN, "mlp": "triton", **loss}, True: {**PLAIN, "attention": "triton", **loss}}
+    assert chosen == {False: {**PLAIN, "mlp": "triton", **loss}, True: {**PLAIN, "attn": "triton", **loss}}
 
 
 def test_auto_falls_back_on_another_gpu_and_where_the_winner_cannot_run(gpu: Any) -> None:
     gpu([make_record()], name="NVIDIA H100 PCIe")
     assert make_ops(device="cuda", dtype=torch.bfloat16)[1] == {**PLAIN, "loss": "triton"}
     gpu([make_record()])
-    assert make_ops(device="cuda", dtype=torch.bfloat16, head_dim=300)[1]["attention"] == "sdpa"
+    assert make_ops(device="cuda", dtype=torch.bfloat16, head_dim=300)[1]["attn"] == "sdpa"
     gpu([make_record()], capability=(7, 5))
     assert make_ops(device="cuda", dtype=torch.float16)[1] == {**PLAIN, "loss": "chunked"}
 
@@ -147,7 +147,7 @@ def test_the_ablation_is_among_what_is_timed() -> None:
         assert changed, f"no step changes {slot} alone"
     contests = pytest.importorskip("bench.step.bench_train_step").ON_A_GPU
     (ablation,) = (contest for contest in contests if contest.kind == "ablation")
-    decides = {auto.PLAIN, auto.PLAIN_ANY_ORDER, "ours-attention-triton", "ours-attention-cudnn"}
+    decides = {auto.PLAIN, auto.PLAIN_ANY_ORDER, "ours-attn-triton", "ours-attn-cudnn"}
     assert ablation.shape.B == 32 and ablation.compiled and decides <= set(ablation.names)
     asked = {name: steps[name].settings.get("deterministic", True) for name in decides}
-    assert {name for name, yes in asked.items() if not yes} == {auto.PLAIN_ANY_ORDER, "ours-attention-cudnn"}
+    assert {name for name, yes in asked.items() if not yes} == {auto.PLAIN_ANY_ORDER, "ours-attn-cudnn"}

@@ -88,7 +88,7 @@ SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=30)
 
 def small_model(seed: int = 0, **choices: str) -> GPT:
     torch.manual_seed(seed)
-    ops, _ = make_ops({"attention": "naive", "mlp": "torch", "norm": "torch", "loss": "torch", **choices})
+    ops, _ = make_ops({"attn": "naive", "mlp": "torch", "norm": "torch", "loss": "torch", **choices})
     return GPT(SHAPE, ops).eval()
 
 
@@ -115,7 +115,7 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("attention", ["naive", "sdpa"])
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
 def test_a_gradient_by_torch_func(attention: str, transform: Callable) -> None:
-    model, data = small_model(attention=attention), batch()
+    model, data = small_model(attn=attention), batch()
     ours = transform(lambda weights: functional_call(model, weights, data))(weights_of(model))
     assert_same(ours, gradients(model, *data))
 
@@ -187,7 +187,7 @@ def test_the_operator_by_vmap(table: int | None) -> None:
     ("choice", "instead"),
     [
         ({"loss": "chunked"}, "torch.nn.functional.cross_entropy"),
-        ({"attention": "triton"}, "--attn naive"),
+        ({"attn": "triton"}, "--attn naive"),
         ({"mlp": "triton"}, "--mlp torch"),
         ({"norm": "triton"}, "--norm torch"),
     ],

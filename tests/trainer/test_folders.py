@@ -350,7 +350,7 @@ def test_every_start_is_recorded_with_what_ran(tmp_path: Path) -> None:
     train(with_(tmp_path))
     train(with_(tmp_path, resume=True, steps=6, lr=0.5))
     first, second = starts(tmp_path)
-    assert first["implementations"] == {"attention": "sdpa", "mlp": "torch", "norm": "torch", "loss": "chunked"}
+    assert first["implementations"] == {"attn": "sdpa", "mlp": "torch", "norm": "torch", "loss": "chunked"}
     assert (first["step"], second["step"]) == (0, 4)
     assert first["config"] == json.loads(json.dumps(vars(build(CONFIG).config), default=str)) | {"out": str(tmp_path)}
     assert (second["config"]["lr"], second["config"]["steps"]) == (0.5, 6)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt2 import GPT, ModelConfig
-from fastgpt2.attention import naive_attention
+from fastgpt2.backends.attention import naive_attention
+from fastgpt2.backends.loss import torch_loss
 from fastgpt2.config import PRESETS
 from fastgpt2.model import FLOPS_PER_TOKEN, parameter_count, saved_bytes
-from fastgpt2.ops import NORM, Ops, make_ops, torch_loss
+from fastgpt2.ops import NORM, Ops, make_ops
 from tests import seeds
 
 pytestmark = pytest.mark.numeric
@@ -30,7 +31,7 @@ def place(attention: str) -> str:
 
 def make(config: ModelConfig = SMALL, attention: str = "naive", seed: int = 0, loss: str = "auto") -> GPT:
     torch.manual_seed(seeds.first + seed)
-    device, choices = place(attention), {"attention": attention, "loss": loss}
+    device, choices = place(attention), {"attn": attention, "loss": loss}
     return GPT(config, make_ops(choices, device=device, head_dim=config.head_dim)[0]).to(device)
 
 
@@ -55,7 +56,7 @@ def test_flops_are_what_a_naive_step_executes() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     config = ModelConfig(n_layer=3, n_head=2, n_embd=48, block_size=40, vocab_size=200)
-    model = GPT(config, Ops(attention=naive_attention))  # an opaque operator's products aren't counted
+    model = GPT(config, Ops(attn=naive_attention))  # an opaque operator's products aren't counted
     inputs, targets = batch(config, B=2)
     with FlopCounterMode(display=False) as counter:
         model(inputs, targets).backward()
@@ -95,7 +96,7 @@ def test_auto_is_pytorchs_form_but_for_the_loss(monkeypatch: pytest.MonkeyPatch)
     from fastgpt2.kernels import launch
 
     monkeypatch.setattr(ops, "_measured", dict)  # as on a GPU where nothing was measured
-    plain = {"attention": "sdpa", "mlp": "torch", "norm": "torch"}
+    plain = {"attn": "sdpa", "mlp": "torch", "norm": "torch"}
     assert make_ops()[1] == make_ops({"loss": "auto"})[1] == {**plain, "loss": "chunked"}
     for capability, loss in (((9, 0), "triton"), ((8, 0), "triton"), ((7, 5), "chunked")):
         monkeypatch.setattr(launch, "capability", lambda _, c=capability: c)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt2 import GPT, TrainConfig, checkpoint
-from fastgpt2.attention import document_bounds, naive_attention
+from fastgpt2.backends.attention import naive_attention
 from fastgpt2.config import ConfigError
+from fastgpt2.documents import document_bounds
 from fastgpt2.evaluate import evaluate_split
 from fastgpt2.ops import Ops
 from fastgpt2.pretrained import load_run
@@ -243,7 +244,7 @@ def test_documents_are_masked_as_in_training(tmp_path: Path) -> None:
         assert torch.equal(documents, document_bounds(tokens, 7))
         return naive_attention(qkv, dropout_p, documents)
 
-    expected = GPT(saved.config, Ops(attention=plain)).eval()
+    expected = GPT(saved.config, Ops(attn=plain)).eval()
     expected.load_state_dict(saved.state_dict())
     torch.testing.assert_close(model(tokens), expected(tokens))
     # The mask matters here: without it the logits are others.

@@ -146,7 +146,7 @@ ARRIVALS: list[tuple[str, Any, Callable[[TrainConfig], Any], Any, dict[str, Any]
     ("dtype", "bfloat16", asked_of_ops("dtype"), torch.bfloat16, {}),
     ("dtype", "tf32", asked_of_ops("tf32"), True, {}),
     ("deterministic", False, deterministic, False, {}),
-    ("attn", "naive", asked_of_ops("attention"), "naive", {}),
+    ("attn", "naive", asked_of_ops("attn"), "naive", {}),
     ("mlp", "triton", asked_of_ops("mlp"), "triton", {}),
     ("norm", "triton", asked_of_ops("norm"), "triton", {}),
     ("loss", "chunked", asked_of_ops("loss"), "chunked", {}),

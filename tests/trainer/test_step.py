@@ -21,12 +21,12 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import SDPBackend
 
-from fastgpt2.attention import CUDNN
+from fastgpt2.backends.attention import CUDNN
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.cuda_graph import WARM_UP_STEPS, CapturedStep
 from fastgpt2.device import keep_freed_memory
 from fastgpt2.model import GPT, saved_bytes
-from fastgpt2.ops import FLAGS, SLOTS, Ops, make_ops
+from fastgpt2.ops import SLOTS, Ops, make_ops
 from fastgpt2.optim import make_optimizer
 from fastgpt2.pretrained import load_run
 from fastgpt2.run import Run, activation_bytes, build, lean_inductor, numerics, settle
@@ -172,7 +172,7 @@ def test_a_step_that_asks_is_found() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("slots", SLOT_CHOICES)
 def test_the_step_does_not_wait_for_the_gpu(slots: str, dtype: str) -> None:
-    flags = {FLAGS[slot].removeprefix("--"): name for slot, name in SLOT_CHOICES[slots].items()}
+    flags = SLOT_CHOICES[slots]
     config = tiny(device="cuda", dtype=dtype, grad_clip=1.0, grad_accum=2, **flags)
     with numerics(config):  # deterministic algorithms are other code
         run = build(config)
@@ -193,7 +193,7 @@ def test_the_step_does_not_wait_for_the_gpu(slots: str, dtype: str) -> None:
 def test_another_gpu_than_the_current_one_computes_the_same(slots: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
-    flags = {FLAGS[slot].removeprefix("--"): name for slot, name in SLOT_CHOICES[slots].items()}
+    flags = SLOT_CHOICES[slots]
     first, second = (train(tiny(device=f"cuda:{i}", **flags)).losses for i in (0, 1))
     assert first == second and torch.cuda.current_device() == 0
 

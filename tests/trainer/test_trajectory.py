@@ -16,8 +16,11 @@ from torch import Tensor
 
 from fastgpt2 import config, verify
 from fastgpt2.accuracy import problems
-from fastgpt2.attention import naive_attention, sdpa_attention
-from fastgpt2.ops import AUTO, SLOTS, Ops, torch_loss, torch_mlp, torch_norm
+from fastgpt2.backends.attention import naive_attention, sdpa_attention
+from fastgpt2.backends.loss import torch_loss
+from fastgpt2.backends.mlp import torch_mlp
+from fastgpt2.backends.norm import torch_norm
+from fastgpt2.ops import AUTO, SLOTS, Ops
 from fastgpt2.settings import TORCH_DTYPE
 from fastgpt2.verify import Backend, Checks, Gradients, Row, backends, error_row, small_config
 from tests import seeds
@@ -26,7 +29,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 PRECISIONS = ["float32", "tf32", "bfloat16", "float16"] if CUDA else ["float32", "bfloat16"]
 BACKENDS = backends()
-CUDA_ONLY = {"attention cudnn", "attention flex"}
+CUDA_ONLY = {"attn cudnn", "attn flex"}
 HERE = [name for name in BACKENDS if CUDA or name not in CUDA_ONLY]
 SINGLE = [name for name in HERE if len(BACKENDS[name].choices) == 1]
 TRITON = [name for name in HERE if "triton" in name]
@@ -98,7 +101,7 @@ def test_compiled_losses_on_the_gpu(checks: Checks, name: str, dtype: str) -> No
     not CUDA and shutil.which(os.environ.get("CXX", "g++")) is None,
     reason="on a CPU torch.compile needs a C++ compiler",
 )
-@pytest.mark.parametrize("name", ["plain", "attention sdpa", "loss chunked", "all triton"])
+@pytest.mark.parametrize("name", ["plain", "attn sdpa", "loss chunked", "all triton"])
 def test_compiled_losses_follow_the_reference(name: str) -> None:
     """As one graph. Few steps suffice: what compiling could break is the same in each."""
     check(Checks(DEVICE, steps=10).losses(BACKENDS[name]).check(BACKENDS[name], "float32", compile=True))
@@ -185,16 +188,16 @@ def predicts_padding(hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_s
 
 
 MUTANTS = {
-    "zeroed dQ": Ops(attention=scaled_gradients(0, 1, 1)),
-    "zeroed dK": Ops(attention=scaled_gradients(1, 0, 1)),
-    "doubled dK": Ops(attention=scaled_gradients(1, 2, 1)),
-    "halved scale": Ops(attention=scaled_logits(0.5)),
-    "mask off by one": Ops(attention=sees_the_next_token),
+    "zeroed dQ": Ops(attn=scaled_gradients(0, 1, 1)),
+    "zeroed dK": Ops(attn=scaled_gradients(1, 0, 1)),
+    "doubled dK": Ops(attn=scaled_gradients(1, 2, 1)),
+    "halved scale": Ops(attn=scaled_logits(0.5)),
+    "mask off by one": Ops(attn=sees_the_next_token),
     "a tenth of a bias gradient lost": Ops(mlp=detached_bias),
     "a residual path lost": Ops(norm=drops_the_stream),
 }
 FINE = {
-    "scale 2% off": Ops(attention=scaled_logits(1.02)),
+    "scale 2% off": Ops(attn=scaled_logits(1.02)),
     "GELU by erf": Ops(mlp=erf_gelu),
 }
 """What only float32 can tell from rounding."""
@@ -203,21 +206,21 @@ FINE = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", *(["tf32"] if CUDA else [])])
 def test_the_gradient_check_rejects_planted_faults(gradients: Gradients, dtype: str) -> None:
     # float16 runs on a CPU too, here: autocast has it, only the trainer refuses it.
-    assert gradients.check("untouched", Ops(attention=scaled_gradients(1, 1, 1)), dtype).passed
+    assert gradients.check("untouched", Ops(attn=scaled_gradients(1, 1, 1)), dtype).passed
     for name, ops in (MUTANTS | (FINE if dtype == "float32" else {})).items():
         row = gradients.check(name, ops, dtype)
         assert row.error > 4 * row.budget, f"{name} in {dtype} would nearly pass: {row.error:.2f} x the yardstick"
 
 
 def test_a_nan_is_out_of_budget(gradients: Gradients) -> None:
-    broken = Ops(attention=lambda qkv, **_: naive_attention(qkv) * float("nan"))
+    broken = Ops(attn=lambda qkv, **_: naive_attention(qkv) * float("nan"))
     assert not gradients.check("NaN", broken, "float32").passed
     assert not Row("", "", "", float("nan"), 1.0).passed
 
 
 def test_the_loss_check_rejects_a_mask_off_by_one(checks: Checks, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastgpt2.attention.sdpa_attention", sees_the_next_token)
-    broken = Backend("broken", {"attention": "sdpa"})
+    monkeypatch.setattr("fastgpt2.backends.attention.sdpa_attention", sees_the_next_token)
+    broken = Backend("broken", {"attn": "sdpa"})
     assert not checks.losses(broken).check(broken, "float32").passed
 
 
@@ -237,7 +240,7 @@ def test_the_error_check_rejects_planted_faults(form: str, op: Callable[..., Ten
 
 
 def test_every_implementation_of_the_tables_is_checked() -> None:
-    flags = {"attention": config.Attention, "mlp": config.Mlp, "norm": config.Norm, "loss": config.Loss}
+    flags = {"attn": config.Attention, "mlp": config.Mlp, "norm": config.Norm, "loss": config.Loss}
     assert set(flags) == set(SLOTS) == set(AUTO)
     for slot, table in SLOTS.items():
         assert get_args(flags[slot]) == ("auto", *table)  # the command line's choices

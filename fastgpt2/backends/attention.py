@@ -3,7 +3,7 @@
     op(qkv (B, T, 3, H, D), dropout_p=0.0, documents=None) -> (B, T, H, D)
 
 qkv is the packed projection. dropout_p is the probability of dropping an attention weight. documents, (2, B, T) int32
-from `document_bounds`, holds where each token's document begins and one past where it ends; with it a position attends
+from `fastgpt2.documents.document_bounds`, holds where each token's document begins and one past where it ends; with it a position attends
 within its own document alone. The softmax is float32 at least; the result has qkv's dtype.
 """
 
@@ -20,36 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.attention.flex_attention import flex_attention as flex
 
+from fastgpt2.documents import visible
+
 CUDNN = SDPBackend.CUDNN_ATTENTION
 BLOCK = 128
 """Positions a side of a block of flex_attention's mask, PyTorch's default."""
-
-
-def document_bounds(tokens: Tensor, end_of_text: int) -> Tensor:
-    """Where each token's document begins and ends.
-
-    Args:
-        tokens: (B, T). A document begins with each end-of-text token, as sampling from one does, and with each row.
-        end_of_text: that token.
-
-    Returns:
-        (2, B, T) int32: the first position of the token's document, and one past its last. Neither falls along a row.
-        Nothing waits for the device.
-    """
-    T = tokens.size(1)
-    position = torch.arange(T, dtype=torch.int32, device=tokens.device)
-    opens = tokens == end_of_text
-    first = torch.where(opens, position, 0).cummax(1).values
-    # The next opening at or after each position; a token's document ends at the one strictly after it.
-    opening = torch.where(opens, position, T).flip(1).cummin(1).values.flip(1)
-    return torch.stack((first, F.pad(opening[:, 1:], (0, 1), value=T)))
-
-
-def visible(T: int, documents: Tensor | None, device: torch.device) -> Tensor:
-    """Which keys each query sees, bool: (T, T), or (B, 1, T, T) with documents."""
-    position = torch.arange(T, device=device)
-    causal = position <= position[:, None]
-    return causal if documents is None else causal & (position >= documents[0][:, None, :, None])
 
 
 def naive_attention(qkv: Tensor, dropout_p: float = 0.0, documents: Tensor | None = None) -> Tensor:
