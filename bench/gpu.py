@@ -44,7 +44,9 @@ PARTS = {1: 9.3, 2: 3.0}
 """The minutes that each part is made for. More minutes raise part 1's limits; part 2's are long already."""
 SESSIONS = {
     "operations": (
-        *(f"kernels/test_{name}.py" for name in ("attention", "mlp", "norm", "loss", "dropout")),
+        *(f"kernels/test_{name}.py" for name in ("attention", "attention_documents", "attention_operator")),
+        *(f"kernels/test_{name}{part}.py" for name in ("mlp", "norm", "loss") for part in ("", "_operator")),
+        "kernels/test_dropout.py",
         *(f"trainer/test_{name}.py" for name in ("embedding", "attention")),
     ),
     "trajectories": ("trainer/test_trajectory.py",),

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton", reason="Triton is published for Linux")
 
 from fastgpt2.kernels import attention, flash_attention, flash_attention_qkv
-from fastgpt2.kernels.attention import attention_reference
 from fastgpt2.kernels.dropout import BITS, draw_seed, dropout_mask, weights_to_drop
 from fastgpt2.kernels.tuning import LaunchConfig, architectures, configurations
-from tests.kernels.test_attention import DEVICE, Compute, assert_right, assert_same, bounds, excess, inputs, packed
+from tests.kernels.cases.attention import REPLAYED, bounds, inputs, naive, packed
+from tests.kernels.oracle import DEVICE, Compute, assert_same
 
 pytestmark = pytest.mark.numeric
 P = 0.2
@@ -135,7 +135,7 @@ def replay(make, **options) -> dict:
 def test_output_and_gradient_replay_the_mask(kind, dtype, tiles) -> None:
     options = {"documents": bounds(75, (16, 40), (3, 64, 65))} if kind == "documents" else {"causal": kind == "causal"}
     make = lambda n: inputs((2, 75, 1, 16), dtype, seed=n)  # noqa: E731
-    assert_right(dropping(seed=seed(), **options), make, **replay(make, **options))
+    REPLAYED.assert_right(dropping(seed=seed(), **options), make, **replay(make, **options))
 
 
 @pytest.mark.parametrize("arch", architectures())
@@ -143,7 +143,7 @@ def test_shipped_tiles_replay_the_mask(arch, monkeypatch) -> None:
     if DEVICE == "cpu":
         monkeypatch.setattr(attention, "lookup", lambda op, *_: configurations(arch)[op, "bfloat16", 64])
     make = lambda n: inputs((1, 200, 2, 64), seed=n)  # noqa: E731
-    assert_right(dropping(seed=seed()), make, **replay(make))
+    REPLAYED.assert_right(dropping(seed=seed()), make, **replay(make))
 
 
 def faults() -> dict[str, Compute]:
@@ -152,9 +152,7 @@ def faults() -> dict[str, Compute]:
     def with_mask(change, p: float = ROUNDED_P) -> Compute:
         def compute(q, k, v, do):
             keep = change(dropout_mask(seed(), P, q.size(0), q.size(2), q.size(1)))
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            o = attention_reference(*leaves, keep=keep, dropout_p=p)
-            return (o.detach(), *torch.autograd.grad(o, leaves, do))
+            return naive(q, k, v, do, keep=keep, dropout_p=p)
 
         return compute
 
@@ -176,7 +174,7 @@ def faults() -> dict[str, Compute]:
 @pytest.mark.parametrize("fault", faults())
 def test_a_planted_fault_is_found(fault, monkeypatch) -> None:
     make = lambda n: inputs((1, 33, 2, 16), seed=n)  # noqa: E731
-    assert max(excess(faults()[fault], make, **replay(make)).values()) > 2.0
+    REPLAYED.assert_wrong(faults()[fault], make, **replay(make))
 
 
 def test_the_expectation_is_the_attention_without_dropout() -> None:
@@ -256,14 +254,14 @@ def test_errors() -> None:
 @pytest.mark.parametrize("T", [1, 17, 127, 129, 1000, 1024, 2048])
 def test_full_lengths(T, dtype) -> None:
     make = lambda n: inputs((2, T, 3, 64), dtype, seed=n)  # noqa: E731
-    assert_right(dropping(seed=seed()), make, **replay(make))
+    REPLAYED.assert_right(dropping(seed=seed()), make, **replay(make))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("D", attention.HEAD_DIMS)
 def test_full_head_sizes(D) -> None:
     make = lambda n: inputs((2, 1000, 3, D), torch.bfloat16, seed=n)  # noqa: E731
-    assert_right(dropping(seed=seed()), make, **replay(make))
+    REPLAYED.assert_right(dropping(seed=seed()), make, **replay(make))
 
 
 @pytest.mark.gpu
