@@ -1,11 +1,9 @@
-"""The GPU's clocks, power, temperature and throttle reasons, as nvidia-smi reports them; nothing here changes any.
-And where the tools of CUDA's toolkit are."""
+"""The GPU's clocks, power, temperature and throttle reasons, as nvidia-smi reports them; nothing here changes any."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -20,12 +18,6 @@ FIXED_FIELDS = [
 ]
 _THROTTLE_FIELDS = ["clocks_event_reasons.active", "clocks_throttle_reasons.active"]
 """The reasons for lower clocks, a bit mask, under the name of newer drivers and that of older ones."""
-
-
-def find_tool(name: str) -> str | None:
-    """A program of CUDA's toolkit: on the path, or in CUDA's folder; None where it isn't installed."""
-    folders = [os.environ.get("PATH", ""), os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
-    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def query_gpu(fields: list[str]) -> dict[str, str]:

@@ -31,12 +31,13 @@ from pathlib import Path
 import torch
 
 from bench import kernel_profile, smoke, targets
-from bench.device_state import FIXED_FIELDS, find_tool, make_state_query, query_gpu
+from bench.device_state import FIXED_FIELDS, make_state_query, query_gpu
 from bench.results import Record, align, summary
 from bench.stages import Files, NotNow, Stage, exit_status, new_record, read_environment, record_file, run_stages
 from bench.step.steps import TUNED, Kernels
 from bench.timing import ROOT, commit
 from fastgpt2.flags import Parser
+from fastgpt2.kernels.tools.toolkit import find_tool
 from fastgpt2.kernels.tuning import check_table
 from fastgpt2.ops import SLOTS
 
@@ -255,9 +256,15 @@ def _tune(run: Run) -> list[str]:
 
 
 def _tool(name: str, module: str, tool: str, seconds_limit: float, *options: str) -> Stage:
-    """A command of ours around a program of CUDA's toolkit, which need not be there."""
-    missing = None if find_tool(tool) else f"{tool} is not installed: it comes with CUDA's toolkit"
-    return Stage(name, [*_PYTHON, f"bench.{module}", *options], seconds_limit, seconds_needed=40, missing=missing)
+    """A tool of the kernels that runs a program of the CUDA toolkit, which may be missing."""
+    missing = None if find_tool(tool) else f"{tool} is not installed; it comes with the CUDA toolkit"
+    return Stage(
+        name,
+        [*_PYTHON, f"fastgpt2.kernels.tools.{module}", *options],
+        seconds_limit,
+        seconds_needed=40,
+        missing=missing,
+    )
 
 
 def _tests(run: Run, name: str, seconds_limit: float, seconds_needed: float) -> Stage:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from bench import auto, plots, profile, targets
+from bench import auto, plots, targets
 from bench.plots import fastest_of_ours, headline, slug
 from bench.results import (
     Record,
@@ -26,6 +26,7 @@ from bench.results import (
     versions,
     work,
 )
+from fastgpt2.kernels.tools import profile
 from fastgpt2.ops import SLOTS
 
 Row = dict[str, str]
@@ -258,7 +259,8 @@ def counters_section(records: Sequence[Record]) -> str:
         yield markdown(list({(p["op"], p["precision"]): profile.row(p) for p in reversed(profiles)}.values())[::-1])
 
     words = (
-        "By `python -m bench.profile`, which leaves the clocks alone: a kernel's third launch at GPT-2 124M's shape. "
+        "By `python -m fastgpt2.kernels.tools.profile`, which does not lock the clocks: a kernel's third launch at GPT-2 124M's "
+        "shape. "
         "A scheduler issues an instruction a clock at most; what warps stall for is in warps an instruction issued."
     )
     return each_device(records, lambda record: record.get("profiles", ()), show, words)

@@ -29,6 +29,7 @@ from typing import Any
 from fastgpt2.kernels.specs.records import Kernel, Work
 from fastgpt2.kernels.tools.bounds import CARDS, SLACK, Bound, allowed, bound, check_in, read_code
 from fastgpt2.kernels.tools.hazards import serialised, touched_in_flight
+from fastgpt2.kernels.tools.toolkit import align, run_compiling
 from fastgpt2.kernels.tuning import LaunchConfig, architectures, configurations, read_table
 
 MODULES = (
@@ -267,20 +268,30 @@ def _blocks(case: Case, registers: int, shared: int) -> int:
 
 
 def table(reports: list[Report]) -> str:
-    rows = [("kernel", "precision", "size", "arch", "tile, warps, stages",
-             "registers", "spilled", "shared", "blocks", "matrix", "missed", "serialised", "copies", "loops",
-             "at least", "")]  # fmt: skip
-    for r in reports:
-        c = r.case
-        rows.append((
-            f"{c.op} {c.variant}".rstrip(), c.precision, str(c.size), c.arch, str(c.config),
-            str(r.registers), str(r.spilled), str(r.shared), str(r.blocks),
-            "+".join(r.instructions) or "none", f"{r.missed}/{r.products}", "yes" if r.serialised else "no",
-            "+".join(r.copies) or "none", "+".join(map(str, r.loops)), _in_words(r.at_least), "; ".join(r.faults),
-        ))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    """A line a report."""
+    return align([_row(report) for report in reports])
+
+
+def _row(report: Report) -> dict[str, str]:
+    case = report.case
+    return {
+        "<kernel": f"{case.op} {case.variant}".rstrip(),
+        "<precision": case.precision,
+        "<size": str(case.size),
+        "<arch": case.arch,
+        "<tile, warps, stages": str(case.config),
+        "<registers": str(report.registers),
+        "<spilled": str(report.spilled),
+        "<shared": str(report.shared),
+        "<blocks": str(report.blocks),
+        "<matrix": "+".join(report.instructions) or "none",
+        "<missed": f"{report.missed}/{report.products}",
+        "<serialised": "yes" if report.serialised else "no",
+        "<copies": "+".join(report.copies) or "none",
+        "<loops": "+".join(map(str, report.loops)),
+        "<at least": _in_words(report.at_least),
+        "<": "; ".join(report.faults),
+    }
 
 
 def _triton_version() -> str:
@@ -325,12 +336,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        # Triton read the variable when it was imported: compiling takes a process without it.
-        clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        sys.exit(
-            subprocess.run(
-                [sys.executable, "-m", "fastgpt2.kernels.tools.inspect", *sys.argv[1:]], env=clean
-            ).returncode
-        )
-    sys.exit(main())
+    sys.exit(run_compiling("fastgpt2.kernels.tools.inspect", main))

@@ -28,7 +28,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +42,7 @@ from typing import Any
 from fastgpt2.kernels.specs.records import Tuning
 from fastgpt2.kernels.tools import inspect
 from fastgpt2.kernels.tools.inspect import Case, Report
+from fastgpt2.kernels.tools.toolkit import run_compiling
 from fastgpt2.kernels.tuning import TABLES, LaunchConfig, architectures, check_table, major, nearest, read_table
 
 TIE = 0.01
@@ -489,10 +489,4 @@ def _closest(arch: str) -> str:
 
 
 if __name__ == "__main__":
-    if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        # Triton read the variable when it was imported: compiling takes a process without it.
-        clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        sys.exit(
-            subprocess.run([sys.executable, "-m", "fastgpt2.kernels.tools.tune", *sys.argv[1:]], env=clean).returncode
-        )
-    sys.exit(main())
+    sys.exit(run_compiling("fastgpt2.kernels.tools.tune", main))

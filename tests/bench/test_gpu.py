@@ -157,7 +157,7 @@ def test_every_gpu_test_is_in_one_session() -> None:
     files = [path for name, session in sessions.items() if name != gpu.LARGE for path in session]
     assert set(sessions[gpu.LARGE]) < set(sessions["operations"])
     assert len(files) == len(set(files)) >= 14
-    for name, stems in (SESSIONS | {ALONE: ("bench_gpu", "bench_step", "gpu_tools", "timing", "tune")}).items():
+    for name, stems in (SESSIONS | {ALONE: ("bench_gpu", "bench_step", "cuda_tools", "timing", "tune")}).items():
         assert {path.stem.removeprefix("test_") for path in sessions[name]} == set(stems), name
 
 

@@ -29,14 +29,14 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
         ("fastgpt2.kernels.tools.tune --dry-run --arch sm_90 --size 7", "768"),
         ("fastgpt2.kernels.tools.tune --dry-run --arch sm_90 --op attention --size 768", "there are 16, 32, 64"),
         ("fastgpt2.kernels.tools.tune --dry-run --arch nosuch", "sm_90"),
-        ("bench.profile --op nosuch", "attention_forward"),
-        ("bench.profile --op attention nosuch", "attention_forward"),
-        ("bench.profile --op ''", "attention_forward"),
-        ("bench.profile --precision nosuch", "bfloat16"),
-        ("bench.sanitize --only nosuch", "attention"),
-        ("bench.sanitize --only attention nosuch", "attention"),
-        ("bench.sanitize --only ''", "attention"),
-        ("bench.sanitize --tool nosuch", "memcheck"),
+        ("fastgpt2.kernels.tools.profile --op nosuch", "attention_forward"),
+        ("fastgpt2.kernels.tools.profile --op attention nosuch", "attention_forward"),
+        ("fastgpt2.kernels.tools.profile --op ''", "attention_forward"),
+        ("fastgpt2.kernels.tools.profile --precision nosuch", "bfloat16"),
+        ("fastgpt2.kernels.tools.sanitize --only nosuch", "attention"),
+        ("fastgpt2.kernels.tools.sanitize --only attention nosuch", "attention"),
+        ("fastgpt2.kernels.tools.sanitize --only ''", "attention"),
+        ("fastgpt2.kernels.tools.sanitize --tool nosuch", "memcheck"),
         ("bench.gpu --only nosuch", "smoke"),
         ("bench.gpu --only smoke nosuch", "ceilings"),
         ("bench.gpu --only ''", "ceilings"),
@@ -61,7 +61,7 @@ def test_a_choice_of_nothing_is_status_2_and_names_what_there_is(command, choice
 
 
 def test_a_gpu_that_launches_none_of_the_kernels_profiles_nothing(monkeypatch, capsys) -> None:
-    profile = import_module("bench.profile")
+    profile = import_module("fastgpt2.kernels.tools.profile")
     monkeypatch.setattr(profile, "find_tool", lambda name: "ncu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))

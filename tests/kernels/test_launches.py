@@ -25,9 +25,9 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 
-from bench.profile import size_of
 from fastgpt2.kernels import attention, cross_entropy, mlp as gelu_mlp, norm as layer_norm
 from fastgpt2.kernels.tools import inspect
+from fastgpt2.kernels.tools.profile import size_of
 from fastgpt2.kernels.tools.tune import tunings
 from fastgpt2.kernels.tuning import configurations, lookup
 

@@ -18,6 +18,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is published for Linux")
 
+from bench.timing import ROOT
 from fastgpt2.kernels import tuning
 from fastgpt2.kernels.tools import inspect, tune
 from fastgpt2.kernels.tools.tune import Key, LaunchConfig, Options, choose, configurations, read, serialize, updated
@@ -355,7 +356,7 @@ def test_a_dry_run_compiles_and_says_what_it_drops(tmp_path) -> None:
         "raise SystemExit(tune.main(given))\n"
     )
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    clean["PYTHONPATH"] = str(TABLES.parents[1])
+    clean["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=clean, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

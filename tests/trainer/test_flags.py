@@ -269,16 +269,16 @@ COMMANDS = {
     "fastgpt2.prepare": ["x", "--out", "x"],
     "fastgpt2.verify": [],
     "fastgpt2.kernels.tools.inspect": [],
+    "fastgpt2.kernels.tools.profile": [],
+    "fastgpt2.kernels.tools.sanitize": [],
     "fastgpt2.kernels.tools.tune": [],
     "bench.counts": [],
     "bench.cpu": [],
     "bench.gate": ["new.json"],
     "bench.gpu": [],
     "bench.kernel_profile": ["plain"],
-    "bench.profile": [],
     "bench.report": [],
     "bench.roofline": [],
-    "bench.sanitize": [],
     "bench.smoke": [],
 }
 """Each with what it can't do without."""

@@ -1,14 +1,14 @@
-"""`python -m bench.sanitize`: every kernel, forward and backward, at a small odd shape under compute-sanitizer.
+"""`python -m fastgpt2.kernels.tools.sanitize`: run every kernel at a small odd shape under compute-sanitizer.
 
-memcheck finds accesses outside an allocation, racecheck shared memory that is read or written without a barrier
-between. Neither is trusted until it has found what was planted for it. PyTorch's allocator hands out pieces of larger
-blocks, within which memcheck would see nothing: it is told to ask the driver for each tensor.
+memcheck finds accesses outside an allocation. racecheck finds shared memory that is read or written without a barrier
+between. Each must first find a planted fault. Each tensor gets an allocation of its own: memcheck sees no fault inside
+a block of PyTorch's caching allocator.
 
-    python -m bench.sanitize                                    both tools, every case; needs a CUDA GPU
-    python -m bench.sanitize --tool memcheck --only attention   cases whose name contains the text
+    python -m fastgpt2.kernels.tools.sanitize                                    both tools, every case; needs a CUDA GPU
+    python -m fastgpt2.kernels.tools.sanitize --tool memcheck --only attention   cases whose name contains the text
 
-compute-sanitizer comes with CUDA's toolkit. Only this package's kernels are watched, so that libraries cost no time.
-Exit status: 0; 1 where a tool found a fault, missed the planted one or did not end; 2 where it can't run.
+compute-sanitizer comes with the CUDA toolkit. It watches only this package's kernels, to save time in libraries.
+Exit status: 0; 1 if a tool found a fault, missed the planted one or did not finish; 2 if it can't run.
 """
 
 from __future__ import annotations
@@ -26,25 +26,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.device_state import find_tool
-from bench.ops.shapes import DEVICE
-from bench.results import align
-from bench.timing import ROOT
 from fastgpt2 import kernels
-from fastgpt2.documents import document_bounds
-from fastgpt2.flags import Parser
+from fastgpt2.kernels.tools.inspect import all_kernels
+from fastgpt2.kernels.tools.toolkit import align, find_tool
 
 NAME = "compute-sanitizer"
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 SUMMARY = {
     "memcheck": re.compile(r"ERROR SUMMARY: (\d+) error"),
     "racecheck": re.compile(r"RACECHECK SUMMARY: (\d+) hazard"),
 }
-"""How each tool ends its report, with the number of what it found."""
+"""The last line of each tool's report, with the number of faults."""
 SECONDS = 150.0
-"""That a case may take under a tool."""
+"""Time limit of a case under a tool."""
 AT_A_TIME = 4
 
-# A position past an allocation of four; and neighbours' shared memory that is read without a barrier.
+# memcheck: a write past an allocation of four. racecheck: a read of another thread's shared memory without a barrier.
 PLANTED = {
     "memcheck": """extern "C" __global__ void planted_fault(float* x) { x[threadIdx.x] = threadIdx.x; }""",
     "racecheck": """extern "C" __global__ void planted_fault(float* x) {
@@ -60,13 +57,14 @@ def _random(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _attention(head_dim: int, T: int = 130, **options: Any) -> Callable[[torch.dtype], Tensor]:
-    """Two sequences of two tiles and a bit, three heads; odd D leaves columns that a tile has and the tensor hasn't."""
+    """Two sequences of just over two tiles, three heads. With D = 80 a tile is wider than the tensor."""
     return lambda dtype: kernels.flash_attention_qkv(_random(2, T, 3, 3, head_dim, dtype=dtype), **options)
 
 
 def _documents(dtype: torch.dtype) -> Tensor:
-    documents = document_bounds(torch.randint(20, (2, 130), device=DEVICE), 0)
-    return _attention(64, documents=documents, dropout_p=0.1)(dtype)
+    """Documents of 20 tokens, the last one cut off."""
+    first = torch.arange(130, dtype=torch.int32, device=DEVICE).expand(2, -1) // 20 * 20
+    return _attention(64, documents=torch.stack((first, (first + 20).clamp(max=130))), dropout_p=0.1)(dtype)
 
 
 def _gelu_mlp(C: int) -> Callable[[torch.dtype], Tensor]:
@@ -109,9 +107,9 @@ PLANT = "planted fault"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a tool said of a case.
+    """A tool's verdict on a case.
 
-    found: faults; None where the tool gave no summary. report: the end of what it printed.
+    found: the number of faults; None if the tool printed no summary. report: the end of its output.
     """
 
     tool: str
@@ -121,12 +119,12 @@ class Outcome:
 
     @property
     def right(self) -> bool:
-        """As many as were expected: some where one was planted, none elsewhere."""
+        """Whether it found what it should: the planted fault, and none elsewhere."""
         return self.found is not None and (self.found > 0) == (self.case == PLANT)
 
 
 def run_case(name: str, tool: str) -> None:
-    """What runs under the tool: the operation and its gradients in bfloat16 and float32, or the planted fault."""
+    """Run the operation and its gradients in bfloat16 and float32, or the planted fault. Called under the tool."""
     if name == PLANT:
         fault = torch.cuda._compile_kernel(PLANTED[tool], "planted_fault")
         fault(grid=(1, 1, 1), block=(256, 1, 1), args=[torch.zeros(4, device=DEVICE)])
@@ -139,36 +137,35 @@ def run_case(name: str, tool: str) -> None:
 
 
 def watched() -> list[str]:
-    """The kernels' names, and the planted one's."""
-    from fastgpt2.kernels.tools.inspect import all_kernels
-
+    """The names of the kernels to watch, the planted one included."""
     return ["planted_fault", *dict.fromkeys(kernel.function.__name__ for kernel in all_kernels().values())]
 
 
 def check(program: str, tool: str, case: str) -> Outcome:
-    """Run a case in a process of its own under a tool."""
+    """Run a case under a tool, in a process of its own."""
     names = [option for name in watched() for option in ("--kernel-name", f"kns={name}")]
-    inner = [sys.executable, "-m", "bench.sanitize", "--run", case, "--tool", tool]
-    # An API's failure is no fault of a kernel: PyTorch asks the driver for things that it need not have.
+    inner = [sys.executable, "-m", "fastgpt2.kernels.tools.sanitize", "--run", case, "--tool", tool]
+    # A failing API call is not a kernel's fault: PyTorch probes the driver for optional features.
     command = [program, "--tool", tool, "--print-limit", "10", "--report-api-errors", "no", *names, *inner]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=SECONDS
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=SECONDS
         )
     except subprocess.TimeoutExpired as error:
         said = (error.stdout or b"").decode(errors="replace")[-3000:]
         return Outcome(tool, case, None, f"stopped after {SECONDS:.0f} s\n{said}")
     text = done.stdout.decode(errors="replace")
     summaries = SUMMARY[tool].findall(text)
-    # A case that fails by itself has shown nothing, whatever the tool counted; the planted fault may well fail.
+    # A case that raises proves nothing, whatever the tool counted. The planted fault may end its process.
     ended = done.returncode == 0 or case == PLANT
     return Outcome(tool, case, int(summaries[-1]) if summaries and ended else None, text[-3000:])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = Parser(prog="python -m bench.sanitize", description=__doc__.split("\n")[0])
+    prog, about = "python -m fastgpt2.kernels.tools.sanitize", __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(prog, description=about, allow_abbrev=False)
     parser.add_argument("--tool", nargs="+", choices=list(SUMMARY), default=list(SUMMARY), help="default: both")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only the cases whose name contains one of these")
     parser.add_argument("--run", choices=[PLANT, *CASES], help=argparse.SUPPRESS)
@@ -180,19 +177,21 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no case's name contains {' or '.join(unknown)}; there are {', '.join(CASES)}")
     program = find_tool(NAME)
     if program is None or DEVICE.type != "cuda":
-        why = f"{NAME} is not installed: it comes with CUDA's toolkit" if DEVICE.type == "cuda" else "no CUDA GPU here"
-        print(f"error: python -m bench.sanitize: {why}", file=sys.stderr)
+        why = (
+            f"{NAME} is not installed; it comes with the CUDA toolkit" if DEVICE.type == "cuda" else "no CUDA GPU here"
+        )
+        print(f"error: {prog}: {why}", file=sys.stderr)
         return 2
     return report(program, given.tool, given.only)
 
 
 def _named(texts: list[str] | None) -> list[str]:
-    """The cases whose name contains one of the texts; all without any."""
+    """The cases whose name contains one of the texts; all cases if there are no texts."""
     return [case for case in CASES if any(text in case for text in texts or [""])]
 
 
 def report(program: str, tools: list[str], only: list[str] | None) -> int:
-    """Check the cases by the tools, several at a time, and print a line for each; the exit status."""
+    """Check the cases, several at a time, and print a line for each. Returns the exit status."""
     pairs = [(tool, case) for tool in tools for case in [PLANT, *_named(only)]]
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         outcomes = list(pool.map(lambda pair: check(program, *pair), pairs))

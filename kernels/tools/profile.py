@@ -1,14 +1,14 @@
-"""`python -m bench.profile`: what the GPU's counters say limits a kernel, by Nsight Compute.
+"""`python -m fastgpt2.kernels.tools.profile`: read what limits a kernel from the GPU's counters, by Nsight Compute.
 
-Each kernel is launched at GPT-2 124M's shape with its table's configuration, as `fastgpt2.kernels.tools.tune` times it, and its third
-launch is read: how busy the matrix units, the issue slots and the memory were, and what its warps waited for. The
-clocks are left alone, so that the time is the one that users see.
+Each kernel is launched at GPT-2 124M's shape with its table's configuration, as `fastgpt2.kernels.tools.tune` times it.
+The third launch is read: how busy the matrix units, the issue slots and the memory were, and what its warps waited for.
+The clocks are not locked: the time is the one that users see.
 
-    python -m bench.profile                                        attention's kernels in bfloat16; needs a CUDA GPU
-    python -m bench.profile --op gelu_mlp --precision bfloat16     kernels whose name begins so
+    python -m fastgpt2.kernels.tools.profile                                      attention in bfloat16; needs a CUDA GPU
+    python -m fastgpt2.kernels.tools.profile --op gelu_mlp --precision bfloat16   kernels whose name begins so
 
-Reading counters takes a permission on some machines (NVreg_RestrictProfilingToAdminUsers); the tool then says so.
-Exit status: 0; 1 where a kernel could not be read; 2 where the tool can't run.
+Some machines require a permission to read counters (NVreg_RestrictProfilingToAdminUsers); the tool then says so.
+Exit status: 0; 1 if a kernel could not be read; 2 if the tool can't run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import re
 import subprocess
 import sys
@@ -26,11 +27,8 @@ from typing import Any
 
 import torch
 
-from bench.device_state import find_tool
-from bench.results import align, number
-from bench.timing import ROOT, append_json_line
-from fastgpt2.flags import Parser
 from fastgpt2.kernels.tools.inspect import all_kernels
+from fastgpt2.kernels.tools.toolkit import align, find_tool
 from fastgpt2.kernels.tools.tune import tunings
 from fastgpt2.kernels.tuning import LaunchConfig, lookup
 
@@ -40,11 +38,11 @@ SECTIONS = (
     *("ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis"),
 )
 SIZES = {"attention": 64, "cross_entropy": 50304, "layer_norm": 768, "gelu_mlp": 768}
-"""The table's size of a kernel at GPT-2 124M, by how the kernel's name begins."""
+"""A kernel's size at GPT-2 124M, by the beginning of the kernel's name."""
 UNTIMED = 2
 """Launches before the one that is read."""
 SECONDS = 120.0
-"""That reading a kernel may take."""
+"""Time limit of reading a kernel."""
 
 SHOWN = {
     ">ms": "gpu__time_duration.sum",
@@ -54,7 +52,7 @@ SHOWN = {
     ">memory, %": "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed",
     ">DRAM, %": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
 }
-"""Columns of the table that are one counter; a scheduler issues one instruction a clock at most."""
+"""The counter of each column that shows one. A scheduler issues at most one instruction a clock."""
 _FORMS = {">ms": ".3f", ">issued a clock": ".2f"}
 _PIPE = re.compile(r"sm__(?:inst_executed_)?pipe_(\w+?)(?:_cycles_active)?\.avg\.pct_of_peak_sustained_active")
 _STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+?)_per_issue_active\.ratio")
@@ -66,12 +64,12 @@ _MILLISECONDS = {
 
 
 def size_of(op: str) -> int:
-    """The table's size of a kernel at GPT-2 124M."""
+    """A kernel's size at GPT-2 124M."""
     return next(size for prefix, size in SIZES.items() if op.startswith(prefix))
 
 
 def launch(op: str, precision: str) -> None:
-    """What runs under the tool."""
+    """Launch a kernel. Called under the tool."""
     device = torch.device("cuda", torch.cuda.current_device())
     call = tunings()[op].example(precision, size_of(op), device, 0)
     config = lookup(op, precision, size_of(op), device)
@@ -81,20 +79,20 @@ def launch(op: str, precision: str) -> None:
 
 
 def command(program: str, op: str, precision: str, log: Path) -> list[str]:
-    """The tool's call for one kernel; its report goes to a file, as CSV with a column a counter."""
+    """The command line that profiles one kernel. Its report goes to a CSV file with a column a counter."""
     sections = [option for section in SECTIONS for option in ("--section", section)]
     kernel = all_kernels()[op].function.__name__
     which = ["--kernel-name", kernel, "--launch-skip", str(UNTIMED), "--launch-count", "1"]
     form = ["--clock-control", "none", "--csv", "--page", "raw", "--log-file", str(log)]
-    inner = [sys.executable, "-m", "bench.profile", "--launch", op, "--precision", precision]
+    inner = [sys.executable, "-m", "fastgpt2.kernels.tools.profile", "--launch", op, "--precision", precision]
     return [program, *sections, *which, *form, *inner]
 
 
 def parse(report: str) -> dict[str, float]:
-    """The numbers of the tool's CSV, by counter; a duration in milliseconds, all else as printed.
+    """The counters of the tool's CSV. The duration is converted to milliseconds, all others are as printed.
 
     Raises:
-        ValueError: it holds no kernel; the message is what it says instead.
+        ValueError: the report holds no kernel; the message quotes it.
     """
     start = report.find('"ID"')
     rows = list(csv.reader(io.StringIO(report[start:]))) if start >= 0 else []
@@ -117,13 +115,13 @@ def read(program: str, op: str, precision: str) -> dict[str, float]:
     """The counters of a kernel.
 
     Raises:
-        ValueError: the tool could not read it; the message says what it said.
+        ValueError: the tool could not read it; the message quotes the tool.
     """
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "report.csv"
         try:
             done = subprocess.run(
-                command(program, op, precision, log), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                command(program, op, precision, log), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 text=True, errors="replace", timeout=SECONDS,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -137,9 +135,9 @@ def read(program: str, op: str, precision: str) -> dict[str, float]:
 
 
 def largest(counters: dict[str, float], which: re.Pattern[str], form: str, count: int = 3) -> str:
-    """The highest counters of a kind, by the part of the name that tells them apart: "long_scoreboard 3.1, ...".
+    """The highest counters of a kind, by the pattern's group: "long_scoreboard 3.1, ...".
 
-    Where two counters have that part in common, the higher one.
+    Of counters with the same group, the highest one is shown.
     """
     found: dict[str, float] = {}
     for name, value in counters.items():
@@ -150,19 +148,19 @@ def largest(counters: dict[str, float], which: re.Pattern[str], form: str, count
 
 
 def row(profile: dict[str, Any]) -> dict[str, str]:
-    """A profile as a line of the table."""
+    """A profile as a row of the table."""
     counters = profile["counters"]
     cells = {"<kernel": profile["op"], "<precision": profile["precision"], "<tile": profile["tile"]}
     for title, name in SHOWN.items():
-        cells[title] = number(counters.get(name), _FORMS.get(title, ".0f"))
-    # Warps that wait for each instruction that is issued: what a scheduler would have to hide.
+        cells[title] = format(counters[name], _FORMS.get(title, ".0f")) if name in counters else ""
+    # Stalled warps for each issued instruction: the latency that a scheduler has to hide.
     cells["<busiest pipes, %"] = largest(counters, _PIPE, ".0f")
     cells["<warps stalled for"] = largest(counters, _STALL, ".1f")
     return cells
 
 
 def profile(op: str, precision: str, config: LaunchConfig, counters: dict[str, float]) -> dict[str, Any]:
-    """What is kept of a kernel."""
+    """The record of a kernel, as --jsonl stores it."""
     return {
         "op": op,
         "precision": precision,
@@ -175,7 +173,8 @@ def profile(op: str, precision: str, config: LaunchConfig, counters: dict[str, f
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = Parser(prog="python -m bench.profile", description=__doc__.split("\n")[0])
+    prog, about = "python -m fastgpt2.kernels.tools.profile", __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(prog, description=about, allow_abbrev=False)
     parser.add_argument("--op", nargs="+", metavar="PREFIX", default=["attention"], help="default: attention")
     parser.add_argument("--precision", choices=["bfloat16", "float16", "tf32", "float32"], default="bfloat16")
     parser.add_argument("--jsonl", type=Path, help="file of JSON lines to append the counters to")
@@ -190,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     program = find_tool(NAME)
     if program is None or not torch.cuda.is_available():
         why = f"{NAME} (Nsight Compute) is not installed" if program is None else "no CUDA GPU here"
-        print(f"error: python -m bench.profile: {why}", file=sys.stderr)
+        print(f"error: {prog}: {why}", file=sys.stderr)
         return 2
     major, _ = torch.cuda.get_device_capability()
     launched = [op for op in tunings() if tunings()[op].launched(major)]
@@ -201,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(program: str, ops: list[str], precision: str, jsonl: Path | None, device: torch.device) -> int:
-    """Read kernel after kernel, keep each as it is read, and print the table; the exit status."""
+    """Read the kernels one by one, store each at once, and print the table. Returns the exit status."""
     rows, failed = [], False
     for op in ops:
         try:
@@ -211,7 +210,8 @@ def report(program: str, ops: list[str], precision: str, jsonl: Path | None, dev
             failed = True
             continue
         if jsonl is not None:
-            append_json_line(jsonl, {"kind": "profile", **found})
+            with jsonl.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"kind": "profile", **found}) + "\n")
         rows.append(row(found))
     if rows:
         print(align(rows))
