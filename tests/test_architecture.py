@@ -56,6 +56,7 @@ FASTGPT2 = {
     "pretrained": {"checkpoint", "config", "model", "ops", "tensors"},
     "evaluate": {"config", "console", "data", "device", "fields", "flags", "pretrained"},
     "sample": {"config", "console", "data", "device", "fields", "flags", "model", "pretrained", "tokenizer"},
+    "hugging_face": {"config"},
     "graph": set(),
     "memory": {"config", "model"},
     "run": {

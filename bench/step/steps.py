@@ -33,6 +33,7 @@ from bench.step.lockstep import Candidate, Finished, Values
 from bench.step.plain_gpt2 import PlainGPT2
 from fastgpt2.config import PRESETS, ConfigError, ModelConfig, TrainConfig
 from fastgpt2.data import open_data, split
+from fastgpt2.hugging_face import to_hugging_face
 from fastgpt2.kernels.tuning import use_table
 from fastgpt2.model import FLOPS_PER_TOKEN, GPT
 from fastgpt2.ops import SLOTS
@@ -305,17 +306,10 @@ class HuggingFace(nn.Module):
         self.to(next(iter(weights.values())).dtype)
         with torch.no_grad():
             for name, parameter in self.model.transformer.named_parameters():
-                parameter.copy_(to_transformers(name, weights[name], size))
+                parameter.copy_(to_hugging_face(name, weights[name], size))
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.model(tokens).logits.flatten(0, 1), targets.flatten())
-
-
-def to_transformers(name: str, ours: Tensor, size: ModelConfig) -> Tensor:
-    """Our parameter as theirs of that name: their Conv1D stores [in, out], and no padded vocabulary."""
-    if name == "wte.weight":
-        return ours[: size.vocab_size]
-    return ours.T if ".c_" in name and name.endswith("weight") else ours
 
 
 def _peer(

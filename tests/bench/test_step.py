@@ -32,11 +32,11 @@ from bench.step.steps import (
     initial_weights,
     make_plain,
     result,
-    to_transformers,
 )
 from bench.step.worker import _Serving
 from bench.timing import ROOT, Timed
 from fastgpt2.config import PRESETS, ModelConfig, TrainConfig
+from fastgpt2.hugging_face import to_hugging_face
 from fastgpt2.model import GPT
 from fastgpt2.settings import resolve
 
@@ -291,7 +291,7 @@ def test_a_peer_is_the_same_model(name: str, vocab_size: int) -> None:
     their_loss.backward()
     prefix = "model.transformer." if name == "transformers" else ""
     for parameter, p in ours.named_parameters():
-        want = p.grad if name == "plain" else to_transformers(parameter, p.grad, size)
+        want = p.grad if name == "plain" else to_hugging_face(parameter, p.grad, size)
         torch.testing.assert_close(theirs.get_parameter(prefix + parameter).grad, want, rtol=0, atol=1e-10)
 
 

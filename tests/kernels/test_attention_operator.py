@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -27,14 +28,21 @@ pytestmark = [
 
 
 TOLERANCE = {"aot_eager": {"rtol": 1e-5, "atol": 1e-6}, "inductor": {"rtol": 1e-4, "atol": 1e-5}}
-
-
 """What compiling may change: for "inductor" the elementwise functions are others, of which each may round otherwise."""
 
 
-def strided(kind: str, shape: tuple[int, int, int, int]) -> Results:
-    """q, k and v with values that don't depend on the kind, in that kind's memory layout."""
-    q, k, v, do = inputs(shape)
+SHAPE = (2, 20, 2, 16)
+
+
+@functools.cache
+def usual() -> Results:
+    """The results of SHAPE's inputs in the usual layout, in tiles of 16 rows."""
+    return flash(*inputs(SHAPE))
+
+
+def strided(kind: str) -> Results:
+    """SHAPE's inputs, with q, k and v in that kind's memory layout."""
+    q, k, v, do = inputs(SHAPE)
     match kind:
         case "packed by head":  # (B, T, H, 3, D), as some checkpoints have it
             q, k, v = torch.stack((q, k, v), 3).unbind(3)
@@ -50,33 +58,34 @@ def strided(kind: str, shape: tuple[int, int, int, int]) -> Results:
 @pytest.mark.parametrize("kind", ["packed by head", "(B, H, T, D)", "(T, B, H, D)", "each its own"])
 def test_strides_change_nothing(kind, tiles) -> None:
     tiles(16, 16)
-    shape = (2, 20, 3, 16)
-    assert_same(flash(*strided(kind, shape)), flash(*inputs(shape)))
+    assert_same(flash(*strided(kind)), usual())
 
 
 @pytest.mark.parametrize("kind", ["expanded", "transposed", "last dimension strided", "broadcast over heads"])
 def test_gradients_of_any_layout(kind, tiles) -> None:
     tiles(16, 16)
-    q, k, v, do = inputs((2, 20, 3, 16))
+    q, k, v, do = inputs(SHAPE)
     match kind:
         case "expanded":
             do = torch.ones((), device=DEVICE).expand(do.shape)
+        case "broadcast over heads":
+            do = do[:, :, :1].expand(do.shape)
         case "transposed":
             do = do.transpose(1, 2).contiguous().transpose(1, 2)
         case "last dimension strided":
             do = do.mT.contiguous().mT
-        case "broadcast over heads":
-            do = do[:, :, :1].expand(do.shape)
-    assert_same(packed(q, k, v, do), packed(q, k, v, do.contiguous()))
+    same_values = kind in ("transposed", "last dimension strided")
+    assert_same(packed(q, k, v, do), usual() if same_values else packed(q, k, v, do.contiguous()))
 
 
 def test_packed_and_apart_agree_and_the_packed_gradient_is_one_tensor(tiles) -> None:
     tiles(16, 16)
-    q, k, v, do = inputs((2, 20, 3, 16))
-    assert_same(packed(q, k, v, do), flash(q, k, v, do))
+    q, k, v, do = inputs(SHAPE)
     qkv = torch.stack((q, k, v), 2).requires_grad_()
-    flash_attention_qkv(qkv).backward(do)
+    o = flash_attention_qkv(qkv)
+    o.backward(do)
     assert qkv.grad is not None and qkv.grad.shape == qkv.shape and qkv.grad.is_contiguous()
+    assert_same((o.detach(), *qkv.grad.unbind(2)), usual())
 
 
 @pytest.mark.parametrize("kind", ["causal", "full", "documents and dropout"])

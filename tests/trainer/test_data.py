@@ -26,7 +26,7 @@ from fastgpt2.data import (
     unigram_entropy,
     write_shard,
 )
-from tests.trainer.test_shards import make_folder
+from tests.trainer.shard_folders import make_folder
 
 # sha256 of the batches' bytes, written down when the order was decided.
 ORDER_STEP_0 = "48dfced06601f321a8564079b3587cba77d23bfd388ca517adf5bdf4abbb7539"

