@@ -2,7 +2,7 @@
 
 import os
 
-# The tests' tensors are tiny: a second thread only waits, for seconds where other processes share the cores.
+# The tests' tensors are tiny: a second thread would only wait, for seconds if other processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from tests import seeds
 
 if not torch.cuda.is_available():
-    # Triton reads this at its import: nothing may have imported it before.
+    # Triton reads this when it is imported, so nothing may import it earlier.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -40,10 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logfinish(nodeid: str) -> None:
-    """After an illegal memory access nothing works in the process any more: leave it, or every later test fails.
+    """Leave the process after an illegal memory access: every later test would fail.
 
-    Under pytest-xdist a new process takes over the tests that are left. Waiting after each test also puts a fault to
-    the test that launched it.
+    Under pytest-xdist a new process runs the remaining tests. Waiting for the GPU after each test also blames a fault
+    on the test that caused it.
     """
     try:
         if torch.cuda.is_initialized():

@@ -25,7 +25,7 @@ from fastgpt2.kernels.tuning import architectures, configurations
 from tests.kernels.cases.attention import ORACLE, exact, flash, inputs, naive, packed
 from tests.kernels.oracle import DEVICE, DTYPES, Compute, Results, differentiate
 
-# Scores above a masked one's place overflow before the mask removes them, on the CPU with a warning.
+# Masked scores may overflow before the mask removes them; numpy warns.
 pytestmark = [
     pytest.mark.numeric,
     pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
@@ -59,7 +59,7 @@ def test_every_length(shape, tile, causal, tiles) -> None:
 
 @triton.jit
 def _note_place(places_ptr, T, H, LAST_FIRST: tl.constexpr):
-    """Where a program of 4096 rows of 128 float32 is at work."""
+    """The batch, head and first row of a program, for tiles of 4096 rows of 128 float32."""
     batch, head, row = attention._place(T, H, 128, 4096, 4, LAST_FIRST)
     place = places_ptr + 3 * tl.program_id(0)
     tl.store(place, batch)
@@ -70,7 +70,7 @@ def _note_place(places_ptr, T, H, LAST_FIRST: tl.constexpr):
 @pytest.mark.parametrize("last_first", [True, False])
 @pytest.mark.parametrize(("T", "group"), [(5000, 3), (8192, 2), (20_000, 1), (1000, 8)])
 def test_heads_in_groups_that_fit_in_l2(T, group, last_first) -> None:
-    """16,384 rows of k and v fit: every tile of every head once, a group's first tiles before its second."""
+    """L2 holds 16,384 rows of k and v. Every tile of every head comes once, a group's first tiles before its second."""
     B, H, rows = 2, 4, range(0, T, 4096)
     places = torch.zeros((B * H * len(rows), 3), dtype=torch.int64, device=DEVICE)
     _note_place[(len(places),)](places, T, H, last_first)
@@ -84,7 +84,7 @@ def test_heads_in_groups_that_fit_in_l2(T, group, last_first) -> None:
 @pytest.mark.parametrize("arch", architectures())
 @pytest.mark.parametrize(("precision", "D"), [("bfloat16", 64), ("bfloat16", 128), ("tf32", 128)])
 def test_shipped_tiles(arch, precision, D, monkeypatch) -> None:
-    """A GPU's own tiles, interpreted, in float32, where they can't hide an error."""
+    """A GPU's own tiles, interpreted in float32, which hides no error."""
     if DEVICE == "cpu":
         monkeypatch.setattr(attention, "lookup", lambda op, *_: configurations(arch)[op, precision, D])
     ORACLE.assert_right(packed, lambda seed: inputs((1, 200, 1, D), seed=seed))
@@ -127,7 +127,7 @@ def _both_ways(a_ptr, b_ptr, ab_ptr, ba_ptr, SIZE: tl.constexpr, DEPTH: tl.const
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's products; a GPU sums in an order of its own")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_interpreted_products_are_rounded_once(dtype) -> None:
-    """So the backward's k q^T is to the bit the transpose of the forward's q k^T."""
+    """So k q^T in the backward equals the transpose of q k^T in the forward to the bit."""
     q, k, _, _ = (x[0, :, 0].contiguous() for x in inputs((1, 64, 1, 64), dtype))
     scores, transposed = torch.empty(2, 64, 64)
     _both_ways[(1,)](q, k, scores, transposed, SIZE=64, DEPTH=64)
@@ -137,7 +137,7 @@ def test_interpreted_products_are_rounded_once(dtype) -> None:
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_rows_where_one_key_takes_all(causal, tiles) -> None:
-    """Key 5 wins by hundreds of powers of two, the other weights underflow to nothing."""
+    """Key 5 wins by hundreds of powers of two; the other weights underflow to zero."""
     tiles(16, 16)
 
     def make(seed: int) -> Results:
@@ -158,7 +158,7 @@ def test_scale(scale, tiles) -> None:
 
 
 def test_tf32_is_within_its_own_rounding(tiles) -> None:
-    """10 bits of mantissa: the error of float16 inputs, and on a GPU more than float32's."""
+    """TF32 has 10 bits of mantissa, so the error is that of float16 inputs."""
     tiles(16, 16)
     q, k, v, do = inputs((1, 40, 2, 64))
     truth = exact(q, k, v, do)
@@ -167,7 +167,7 @@ def test_tf32_is_within_its_own_rounding(tiles) -> None:
 
 
 def faults() -> dict[str, Compute]:
-    """Planted in a computation that is right."""
+    """Faults planted in a correct computation."""
 
     def zero_dq(*args: Tensor) -> Results:
         o, dq, dk, dv = flash(*args)
@@ -183,7 +183,7 @@ def faults() -> dict[str, Compute]:
             T = q.size(1)
             future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1 + shift)
             scores = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)) * q.size(-1) ** -0.5
-            # A row that sees nothing becomes uniform rather than NaN: the fault must be found by its size.
+            # Not -inf: a row that sees nothing becomes uniform, so that the fault is found by its size, not by NaN.
             weights = scores.masked_fill(future, -1e4).softmax(-1)
             return (weights @ v.transpose(1, 2)).transpose(1, 2)
 

@@ -1,4 +1,4 @@
-"""Flash attention within documents: the same budget, and nothing of another document is read."""
+"""Flash attention within documents: the same budget, and no tile of another document is read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastgpt2.kernels.attention import attention_backward, attention_forward
 from tests.kernels.cases.attention import ORACLE, bounds, inputs, packed
 from tests.kernels.oracle import DEVICE, assert_same
 
-# Scores above a masked one's place overflow before the mask removes them, on the CPU with a warning.
+# Masked scores may overflow before the mask removes them; numpy warns.
 pytestmark = [
     pytest.mark.numeric,
     pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
@@ -54,7 +54,7 @@ def test_documents_of_any_layout(tiles) -> None:
 
 
 def test_peaked_logits_in_documents(tiles) -> None:
-    """The first tile hides all keys of some queries, whose maximum may be far below zero."""
+    """The first tile hides every key of some queries, and their maximum may be far below zero."""
     tiles(16, 16)
     documents = bounds(49, (14, 33))
     make = lambda seed: inputs((1, 49, 2, 32), seed=seed, gain=50.0)  # noqa: E731
@@ -63,7 +63,7 @@ def test_peaked_logits_in_documents(tiles) -> None:
 
 @pytest.mark.parametrize("documents", [None, bounds(33, range(33))], ids=["first token", "documents"])
 def test_a_key_alone_has_all_the_weight_however_low_its_logit(documents, tiles) -> None:
-    """The running maximum begins below it."""
+    """The running maximum starts lower than any logit."""
     tiles(16, 16)
     _, _, v, do = inputs((1, 1 if documents is None else 33, 2, 16))
     q = torch.full_like(v, 64.0)
@@ -92,7 +92,7 @@ def test_a_planted_fault_in_documents_is_found(fault, dtype, tiles) -> None:
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
 def test_tiles_outside_a_document_are_not_read(tiles) -> None:
-    """Queries of the second document skip the NaN keys of the first, and keys of the first the NaN queries after it."""
+    """Queries of the second document skip NaN keys in the first; keys of the first skip NaN queries in the second."""
     tiles(16, 16)
     q, k, v, do = inputs((1, 64, 1, 16))
     documents = bounds(64, (32,))

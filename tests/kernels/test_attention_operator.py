@@ -20,7 +20,7 @@ from tests.kernels.conftest import Made
 from tests.kernels.oracle import DEVICE, Results, assert_equal, assert_same
 from tests.seeds import generator
 
-# Scores above a masked one's place overflow before the mask removes them, on the CPU with a warning.
+# Masked scores may overflow before the mask removes them; numpy warns.
 pytestmark = [
     pytest.mark.numeric,
     pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
@@ -28,7 +28,7 @@ pytestmark = [
 
 
 TOLERANCE = {"aot_eager": {"rtol": 1e-5, "atol": 1e-6}, "inductor": {"rtol": 1e-4, "atol": 1e-5}}
-"""What compiling may change: for "inductor" the elementwise functions are others, of which each may round otherwise."""
+"""What compiling may change: Inductor has its own elementwise functions, which may round differently."""
 
 
 SHAPE = (2, 20, 2, 16)
@@ -103,7 +103,7 @@ def test_every_element_is_written_and_nothing_beside_it(T, D, tile, kind, tiles,
 
 
 def test_inputs_are_not_read_past_their_ends(tiles) -> None:
-    """q, k and v sit in NaN: a row or column too many would spread."""
+    """NaN surrounds q, k, v and do: reading one row or column too many would spread it."""
     tiles(16, 16)
     q, k, v, do = inputs((1, 20, 1, 80))
     framed = []
@@ -274,7 +274,7 @@ def test_250_repeats_are_bitwise_equal(kind) -> None:
 @pytest.mark.xdist_group("fills the card")
 @pytest.mark.parametrize("documents", [False, True], ids=["plain", "documents"])
 def test_offsets_past_32_bits(documents) -> None:
-    """B T 3 H D passes 2^31: the last batch must be computed like the first."""
+    """qkv has more than 2^31 elements: the last batch must equal the first."""
     B, T, H, D = 1000, 1024, 12, 64
     qkv = torch.empty((B, T, 3, H, D), dtype=torch.bfloat16, device="cuda")
     assert qkv.numel() > 2**31

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.numeric
 
 @pytest.mark.parametrize("V", [1, 7, 16, 17, 33, 64, 65])
 def test_the_ends_of_the_kernels_blocks(V, monkeypatch) -> None:
-    """Blocks of 16 columns: none whole, some whole, a vocabulary that ends within, at and before the end of one."""
+    """Blocks of 16 columns: no whole block, some, and a vocabulary that ends inside, at and just past a block."""
     monkeypatch.setattr(cross_entropy, "lookup", lambda *_: LaunchConfig(block_n=16))
     make = lambda seed: inputs((6, V, V + 3, 8), seed=seed)  # noqa: E731
     assert_right(functools.partial(ours, implementation="triton"), make, vocab_size=V, slow=DEVICE == "cpu")
@@ -48,7 +48,7 @@ def test_shipped_blocks(arch, monkeypatch) -> None:
 @every_implementation
 @every_dtype
 def test_rows_whatever_lies_past_the_vocabulary(dtype, implementation) -> None:
-    """The rows' step alone, on logits that NaN surrounds: losses, log-sum-exps, gradient, and zeros past the end."""
+    """The rows' step alone, with NaN past the vocabulary: losses, log-sum-exps, gradient, and zeros in the padding."""
     N, V, stride = 5, 100, 128
     logits = torch.full((N, stride), math.nan, dtype=dtype, device=DEVICE)
     logits[:, :V] = torch.randn(N, V, generator=generator()).to(dtype)

@@ -1,4 +1,4 @@
-"""Dropout inside the attention: its mask is that of Philox, uniform and independent, and the gradient replays it."""
+"""Dropout inside the attention: the mask comes from Philox, is uniform and independent, and the gradient replays it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def philox(counter: list[int], key: tuple[int, int], rounds: int) -> list[int]:
 
 
 def test_the_mask_is_philox_of_the_place() -> None:
-    # The known answer of the authors' own test, ten rounds of zeros.
+    # The known answer from the authors' own test: ten rounds of zeros.
     assert philox([0] * 4, (0, 0), 10) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     number = -(2**63) + 12345678901  # both halves of the key count
     mask = dropout_mask(seed(number), 0.5, 2, 3, 200)
@@ -61,12 +61,12 @@ def test_the_mask_is_philox_of_the_place() -> None:
 
 
 def uniform(number: int, B: int = 1, H: int = 1, T: int = 256, steps: int = 16) -> Tensor:
-    """The numbers behind a mask in steps of 1 / steps, (B, H, T, T): which p are the largest that keep a weight."""
+    """The random numbers behind a mask, (B, H, T, T), to 1 / steps: the largest p that keeps each weight."""
     return sum(dropout_mask(seed(number), i / steps, B, H, T).int() for i in range(1, steps))
 
 
 def chi_square(counts: Tensor) -> float:
-    """Standard deviations that the counts' chi-square is from what equal odds let expect."""
+    """How many standard deviations the chi-square of the counts is from its expectation under equal odds."""
     expected = counts.sum() / counts.numel()
     freedom = counts.numel() - 1
     return ((((counts - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5).item()
@@ -96,7 +96,7 @@ def test_as_many_are_dropped_as_asked_for(p) -> None:
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
-    """In standard deviations of what independence would give."""
+    """The correlation in standard deviations of independent numbers."""
     x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
     return ((x * y).mean() / (x.std() * y.std()) * x.numel() ** 0.5).item()
 
@@ -112,7 +112,7 @@ def test_masks_of_seeds_heads_batches_and_neighbours_are_unrelated() -> None:
 
 
 def test_a_transposed_or_repeated_mask_would_be_found() -> None:
-    """The measures above see what they are for."""
+    """The statistics above detect what they are for."""
     numbers = uniform(11)[0, 0]
     repeated = numbers[:, torch.arange(256, device=DEVICE) & ~8]
     assert abs(correlation(repeated, repeated.roll(8, 1))) > 50
@@ -125,7 +125,7 @@ def dropping(**options) -> Compute:
 
 
 def replay(make, **options) -> dict:
-    """Options of the reference that replays the mask of seed 1."""
+    """Options by which the reference replays the mask of seed 1."""
     B, T, H, _ = make(0)[0].shape
     return {"keep": dropout_mask(seed(), P, B, H, T), "dropout_p": ROUNDED_P, **options}
 
@@ -147,7 +147,7 @@ def test_shipped_tiles_replay_the_mask(arch, monkeypatch) -> None:
 
 
 def faults() -> dict[str, Compute]:
-    """Planted in a computation that is right."""
+    """Faults planted in a correct computation."""
 
     def with_mask(change, p: float = ROUNDED_P) -> Compute:
         def compute(q, k, v, do):
@@ -224,7 +224,7 @@ def test_a_drawn_seed_compiles_whole() -> None:
 
 
 def test_shipped_tiles_dont_spill_and_eight_weights_share_a_call() -> None:
-    """A call for each weight would make the loops 1134, 1079 and 1369 instructions long."""
+    """One Philox call a weight would make the loops 1134, 1079 and 1369 instructions long."""
     code = (
         "import json\n"
         "from fastgpt2.kernels.tools import inspect\n"
@@ -266,7 +266,7 @@ def test_full_head_sizes(D) -> None:
 
 @pytest.mark.gpu
 def test_a_gpus_mask_is_the_interpreters() -> None:
-    """Philox's counters and words, checked in Python's integers beyond 2^31 weights."""
+    """Checked against Philox in Python's integers, past 2^31 weights."""
     mask = dropout_mask(seed(5), 0.5, 1, 33, 8192)
     assert mask.numel() > 2**31
     for head, query, key in ((0, 0, 0), (32, 8191, 8191), (32, 8184, 8167), (17, 4104, 8)):

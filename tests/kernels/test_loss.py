@@ -69,7 +69,7 @@ def test_odd_shapes(N, V, padded, implementation) -> None:
 @every_implementation
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_a_large_vocabulary_in_16_bits(dtype, implementation) -> None:
-    """Several blocks of vocabulary rows, each added to the float32 gradient by itself."""
+    """Several blocks of vocabulary rows, each added to the float32 gradient separately."""
     size = (11, 2500, 2560, 16)
     assert size[2] > 2 * module.PRODUCT_ROWS
     make = lambda seed: inputs(size, dtype, seed=seed)  # noqa: E731
@@ -81,7 +81,7 @@ def test_a_large_vocabulary_in_16_bits(dtype, implementation) -> None:
 @every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_extreme_logits(dtype, reduction, implementation) -> None:
-    """Logits in the tens of thousands: one takes all, and losses keep their digits."""
+    """Logits of tens of thousands: one class takes all the probability, and losses keep their digits."""
     assert_right(
         functools.partial(ours, implementation=implementation),
         lambda seed: inputs(SMALL, dtype, reduction=reduction, seed=seed, gain=1e4),
@@ -94,14 +94,14 @@ def test_extreme_logits(dtype, reduction, implementation) -> None:
 @every_implementation
 @pytest.mark.parametrize("logit", [30_000.0, -30_000.0])
 def test_small_losses_keep_their_digits(logit, implementation) -> None:
-    """Targets that win by a little at large logits: log-sum-exp minus logit would round to nothing."""
+    """The target wins by little at large logits: computed as log-sum-exp minus logit, the loss would round to zero."""
     hidden = torch.ones(4, 1, device=DEVICE)
     weight = torch.full((8, 1), logit, device=DEVICE)
     weight[3] += 6.0
     losses = linear_cross_entropy(hidden, weight, torch.full((4,), 3, device=DEVICE), reduction="none",
                                   implementation=implementation)  # fmt: skip
     expected = math.log1p(7 * math.exp(-6.0))
-    # To a float32 the logits are 2e-3 apart; without the fused multiply-add of a GPU some of that is left.
+    # At this size float32 numbers are 2e-3 apart. Without a GPU's fused multiply-add a part of that remains.
     assert (losses - expected).abs().max().item() < 3e-5
 
 
@@ -146,7 +146,7 @@ def test_a_target_outside_the_vocabulary_is_found(wrong, reduction, implementati
     loss, dhidden, dweight = ours(hidden, weight, targets, upstream, reduction=reduction, **options)
     assert loss.isnan().sum() == 1 and (reduction != "none" or loss[4].isnan())
     assert not dhidden[4].any() and dhidden[[0, 1, 2, 3, 5]].all()
-    # The others' gradients are those of a batch in which that row is ignored, up to what the mean divides by.
+    # The other rows' gradients are those of a batch where that row is ignored, up to the divisor of the mean.
     ignored = targets.masked_fill(targets == wrong, -100)
     _, dhidden2, dweight2 = ours(hidden, weight, ignored, upstream, reduction=reduction, **options)
     ratio = 10 / 11 if reduction == "mean" else 1.0
@@ -155,7 +155,7 @@ def test_a_target_outside_the_vocabulary_is_found(wrong, reduction, implementati
 
 @every_implementation
 def test_the_padding_of_the_vocabulary_is_outside(implementation) -> None:
-    """Whatever the weight's rows past vocab_size hold, their gradient is exactly zero and nothing else changes."""
+    """Rows of the weight past vocab_size have a gradient of exactly zero and change nothing else."""
     hidden, weight, targets, upstream = inputs()
     loud = weight.clone()
     loud[SMALL[1] :] = 1e4
@@ -167,10 +167,10 @@ def test_the_padding_of_the_vocabulary_is_outside(implementation) -> None:
 
 
 def faults() -> dict[str, Compute]:
-    """Planted in a computation that is right."""
+    """Faults planted in a correct computation."""
 
     def with_step(change: Callable[[dict[str, Any]], None], **options: Any) -> Compute:
-        """The rows' step with something changed before or after it."""
+        """Change something before or after the rows' step."""
 
         def compute(*args: Tensor, **given: Any):
             step = module.cross_entropy_rows
@@ -317,7 +317,7 @@ def test_full_odd_shapes(dtype, V, padded, N) -> None:
 
 @pytest.mark.gpu
 def test_the_weights_gradient_is_summed_in_float32() -> None:
-    """8 chunks under autocast lose no more than one: cuBLAS adds to the float32 sum, without a 16-bit product."""
+    """Under autocast 8 chunks lose no more than one: cuBLAS adds each product to the float32 sum unrounded."""
     hidden, weight, targets, upstream = inputs((4096, 50257, 50304, 128), ignored=False)
     errors = []
     for budget in (1, 2**40):

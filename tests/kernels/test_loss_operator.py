@@ -85,7 +85,7 @@ def test_hidden_and_targets_of_any_layout(implementation) -> None:
 
 @every_implementation
 def test_targets_and_upstream_of_any_stride(implementation) -> None:
-    """Of one dimension, which the public function passes on as it lies."""
+    """The public function passes one-dimensional targets and gradients on with their strides."""
     hidden, weight, targets, upstream = inputs(reduction="none")
     options = (hidden.dtype, SMALL[1], -100, implementation == "triton", THREE_CHUNKS * 4, True, True)
     results = []
@@ -123,7 +123,7 @@ def test_autocast_decides_the_dtype_and_never_rounds_the_weights_gradient(implem
 
 
 class Spy(TorchDispatchMode):
-    """Counts operators, and the elements of the largest tensor that one of them made."""
+    """Records the operators called and the size of the largest tensor that one of them made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ def test_forward_only_computes_no_gradient() -> None:
         _, _, *gradients = linear_cross_entropy_forward(hidden, weight, targets, *options, False, False)
     assert spy.calls.count("mm") == 3 and "addmm_" not in spy.calls
     assert [x.numel() for x in gradients] == [0, 0]
-    # The public function asks for what can be used: nothing, or one gradient.
+    # The public function asks only for the gradients that can be used.
     asked = []
     original = torch.ops.fastgpt2.linear_cross_entropy_forward
 
@@ -200,7 +200,7 @@ def test_a_retained_graph_gives_the_same_gradient_again() -> None:
 
 
 def test_chunks() -> None:
-    """(rows, bytes a row, budget) -> rows of a chunk: 1 to 8 chunks, whole tiles where there are any."""
+    """(rows, bytes a row, budget) -> rows a chunk: 1 to 8 chunks, of whole tiles if there are enough rows."""
     row = 50304 * 2
     assert chunk_rows(65536, row, 2**30) == 9472 and -(-65536 // 9472) == 7
     assert chunk_rows(65536, row, 2**40) == 65536
@@ -359,7 +359,7 @@ def test_250_repeats_are_bitwise_equal(reduction) -> None:
 @pytest.mark.gpu
 @pytest.mark.xdist_group("fills the card")
 def test_offsets_past_32_bits() -> None:
-    """One chunk of more than 2^31 logits: the last rows must be computed like the first."""
+    """One chunk has more than 2^31 logits: the last rows must equal the first."""
     N, V = 44032, 50304
     assert N * V > 2**31
     hidden, weight, targets, _ = inputs((128, V, V, 64), torch.bfloat16, ignored=False)
@@ -367,7 +367,7 @@ def test_offsets_past_32_bits() -> None:
     loss = linear_cross_entropy(hidden, weight, targets, reduction="sum", memory_budget=2**34)
     loss.backward()
     assert hidden.grad is not None
-    # cuBLAS may cut the sums over V in other places in other rows.
+    # cuBLAS may split the sums over V differently in different rows.
     place = 2**-7 * hidden.grad[:128].abs().max().item()
     torch.testing.assert_close(hidden.grad[:128], hidden.grad[-128:], rtol=0, atol=place)
     losses = linear_cross_entropy(hidden.detach(), weight, targets, reduction="none", memory_budget=2**34)
@@ -378,7 +378,7 @@ def test_offsets_past_32_bits() -> None:
 @every_implementation
 @every_reduction
 def test_no_wait_and_capturable(reduction, implementation) -> None:
-    """A step in a CUDA graph, replayed on other inputs, under torch's check for synchronisations."""
+    """No synchronisation in a step, and its CUDA graph replays on other inputs."""
     args = inputs((1000, 50257, 50304, 64), torch.bfloat16, reduction=reduction)
     options = {"vocab_size": 50257, "reduction": reduction, "implementation": implementation, "memory_budget": 2**25}
     stream = torch.cuda.Stream()

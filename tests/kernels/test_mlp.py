@@ -27,7 +27,7 @@ from tests.kernels.conftest import Made, force_tiles
 from tests.kernels.oracle import DEVICE, DTYPES, Compute, Results, assert_same, differentiate
 from tests.seeds import generator
 
-# Where exp overflows its share of z is exactly 0: the interpreter's warning means nothing.
+# Where exp overflows, GELU's share of z is exactly 0, which is right; numpy warns.
 pytestmark = [
     pytest.mark.numeric,
     pytest.mark.usefixtures("mlp_tiles"),
@@ -61,7 +61,7 @@ def test_shapes_that_descriptors_cannot_reach(shape) -> None:
 @pytest.mark.parametrize("shape", [(45, 40, 80, 40)], ids=str)
 @pytest.mark.parametrize("gain", [1.0, 8.0])
 def test_every_dtype(dtype, shape, gain, way) -> None:
-    """A gain of 8 takes most of the pre-activation to where gelu is 0 or the identity."""
+    """A gain of 8 puts most of the pre-activation where GELU is 0 or the identity."""
     ORACLE.assert_right(ours, lambda seed: inputs(shape, dtype, seed=seed, gain=gain))
 
 
@@ -80,7 +80,7 @@ def _note_place(places_ptr, M, HIDDEN):
 
 @pytest.mark.parametrize("row_tiles", [1, 8, 9, 19])
 def test_groups_of_eight_row_tiles_take_all_columns(row_tiles) -> None:
-    """Every tile once, the last group cut."""
+    """Every tile comes once; the last group is cut short."""
     M, HIDDEN = 32 * row_tiles - 5, 150
     places = torch.zeros((3 * row_tiles, 2), dtype=torch.int32, device=DEVICE)
     _note_place[(len(places),)](places, M, HIDDEN)
@@ -96,7 +96,7 @@ def test_groups_of_eight_row_tiles_take_all_columns(row_tiles) -> None:
 @pytest.mark.parametrize("arch", architectures())
 @pytest.mark.parametrize("precision", ["bfloat16", "tf32"])
 def test_shipped_tiles(arch, precision, shape, monkeypatch) -> None:
-    """A GPU's own tiles, interpreted, in float32, where they can't hide an error."""
+    """A GPU's own tiles, interpreted in float32, which hides no error."""
     if DEVICE == "cuda":
         pytest.skip("a GPU has its own, in the other tests")
     tma = "" if arch == "sm_80" else "_tma"
@@ -106,7 +106,7 @@ def test_shipped_tiles(arch, precision, shape, monkeypatch) -> None:
 
 
 def test_tf32_is_within_its_own_rounding(way) -> None:
-    """10 bits of mantissa: the error of float16 inputs, and on a GPU more than float32's."""
+    """TF32 has 10 bits of mantissa, so the error is that of float16 inputs."""
     tensors = inputs((45, 40, 72, 40))
     for mine, truth in zip(ours(*tensors, allow_tf32=True), exact(*tensors), strict=True):
         assert maximum(mine.double() - truth) <= 8 * 2**-11 * maximum(truth)
@@ -114,7 +114,7 @@ def test_tf32_is_within_its_own_rounding(way) -> None:
 
 @pytest.mark.parametrize(("dtype", "costs"), [(torch.bfloat16, 1.006), (torch.float16, 1.33)], ids=str)
 def test_what_tanh_of_11_bits_costs(dtype, costs) -> None:
-    """The hardware's tanh errs by up to 2^-11: nothing beside bfloat16's rounding of gelu, a third beside float16's."""
+    """The hardware's tanh errs by up to 2^-11: negligible in bfloat16, a third more error in float16."""
     rng = generator()
     z = torch.randn(2**18, dtype=torch.float64, generator=rng).to(dtype).double()
     t = (math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)).tanh()
@@ -128,7 +128,7 @@ def test_what_tanh_of_11_bits_costs(dtype, costs) -> None:
 
 
 def faults() -> dict[str, Compute]:
-    """Planted in a computation that is right."""
+    """Faults planted in a correct computation."""
 
     def instead(index: int, change: Callable[[Tensor], Tensor]) -> Compute:
         return lambda *tensors: tuple(change(r) if i == index else r for i, r in enumerate(ours(*tensors)))
@@ -138,7 +138,7 @@ def faults() -> dict[str, Compute]:
         return differentiate(lambda x, w, b, v, c: F.linear(F.gelu(F.linear(x, w, b)), v, c), tensors, (dy,))
 
     def row_too_many(x, w_fc, b_fc, w_proj, b_proj, dy) -> Results:
-        """The biases' gradients take in a row past the last."""
+        """The gradients of the biases include a row past the last."""
         more = ours(torch.cat((x, x[-1:])), w_fc, b_fc, w_proj, b_proj, torch.cat((dy, dy[-1:])))
         y, dx, dw_fc, _, dw_proj, _ = ours(x, w_fc, b_fc, w_proj, b_proj, dy)
         return y, dx, dw_fc, more[3], dw_proj, more[5]
@@ -168,13 +168,13 @@ def test_a_planted_fault_is_found_in_bfloat16(fault) -> None:
 
 @triton.jit
 def _wrong_share(z, APPROXIMATE: tl.constexpr):
-    """The cube's coefficient 0.044 rather than 0.044715."""
+    """The coefficient of the cube is 0.044, not 0.044715."""
     return 1.0 / (1.0 + tl.exp2(z * (z * z * 0.044 + 1.0) * (-2.0 * 0.7978845608 * 1.4426950409)))
 
 
 @triton.jit
 def _misplaced(tile, M, HIDDEN, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The last tile is taken for the one before it."""
+    """The last tile computes the one before it instead."""
     columns = tl.cdiv(HIDDEN, BLOCK_N)
     tile = tl.minimum(tile, tl.cdiv(M, BLOCK_M) * columns - 2)
     return tile // columns * BLOCK_M, tile % columns * BLOCK_N
@@ -196,7 +196,7 @@ def test_the_guards_find_a_tile_not_written(way, made: Made, monkeypatch) -> Non
 
 
 def test_both_ways_agree(monkeypatch) -> None:
-    """The same sums in the same order, in tiles that both ways share."""
+    """With the same tiles both ways add the same numbers in the same order."""
     tensors = inputs((45, 32, 72, 48))
     by_descriptors = ours(*tensors)
     monkeypatch.setattr(mlp, "_descriptors", lambda *_: False)
@@ -204,7 +204,7 @@ def test_both_ways_agree(monkeypatch) -> None:
 
 
 def test_the_backwards_activation_is_the_forwards(way, made: Made) -> None:
-    """To the bit: what the weight's gradient is made of is what the forward multiplied."""
+    """The gradient of w_proj uses the activation that the forward multiplied, to the bit."""
     for dtype in (torch.float32, torch.bfloat16):
         made.clear()
         x, w_fc, b_fc, w_proj, b_proj, dy = inputs((45, 32, 64, 32), dtype)
@@ -218,7 +218,7 @@ def test_the_backwards_activation_is_the_forwards(way, made: Made) -> None:
 
 
 def test_the_first_biass_gradient_is_summed_before_rounding(way, made: Made) -> None:
-    """The partial sums are of dpre in float32; dpre rounded to float16 would be 10 times further off."""
+    """Partial sums add dpre in float32. After rounding to float16 the error would be 10 times larger."""
     x, w_fc, _, w_proj, _, dy = inputs((45, 24, 64, 32), torch.float16)
     pre = x @ w_fc.t()
     z = pre.double().requires_grad_()
@@ -229,7 +229,7 @@ def test_the_first_biass_gradient_is_summed_before_rounding(way, made: Made) -> 
 
 
 def test_the_second_biass_gradient_is_summed_in_float32(way) -> None:
-    """A running sum in bfloat16 gets no further than 256."""
+    """A running sum of ones in bfloat16 would stop at 256."""
     *tensors, dy = inputs((300, 8, 16, 8), torch.bfloat16)
     assert torch.equal(ours(*tensors, torch.ones_like(dy))[-1], torch.full_like(dy[0], 300.0))
 
@@ -254,5 +254,5 @@ def test_full_sizes_in_tf32(way) -> None:
     finally:
         torch.set_float32_matmul_precision(before)
     for mine, theirs, truth in zip(results, peers, exact(*tensors), strict=True):
-        # The hardware cuts a float32 where PyTorch's library may round it: a bit more.
+        # The hardware truncates float32 to TF32 where PyTorch's library may round, so it loses a bit more.
         assert rms(mine.double() - truth) <= 4 * rms(theirs.double() - truth)

@@ -24,7 +24,7 @@ from tests.kernels.cases.mlp import NAMES, inputs, ours
 from tests.kernels.conftest import Made
 from tests.kernels.oracle import DEVICE, Results, assert_equal
 
-# Where exp overflows its share of z is exactly 0: the interpreter's warning means nothing.
+# Where exp overflows, GELU's share of z is exactly 0, which is right; numpy warns.
 pytestmark = [
     pytest.mark.numeric,
     pytest.mark.usefixtures("mlp_tiles"),
@@ -81,7 +81,7 @@ def test_every_element_is_written_and_nothing_beside_it(shape, keep, way, made: 
 
 
 def test_inputs_are_not_read_past_their_ends(way) -> None:
-    """Every input sits in NaN: a row or column too many would spread."""
+    """NaN surrounds every input: reading one row or column too many would spread it."""
     tensors = inputs((33, 24, 72, 40))
     framed = []
     for x in tensors:
@@ -137,7 +137,7 @@ def test_compiles_whole(backend, dynamic) -> None:
     for function in (layer, torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)):
         y = function(x)
         results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
-    # Of elementwise functions inductor has its own, which may round otherwise.
+    # Inductor has its own elementwise functions, which may round differently.
     rtol, atol = (1e-5, 1e-6) if backend == "aot_eager" else (1e-4, 1e-5)
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=rtol, atol=atol)
@@ -214,7 +214,7 @@ def test_tables_cover_every_kernel_and_precision() -> None:
 
 @pytest.mark.parametrize("arch", architectures())
 def test_compiles_well(arch) -> None:
-    """No spill and every product on the matrix units, in the precisions that have them."""
+    """No register spills, and every product runs on the matrix units in the precisions that have them."""
     command = [
         sys.executable,
         "-m",
@@ -250,7 +250,7 @@ def test_250_repeats_are_bitwise_equal(way) -> None:
 @pytest.mark.gpu
 @pytest.mark.xdist_group("fills the card")
 def test_offsets_past_32_bits(way) -> None:
-    """rows x HIDDEN passes 2^31: the last rows must be computed like the first."""
+    """The hidden activations have more than 2^31 elements: the last rows must equal the first."""
     *tensors, dy = inputs((1024, 768, 3072, 768), torch.bfloat16)
     x = tensors[0].repeat(700, 1).requires_grad_()
     assert x.size(0) * 3072 > 2**31

@@ -36,7 +36,7 @@ from tests.kernels.cases.norm import (
 )
 from tests.kernels.oracle import DEVICE, Results
 
-# With eps = 0 the rows past the last are divided by zero, and not stored.
+# With eps = 0, rows past the last divide by zero; they are not stored.
 pytestmark = [
     pytest.mark.numeric,
     pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered in:RuntimeWarning"),
@@ -66,7 +66,7 @@ def test_every_precision(precision, compute, rows) -> None:
 
 @every_precision
 def test_rows_far_from_zero(precision, rows) -> None:
-    """The variance is a thousandth of the mean's square, or a millionth in float32."""
+    """The variance is a thousandth of the squared mean, or a millionth in float32."""
     rows(16)
     mean = 1000.0 if precision == "float32" else 30.0
     ORACLE.assert_right(ours, lambda seed: (case((33, 64), precision, seed=seed, mean=mean),))
@@ -74,7 +74,7 @@ def test_rows_far_from_zero(precision, rows) -> None:
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_a_sum_of_16_bits_is_rounded_before_it_is_normalised(precision, rows) -> None:
-    """As PyTorch's plain form has it, forward and backward: every result is that of the rounded sum, rounded once."""
+    """As in PyTorch's plain form, forward and backward: each result is that of the rounded sum, rounded once."""
     rows(16)
     c = case((33, 100), precision)
     total = c.x + c.residual
@@ -119,7 +119,7 @@ def test_tables_cover_every_kernel_and_precision(arch) -> None:
 
 
 def faults() -> dict[str, tuple[str, float, Compute]]:
-    """Planted in a computation that is right: (precision, mean of the rows, computation)."""
+    """Faults planted in a correct computation: (precision, mean of the rows, computation)."""
 
     def backward(change: Callable[..., tuple]) -> Compute:
         def compute(c: Case) -> Results:
@@ -185,7 +185,7 @@ def test_a_planted_fault_is_found(fault, rows) -> None:
 
 @pytest.mark.parametrize("programs", [1, 3, 7])
 def test_any_number_of_programs(programs) -> None:
-    """7 is more than there are tiles."""
+    """There are fewer tiles than 7."""
     config = LaunchConfig(8)
 
     def compute(c: Case) -> Results:
@@ -199,7 +199,7 @@ def test_any_number_of_programs(programs) -> None:
 
 
 def test_a_chain_of_norms_on_one_stream(rows) -> None:
-    """Three blocks: the stream's gradient comes from every norm after; float32 throughout."""
+    """Three blocks in float32: the gradient of the stream comes from every later norm."""
     rows(16)
 
     def stream(norm: Norm, dtype: torch.dtype) -> Callable[[int], Results]:
@@ -224,6 +224,6 @@ def test_a_chain_of_norms_on_one_stream(rows) -> None:
 @pytest.mark.parametrize("C", [768, 1024, 1280, 1600, MAX_CHANNELS, 20, 33])
 @every_precision
 def test_full_sizes(precision, C) -> None:
-    # The most rows are of GPT-2's widths: at 8192 channels float64 would take gigabytes of each of the tests beside it.
+    # Fewer rows at 8192 channels: the float64 reference would take gigabytes in each parallel test.
     for R in (1, 77, 289, 1025 if C == MAX_CHANNELS else 8 * 1024 + 1):
         ORACLE.assert_right(ours, lambda seed, R=R: (case((R, C), precision, seed=seed),))

@@ -30,7 +30,7 @@ from tests.kernels.cases.norm import (
 from tests.kernels.conftest import Made
 from tests.kernels.oracle import DEVICE, Results, assert_equal
 
-# With eps = 0 the rows past the last are divided by zero, and not stored.
+# With eps = 0, rows past the last divide by zero; they are not stored.
 pytestmark = [
     pytest.mark.numeric,
     pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered in:RuntimeWarning"),
@@ -38,7 +38,7 @@ pytestmark = [
 
 
 def strided(kind: str, t: Tensor) -> Tensor:
-    """A (B, T, C) tensor's values in another memory layout."""
+    """The values of a (B, T, C) tensor in another memory layout."""
     match kind:
         case "rows apart":
             return F.pad(t, (0, 3))[..., :-3]
@@ -74,7 +74,7 @@ def test_layouts_change_nothing(names, kind, rows) -> None:
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize(("name", "summed"), [("x", False), ("x", True), ("residual", True)])
 def test_layouts_of_what_the_norm_keeps_change_nothing(name, summed, kind, rows) -> None:
-    """Where no sum is written it is x itself, and the residual, that the backward reads again."""
+    """Without a written sum the backward reads x and the residual again."""
     rows(4)
     c = case((2, 5, 20))
 
@@ -90,7 +90,7 @@ def test_layouts_of_what_the_norm_keeps_change_nothing(name, summed, kind, rows)
 
 @every_precision
 def test_the_norm_of_a_sum_that_is_not_written_is_the_same(precision, rows) -> None:
-    """y and every gradient, to the bit, those of add_layer_norm whose sum gets a gradient of zeros."""
+    """y and all gradients equal, to the bit, those of add_layer_norm when the gradient of its sum is zero."""
     rows(16)
     c = case((33, 100), precision)
     leaves = c.leaves()
@@ -113,7 +113,7 @@ def test_every_element_is_written_and_nothing_beside_it(shape, block_m, precisio
 
 
 def test_inputs_are_not_read_past_their_ends(rows) -> None:
-    """Every input sits in NaN: a row or column too many would spread."""
+    """NaN surrounds every input: reading one row or column too many would spread it."""
     rows(16)
     c = case((20, 50))
     framed = {}
@@ -147,7 +147,7 @@ def test_gradcheck() -> None:
 
 @pytest.mark.parametrize("used", ["y", "sum"])
 def test_a_result_that_is_not_used_has_no_gradient_to_read(used, rows, monkeypatch) -> None:
-    """The last norm's stream ends there; and a stream may be used without the norm."""
+    """The stream ends at the last norm, and it may be used without the norm."""
     rows(16)
     c = case((9, 20), "bfloat16 autocast")
     read = []
@@ -171,7 +171,7 @@ def test_a_result_that_is_not_used_has_no_gradient_to_read(used, rows, monkeypat
 
 
 def test_gradients_of_x_and_residual_do_not_share_memory_once_accumulated(rows) -> None:
-    """One tensor is handed to autograd for both: what it keeps, and adds to, must be apart."""
+    """Autograd gets one tensor for both; the gradients that it accumulates must not share memory."""
     rows(16)
     c = case((9, 20))
     once = ours(c)
@@ -351,7 +351,7 @@ def test_captured_in_a_cuda_graph() -> None:
 @pytest.mark.gpu
 @pytest.mark.xdist_group("fills the card")
 def test_offsets_past_32_bits() -> None:
-    """The tensors pass 2^31 elements: the last rows must be computed like the first."""
+    """The tensors have more than 2^31 elements: the last rows must equal the first."""
     rows, C = 2**31 // 1024 + 64, 1024
     c = case((64, C), "bfloat16")
     x = torch.empty((rows, C), dtype=torch.bfloat16, device="cuda")

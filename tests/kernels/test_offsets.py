@@ -1,4 +1,4 @@
-"""Elements more than 2^31 apart, without a GPU: in virtual memory only the pages that are touched cost any.
+"""Elements more than 2^31 apart, without a GPU: virtual memory costs only the pages that are touched.
 
 The gpu tests named test_offsets_past_32_bits fill a card for the same.
 """
@@ -25,14 +25,13 @@ from fastgpt2.kernels.cross_entropy import cross_entropy_rows
 from fastgpt2.kernels.tiles import load_tile, store_tile
 from fastgpt2.kernels.tuning import LaunchConfig
 
-# These names of the package are functions.
 mlp, norm = (importlib.import_module(f"fastgpt2.kernels.{name}") for name in ("mlp", "norm"))
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has no memory that costs nothing")
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-"""Take pages as they are touched. Python has the name from 3.13 on."""
+"""Allocate pages when they are touched. Python has the name from 3.13 on."""
 CLOSE, FAR = 2**24 - 16, 2**24 + 2**18
-"""Strides of rows, of which a tile has up to 128 and reaches them by 32 bits: the first fits, the second is copied."""
+"""Strides of rows. A tile has up to 128 rows and 32-bit offsets: CLOSE fits, a tensor with stride FAR is copied."""
 
 
 def far(x: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -58,7 +57,7 @@ def differentiate(function: Callable, inputs: list[Tensor], upstream: list[Tenso
 def assert_strides_change_nothing(
     function: Callable, inputs: list[Tensor], upstream: list[Tensor], strides: tuple[int, ...], moved: int
 ) -> None:
-    """moved: the input, or counted on the upstream gradient, that has the strides."""
+    """moved: index of the tensor that gets the strides, among inputs and then upstream gradients."""
     args = [*inputs, *upstream]
     args[moved] = far(args[moved], strides)
     found = differentiate(function, args[: len(inputs)], args[len(inputs) :])
@@ -104,7 +103,7 @@ def test_layer_norm(function, streams, results, rows, stride, tile, monkeypatch)
 
 
 def test_rows_of_the_loss() -> None:
-    """Rows of 2^30 logits, of which the vocabulary is the first 100."""
+    """Rows are 2^30 logits apart; the vocabulary is the first 100."""
     V, stride = 100, 2**30 + 64
     (logits,) = draw((3, V))
     targets, (losses, lse) = torch.tensor([5, 0, 99]), torch.empty(2, 3)
@@ -126,7 +125,7 @@ def _copy_of_the_mlp(source_ptr, target_ptr, start, stride, T, TILE: tl.constexp
 
 @pytest.mark.parametrize("copy", [_copy, _copy_of_the_mlp], ids=["load_tile and store_tile", "the MLP's"])
 def test_tiles_of_contiguous_rows(copy) -> None:
-    """As many rows as make 2^31 elements, which a norm's and the MLP's tensors may have."""
+    """So many rows that there are 2^31 elements, as tensors of a norm and of the MLP may have."""
     start, stride, TILE = 272, 2**23, 16
     source = torch.cat((torch.zeros(start, TILE, dtype=torch.float16), *draw((TILE, TILE))))
     source, target = far(source, (stride, 1)), far(torch.zeros_like(source), (stride, 1))

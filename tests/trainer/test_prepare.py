@@ -24,7 +24,7 @@ from fastgpt2.durable import locked
 from fastgpt2.prepare import PrepareConfig, prepare
 from fastgpt2.sources import ASIDE, assign
 from fastgpt2.tokenizer import BPE_FILES, load_tokenizer
-from tests.trainer.preparing import ROOT, config, found_in, names, readable, run
+from tests.trainer.preparing import config, found_in, names, readable, run
 
 
 def test_offline_without_files_says_what_to_do(texts, tmp_path, monkeypatch):
@@ -48,21 +48,6 @@ def test_a_summary_that_cannot_be_printed(output, texts, tmp_path):
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, f"can't print the summary; {tmp_path / 'out'} is complete\n")
     assert readable(tmp_path / "out")
-
-
-def test_names_that_are_not_utf_8_or_that_a_terminal_lacks(tmp_path):
-    folder = tmp_path / os.fsdecode(b"gr\xf6\xc3\x9fer [bold]")
-    folder.mkdir()
-    (folder / os.fsdecode(b"\xff.txt")).write_text("text\n" * 100)
-    command = [sys.executable, "-m", "fastgpt2.prepare", ".", "--out", "ß[bold]", "--tokenizer", "byte"]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, capture_output=True, env=environment)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert rb"\xdf[bold]; train on it" in done.stdout
-    assert readable(folder / "ß[bold]")
-    command[3] = str(folder)
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment)
-    assert done.returncode == 2 and done.stderr.startswith(b"error: SOURCE must be UTF-8, got ")
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\x9bb", "a\u202eb", "it's\ta\\ b"])

@@ -10,6 +10,7 @@ import lzma
 import os
 import shutil
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from fastgpt2.config import ConfigError
 from fastgpt2.prepare import prepare
 from fastgpt2.sources import NOT_TEXT, assign
 from fastgpt2.tokenizer import BPE_FILES
-from tests.trainer.preparing import RECORDS, config, documents_of, found_in, names, run
+from tests.trainer.preparing import RECORDS, ROOT, config, documents_of, found_in, names, readable, run
 
 
 def test_what_is_read_and_what_is_not(texts, tmp_path):
@@ -319,3 +320,18 @@ def test_nothing_but_binaries(tmp_path):
     (tmp_path / "in" / "b.txt").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=r"nothing to read in .*: 1 binary, 1 not UTF-8"):
         prepare(config(tmp_path / "in", out=tmp_path / "out"))
+
+
+def test_names_that_are_not_utf_8_or_that_a_terminal_lacks(tmp_path):
+    folder = tmp_path / os.fsdecode(b"gr\xf6\xc3\x9fer [bold]")
+    folder.mkdir()
+    (folder / os.fsdecode(b"\xff.txt")).write_text("text\n" * 100)
+    command = [sys.executable, "-m", "fastgpt2.prepare", ".", "--out", "ß[bold]", "--tokenizer", "byte"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"\xdf[bold]; train on it" in done.stdout
+    assert readable(folder / "ß[bold]")
+    command[3] = str(folder)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment)
+    assert done.returncode == 2 and done.stderr.startswith(b"error: SOURCE must be UTF-8, got ")
