@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench.results import best_peer, gib, mode, number, ratio
+from bench.report.results import best_peer, gib, mode, number, ratio
 from bench.stages import new_record, record_file
 from bench.step.lockstep import Limits, Lost, contest
 from bench.step.steps import REFERENCES, STEPS, StepShape, agree_in, result

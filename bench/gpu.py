@@ -30,9 +30,10 @@ from pathlib import Path
 
 import torch
 
-from bench import kernel_profile, smoke, targets
+from bench import kernel_profile, smoke
 from bench.device_state import FIXED_FIELDS, make_state_query, query_gpu
-from bench.results import Record, align, summary
+from bench.report import targets
+from bench.report.results import Record, align, summary
 from bench.stages import Files, NotNow, Stage, exit_status, new_record, read_environment, record_file, run_stages
 from bench.step.steps import TUNED, Kernels
 from bench.timing import ROOT, commit

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.device_state import States
-from bench.results import FORMAT
+from bench.report.results import FORMAT
 from bench.timing import ROOT, STAGE_ENDS
 
 LOG_BYTES = 200_000

@@ -24,7 +24,7 @@ from bench.ops.bench_optimizer import ONE_BLOCK, OptimizerContest, fused
 from bench.ops.contests import Contest, Function, Missing
 from bench.ops.peers import torch_add_layer_norm
 from bench.ops.shapes import AttentionShape
-from bench.results import table
+from bench.report.results import table
 from bench.step.bench_data import NEEDED_TOKENS_PER_S, TOKENS, DataContest, nanogpt, write_counting_shard
 from bench.step.worker import FAILED, OUT_OF_MEMORY, _explain
 from bench.timing import ROOT

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.gate import main
-from bench.results import RecordError
+from bench.report.gate import main
+from bench.report.results import RecordError
 from bench.timing import ROOT
 from tests.bench.records import GPU, write_record
 
@@ -104,6 +104,8 @@ def test_what_cannot_be_compared_is_an_error_of_one_line(tmp_path: Path) -> None
         with pytest.raises(RecordError, match=said) as error:
             main([str(path), "--against", gpu])
         assert "\n" not in str(error.value)
-    done = subprocess.run([sys.executable, "-m", "bench.gate", str(broken)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.report.gate", str(broken)], cwd=ROOT, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: can't read")

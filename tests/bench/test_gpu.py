@@ -23,7 +23,7 @@ from torch.autograd import DeviceType
 
 from bench import gpu, kernel_profile, smoke
 from bench.gpu import ALONE, SESSIONS, Run, gpu_test_sessions, programme
-from bench.results import load, summary
+from bench.report.results import load, summary
 from bench.smoke import CHANGES
 from bench.stages import Files, NotNow, Stage, exit_status, run_stages
 from bench.step.steps import STEPS, Kernels

@@ -9,7 +9,7 @@ import matplotlib
 import pytest
 from matplotlib import pyplot
 
-from bench import plots
+from bench.report import plots
 from fastgpt2 import TrainConfig, train
 from fastgpt2.display import plot_losses
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from bench import plots, report
-from bench.results import RecordError, best_peer, load, pick, ratio, round_ratios, stored, summary, table, work
-from bench.sections import SECTIONS
+from bench.report import __main__ as report
+from bench.report import plots
+from bench.report.results import RecordError, best_peer, load, pick, ratio, round_ratios, stored, summary, table, work
+from bench.report.sections import SECTIONS
 from bench.timing import PEER_PACKAGES, ROOT, environment
 from tests.bench.records import GPU, make_record, write_record
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench import cpu
-from bench.results import load, ratio
+from bench.report.results import load, ratio
 from bench.step.bench_train_step import ON_A_CPU, ON_A_GPU
 from bench.step.lockstep import FIRST_CALLS, Candidate, Finished, Limits, Lost, Worker, contest
 from bench.step.plain_gpt2 import PlainGPT2

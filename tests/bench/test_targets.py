@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from bench import targets
-from bench.targets import TARGETS
+from bench.report import targets
+from bench.report.targets import TARGETS
 from bench.timing import ROOT
 
 GIB = 2**30

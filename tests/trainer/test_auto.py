@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import auto
-from bench.auto import as_text, table
-from bench.results import stored
+from bench.report import auto
+from bench.report.auto import as_text, table
+from bench.report.results import stored
 from fastgpt2 import ops
 from fastgpt2.kernels import launch
 from fastgpt2.ops import AUTO, SLOTS, make_ops

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from bench import auto, plots, targets
-from bench.plots import fastest_of_ours, headline, slug
-from bench.results import (
+from bench.report import auto, plots, targets
+from bench.report.plots import fastest_of_ours, headline, slug
+from bench.report.results import (
     Record,
     Result,
     best_peer,

@@ -1,4 +1,4 @@
-"""`python -m bench.gate NEW.json [--against STORED.json]`: is anything of ours slower, or larger, than it was?
+"""`python -m bench.report.gate NEW.json [--against STORED.json]`: is anything of ours slower, or larger, than it was?
 
 Clocks differ between two runs, so a result is judged by its speed over that of the fastest peer timed in turn with it,
 where both runs have that peer: one that slowed down as much is the machine. Without one its own speed is taken, over
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.results import (
+from bench.report.results import (
     RESULTS,
     Key,
     Record,
@@ -148,7 +148,7 @@ def earlier(new: Record, folder: Path) -> Record:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = Parser(prog="python -m bench.gate", description="Flag what got slower or larger.")
+    parser = Parser(prog="python -m bench.report.gate", description="Flag what got slower or larger.")
     parser.add_argument("new", type=Path, help="the record of the run to judge")
     parser.add_argument(
         "--against", type=Path, help="the record to judge by (default: the newest of its device and another commit)"

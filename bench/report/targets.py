@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bench import auto
-from bench.results import Record, Result, pick, ratio
+from bench.report import auto
+from bench.report.results import Record, Result, pick, ratio
 
 HEADS, HEAD_SIZE, CHANNELS, TOKENS = 12, 64, 768, 65536
 KERNELS = ("sdpa-flash", "sdpa-flash-apart", "sdpa-cudnn", "sdpa-cudnn-apart", "flex")
@@ -59,7 +59,7 @@ class Target:
 
 
 def rows(record: Record) -> list[dict[str, str]]:
-    """Every target's line, in the form of bench.results.align; nothing where none was measured."""
+    """Every target's line, in the form of bench.report.results.align; nothing where none was measured."""
     found = [target.row(record) for target in TARGETS]
     return found if any(row[">measured"] for row in found) else []
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from bench.results import Ratio, Record, Result, newest, on_gpu, pick, ratio, versions, work
+from bench.report.results import Ratio, Record, Result, newest, on_gpu, pick, ratio, versions, work
 from bench.timing import ROOT
 from fastgpt2.ops import AUTO, SLOTS
 

@@ -16,8 +16,6 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import counts
-from bench.counts import CASES, PROBLEMS, OperatorCounter, changes, checked_in, compile_counts, slot_counts, step_counts
 from fastgpt2.backends.attention import sdpa_attention
 from fastgpt2.backends.mlp import torch_mlp
 from fastgpt2.config import ModelConfig, TrainConfig
@@ -25,6 +23,8 @@ from fastgpt2.kernels import launch
 from fastgpt2.model import FLOPS_PER_TOKEN, GPT
 from fastgpt2.ops import Ops, make_ops
 from fastgpt2.settings import resolve
+from tests import counts
+from tests.counts import CASES, PROBLEMS, OperatorCounter, changes, checked_in, compile_counts, slot_counts, step_counts
 
 pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="Triton's launchers are counted where it interprets")
 PLAIN = {"attn": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
@@ -34,7 +34,7 @@ PLAIN = {"attn": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
 def test_the_counts_are_those_of_the_file(case: str) -> None:
     known = checked_in()
     if not known:
-        pytest.skip(f"counts.json has no counts of torch {counts.version()}: python -m bench.counts --write")
+        pytest.skip(f"counts.json has no counts of torch {counts.version()}: python -m tests.counts --write")
     if lines := changes(case, known.get(case), CASES[case]()):
         pytest.fail("\n".join([*lines, counts.INTENDED]), pytrace=False)
 
@@ -218,7 +218,7 @@ def test_the_command_writes_checks_and_says_what_differs(monkeypatch, tmp_path, 
         return status, told.out + told.err
 
     status, told = run("--check")
-    assert status == 1 and told.startswith("no counts of torch") and told.endswith("python -m bench.counts --write\n")
+    assert status == 1 and told.startswith("no counts of torch") and told.endswith("python -m tests.counts --write\n")
     file.write_text('{"1.0": {"old": {}}}')
     assert run("--write")[0] == 0
     assert json.loads(file.read_text()) == {"1.0": {"old": {}}, counts.version(): {"a case": found}}

@@ -1,8 +1,8 @@
 """Counts that don't vary: what a step and each slot's implementations ask of PyTorch, without running them.
 
-    python -m bench.counts            the table
-    python -m bench.counts --check    compare with bench/counts.json; status 1 where a count differs
-    python -m bench.counts --write    rewrite it, where the difference is meant
+    python -m tests.counts            the table
+    python -m tests.counts --check    compare with tests/counts.json; status 1 where a count differs
+    python -m tests.counts --write    rewrite it, where the difference is meant
 
 Times on shared CPUs say little; these counts are the same on every machine, and CI holds them. The step is GPT-2
 124M's with 4 sequences of 1024 tokens, on fake tensors, which have sizes and no values: nothing is computed, and what
@@ -403,7 +403,7 @@ def changes(case: str, old: Counts | None, new: Counts | None) -> list[str]:
     return lines
 
 
-INTENDED = "if that is intended: python -m bench.counts --write"
+INTENDED = "if that is intended: python -m tests.counts --write"
 
 
 def table(counts: dict[str, Counts]) -> str:
@@ -437,7 +437,7 @@ def _mebibytes(value: int) -> str:
 
 
 def main() -> int:
-    parser = Parser(prog="python -m bench.counts", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="python -m tests.counts", description=__doc__.partition("\n")[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="compare with the file; status 1 where a count differs")
     what.add_argument("--write", action="store_true", help="rewrite the file's counts of this version of PyTorch")
@@ -453,7 +453,7 @@ def main() -> int:
         return 0
     known = checked_in()
     if not known:
-        print(f"no counts of torch {version()} in {CHECKED_IN.name}: python -m bench.counts --write", file=sys.stderr)
+        print(f"no counts of torch {version()} in {CHECKED_IN.name}: python -m tests.counts --write", file=sys.stderr)
         return 1
     lines = [line for case in {**known, **counts} for line in changes(case, known.get(case), counts.get(case))]
     print("\n".join([*lines, INTENDED]) if lines else f"{len(counts)} cases: the counts are those of {CHECKED_IN.name}")

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.results import Record, Result, best_peer, device_of, newest, on_gpu, pick, work
+from bench.report.results import Record, Result, best_peer, device_of, newest, on_gpu, pick, work
 
 Figure = dict[str, Any]
 """{"title", "note", "panels": [{"title", "x", "y", "lines": [{"label", "role", "x", "y", "low", "high"}]}]}"""

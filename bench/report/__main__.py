@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import auto, plots
-from bench.results import Record, RecordError, stored
-from bench.sections import SECTIONS
+from bench.report import auto, plots
+from bench.report.results import Record, RecordError, stored
+from bench.report.sections import SECTIONS
 from bench.timing import ROOT
 from fastgpt2.flags import Parser
 
