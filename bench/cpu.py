@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from bench.report.results import best_peer, gib, mode, number, ratio
+from bench.result import Result
 from bench.stages import new_record, record_file
 from bench.step.lockstep import Limits, Lost, contest
 from bench.step.steps import REFERENCES, STEPS, StepShape, agree_in, result
@@ -104,21 +105,22 @@ def _run_cell(record: dict[str, Any], shape: StepShape, compiled: bool, given: A
     return any(isinstance(outcome, Lost) and outcome.failed for outcome in outcomes.values())
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(lines: list[dict[str, Any]]) -> str:
     """A line a result, with the speed over the fastest peer's and the memory over the leanest's of its contest."""
     heads = f"{'tokens/s':>9}  {'x fastest peer':<20} {'GiB':>6} {'x leanest':>9}"
-    lines = [f"{'dtype':<9} {'mode':<9} {'candidate':<14} {heads}"]
-    for _, members in itertools.groupby(results, key=lambda r: r["contest"]):
+    shown = [f"{'dtype':<9} {'mode':<9} {'candidate':<14} {heads}"]
+    results = [Result.from_json(line) for line in lines]
+    for _, members in itertools.groupby(results, key=lambda r: r.contest):
         beside = list(members)
-        leanest = min((r["peak_memory_bytes"] for r in beside if r["role"] == "peer"), default=None)
+        leanest = min((r.peak_memory_bytes or 0 for r in beside if r.role == "peer"), default=None)
         for r in beside:
             peer = best_peer(r, beside)
-            lines.append(
-                f"{r['dtype']:<9} {mode(r):<9} {r['backend']:<14} {r['tokens_per_s']:>9,.1f}  "
-                f"{'no peer' if peer is None else str(ratio(r, peer)):<20} {gib(r['peak_memory_bytes']):>6} "
-                f"{number(leanest and r['peak_memory_bytes'] / leanest, '.2f'):>9}".rstrip()
+            shown.append(
+                f"{r.dtype:<9} {mode(r):<9} {r.backend:<14} {r.tokens_per_s:>9,.1f}  "
+                f"{'no peer' if peer is None else str(ratio(r, peer)):<20} {gib(r.peak_memory_bytes):>6} "
+                f"{number(leanest and (r.peak_memory_bytes or 0) / leanest, '.2f'):>9}".rstrip()
             )
-    return "\n".join(lines)
+    return "\n".join(shown)
 
 
 if __name__ == "__main__":

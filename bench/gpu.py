@@ -313,8 +313,8 @@ def programme(run: Run, part: int | None, only: Sequence[str] | None = None) -> 
 
 def findings(record: Record) -> str:
     """What a run prints beside the results: the smoke, and the kernels that a step spends its time in."""
-    smokes = [f"smoke: {smoke.words(found['slot'], found)}" for found in record["smokes"]]
-    return "\n".join([*smokes, *(kernel_profile.table(found) for found in record["step_kernels"])])
+    smokes = [f"smoke: {smoke.words(found['slot'], found)}" for found in record.smokes]
+    return "\n".join([*smokes, *(kernel_profile.table(found) for found in record.step_kernels)])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -360,8 +360,9 @@ def main(arguments: list[str] | None = None) -> int:
         run = Run(Path(scratch), files.results, source["id"], table, tuple(given.without), pace)
         stages = programme(run, given.part, given.only)
         run_stages(stages, record, files, seconds=60 * minutes - (time.monotonic() - began), state=state)
-    print(f"\n{file}\n{summary(record)}\n{findings(record)}")
-    if rows := targets.rows(record):
+    measured = Record.from_json(record, file)
+    print(f"\n{file}\n{summary(measured)}\n{findings(measured)}")
+    if rows := targets.rows(measured):
         print(align(rows))
     return exit_status(record, [stage.name for stage in stages if stage.required])
 

@@ -13,7 +13,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from bench.report.results import Ratio, Record, Result, newest, on_gpu, pick, ratio, versions, work
+from bench.report.results import Ratio, Record, newest, pick, ratio, work
+from bench.result import Result
 from bench.timing import ROOT
 from fastgpt2.ops import AUTO, SLOTS
 
@@ -35,8 +36,8 @@ def ablations(record: Record) -> list[dict[str, Result]]:
     """The record's contests of compiled steps where one slot was changed, with the plain step: {backend: result}."""
     contests: dict[Any, dict[str, Result]] = {}
     for result in pick(record, "training step"):
-        if result["compiled"]:
-            contests.setdefault((result["contest"], work(result)), {})[result["backend"]] = result
+        if result.compiled:
+            contests.setdefault((result.contest, work(result)), {})[result.backend] = result
     return [found for found in contests.values() if PLAIN in found and any(changed(slot, found) for slot in SLOTS)]
 
 
@@ -62,9 +63,9 @@ def best(slot: str, contests: Iterable[dict[str, Result]]) -> tuple[list[str], d
 
 def _before(slot: str, contest: dict[str, Result], step: Result) -> Result | None:
     """The step with what `auto` is without a table, under the same request for determinism; None: it wasn't timed."""
-    plain = contest.get(PLAIN if step.get("deterministic", True) else PLAIN_ANY_ORDER)
+    plain = contest.get(PLAIN if step.deterministic is not False else PLAIN_ANY_ORDER)
     without_table = AUTO[slot][0]
-    if plain is None or plain["slots"][slot] == without_table:
+    if plain is None or (plain.slots or {}).get(slot) == without_table:
         return plain
     return changed(slot, contest).get(without_table)
 
@@ -72,17 +73,17 @@ def _before(slot: str, contest: dict[str, Result], step: Result) -> Result | Non
 def table(records: Iterable[Record]) -> dict[str, Any]:
     """fastgpt2/auto.json: {"devices": {name: {precision: {"slots", "measured"}}}}, from the newest record of each."""
     devices: dict[str, Any] = {}
-    for device, record in newest(filter(on_gpu, records), ablations).items():
+    for device, record in newest((record for record in records if record.on_gpu), ablations).items():
         contests = ablations(record)
-        for precision in sorted({contest[PLAIN]["dtype"] for contest in contests}):
-            chosen = [contest for contest in contests if contest[PLAIN]["dtype"] == precision]
+        for precision in sorted({contest[PLAIN].dtype for contest in contests}):
+            chosen = [contest for contest in contests if contest[PLAIN].dtype == precision]
             found = {slot: best(slot, chosen) for slot in SLOTS}
             devices.setdefault(device, {})[precision] = {
                 "slots": {slot: won for slot, (won, _) in found.items() if won},
                 "measured": {
-                    "commit": record["commit"]["id"],
-                    "date": record["started"][:10],
-                    "versions": versions(record),
+                    "commit": record.commit_id,
+                    "date": record.date,
+                    "versions": record.versions,
                     "steps": [" ".join(work(contest[PLAIN])) for contest in chosen],
                     "speed over auto without a table": {slot: words for slot, (_, words) in found.items() if words},
                 },

@@ -22,19 +22,18 @@ from bench.report.results import (
     Key,
     Record,
     RecordError,
-    Result,
     align,
     best_peer,
-    device_of,
     gib,
     key,
     load,
+    milliseconds,
     pick,
     round_ratios,
     stored,
-    versions,
     work,
 )
+from bench.result import Result
 from bench.timing import percentile
 from fastgpt2.flags import Parser
 
@@ -82,16 +81,15 @@ def compare(new: Record, old: Record) -> list[Change]:
     Raises:
         RecordError: the devices differ, or nothing of ours is in both.
     """
-    if device_of(new) != device_of(old):
+    if new.device != old.device:
         raise RecordError(
-            f"{_name(new)} was measured on {device_of(new)}, {_name(old)} on {device_of(old)}: "
-            "compare runs of one device"
+            f"{_name(new)} was measured on {new.device}, {_name(old)} on {old.device}: compare runs of one device"
         )
     now, before = ({key(result): result for result in pick(record, "")} for record in (new, old))
     both = [name for name in now if name in before]
-    drifts = [before[name]["ms_median"] / now[name]["ms_median"] for name in both if now[name]["role"] == "peer"]
+    drifts = [milliseconds(before[name]) / milliseconds(now[name]) for name in both if now[name].role == "peer"]
     machine = statistics.median(drifts) if drifts else None
-    changes = [_change(now[name], before[name], now, before, machine) for name in both if now[name]["role"] == "ours"]
+    changes = [_change(now[name], before[name], now, before, machine) for name in both if now[name].role == "ours"]
     if not changes:
         raise RecordError(f"{_name(new)} and {_name(old)} have no result of ours in common: run the same stages")
     return changes
@@ -100,20 +98,22 @@ def compare(new: Record, old: Record) -> list[Change]:
 def _change(
     new: Result, old: Result, now: dict[Key, Result], before: dict[Key, Result], machine: float | None
 ) -> Change:
-    peers = [r for name, r in now.items() if round_ratios(new, r) and round_ratios(old, before.get(name, {}))]
+    peers = [
+        r for name, r in now.items() if name in before and round_ratios(new, r) and round_ratios(old, before[name])
+    ]
     peer = best_peer(new, peers)
     if peer is not None:
-        against, factor = peer["backend"], 1.0
+        against, factor = peer.backend, 1.0
         speeds = [round_ratios(new, peer) or [], round_ratios(old, before[key(peer)]) or []]
     else:
         against, factor = ("nothing: no peer is in both", 1.0) if machine is None else ("all peers' median", machine)
-        speeds = [[1 / ms for ms in result["round_ms"]] for result in (new, old)]
+        speeds = [[1 / ms for ms in result.round_ms] for result in (new, old)]
     medians = [statistics.median(rounds) for rounds in speeds]
-    meanings = {result.get("peak_memory_meaning") for result in (new, old)}
-    held = [result.get("peak_memory_bytes") for result in (old, new)]
+    meanings = {result.peak_memory_meaning for result in (new, old)}
+    held = [result.peak_memory_bytes for result in (old, new)]
     return Change(
         work=" ".join(work(new)).rstrip(),
-        backend=new["backend"],
+        backend=new.backend,
         against=against,
         speed=medians[0] / medians[1] / factor - 1,
         allowed=SLOWER + STANDARD_ERRORS * math.hypot(*(standard_error(rounds) for rounds in speeds)),
@@ -128,7 +128,7 @@ def standard_error(rounds: Sequence[float]) -> float:
 
 
 def _name(record: Record) -> str:
-    return record["path"].name
+    return record.path.name
 
 
 def earlier(new: Record, folder: Path) -> Record:
@@ -137,10 +137,10 @@ def earlier(new: Record, folder: Path) -> Record:
     Raises:
         RecordError: there is none.
     """
-    others = [r for r in stored(folder) if device_of(r) == device_of(new) and r["commit"]["id"] != new["commit"]["id"]]
+    others = [r for r in stored(folder) if r.device == new.device and r.commit_id != new.commit_id]
     if not others:
         raise RecordError(
-            f"no record of {device_of(new)} and another commit is stored in {folder}: "
+            f"no record of {new.device} and another commit is stored in {folder}: "
             "name one by --against, or store this one as the first"
         )
     return others[-1]
@@ -158,8 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
     new = load(given.new)
     old = load(given.against) if given.against else earlier(new, given.results)
     changes = compare(new, old)
-    print(f"{device_of(new)}: commit {new['commit']['id'][:12]} against {old['commit']['id'][:12]} ({_name(old)})")
-    now, before = versions(new), versions(old)
+    print(f"{new.device}: commit {new.commit_id[:12]} against {old.commit_id[:12]} ({_name(old)})")
+    now, before = new.versions, old.versions
     if differing := [f"{n} {before[n]} -> {now[n]}" for n in now if before.get(n, now[n]) != now[n]]:
         print(f"versions differ, and a peer that got faster looks like a slowdown of ours: {', '.join(differing)}")
     print(align([change.row() for change in sorted(changes, key=lambda change: not change.verdict)]))

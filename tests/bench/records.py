@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.report.results import Record
 from bench.timing import percentile
 
 GPU = "Synthetic GPU 80GB"
@@ -19,17 +20,6 @@ CEILINGS = {
     "special_per_s": 4.0e12,
     "how": {},
 }
-PROFILES = [
-    {
-        "op": "attention_forward", "precision": "bfloat16", "size": 64, "tile": "128x64, 8 warps, 3 stages",
-        "counters": {
-            "gpu__time_duration.sum": 0.321,
-            "smsp__issue_active.avg.per_cycle_active": 0.71,
-            "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active": 55.0,
-            "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio": 1.5,
-        },
-    }
-]  # fmt: skip
 PLAIN = {"attn": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
 STEPS: dict[str, tuple[str, dict[str, str] | None, float, float]] = {
     # backend: role, slots, milliseconds at B = 32, GiB
@@ -171,11 +161,15 @@ def make_record(
             "packages": {"transformers": "9.9.9", "liger-kernel": None},
         },
         "ceilings": CEILINGS if gpu else None,
-        "profiles": PROFILES if gpu else [],
         "stages": [],
         "results": results,
         "not_done": [{"name": "verify", "reason": "the minutes were used up"}],
     }  # fmt: skip
+
+
+def recorded(**what: Any) -> Record:
+    """make_record's, as it is read."""
+    return Record.from_json(make_record(**what))
 
 
 def write_record(folder: Path, **what: Any) -> Path:

@@ -23,7 +23,7 @@ from torch.autograd import DeviceType
 
 from bench import gpu, kernel_profile, smoke
 from bench.gpu import ALONE, SESSIONS, Run, gpu_test_sessions, programme
-from bench.report.results import load, summary
+from bench.report.results import Record, load, summary
 from bench.smoke import CHANGES
 from bench.stages import Files, NotNow, Stage, exit_status, run_stages
 from bench.step.steps import STEPS, Kernels
@@ -72,6 +72,7 @@ LINE = {
     "op": "attention forward",
     "dtype": "bfloat16",
     "shape": {"B": 1, "T": 8},
+    "role": "peer",
     "ms_median": 1.0,
     "tflops": 2.0,
 }
@@ -172,7 +173,7 @@ def test_no_stage_starts_once_the_time_is_up(tmp_path: Path) -> None:
     assert [s["name"] for s in record["stages"]] == ["slow"]
     assert [missing["name"] for missing in record["not_done"]] == ["slow", "second", "third"]
     assert record["not_done"][1]["reason"] == "the minutes were used up"
-    assert "not done: third: the minutes were used up" in summary(record)
+    assert "not done: third: the minutes were used up" in summary(Record.from_json(record))
     assert exit_status(record, ["second"]) == 1, "what was not verified is not right"
     assert exit_status(record, []) == 0
 
@@ -607,8 +608,8 @@ def test_the_command_leaves_few_files_and_says_what_it_found(
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(path.suffix for path in files) == [".json", ".json", ".log"] and tmp_path / "sm_90.json" in files
     record = load(next(path for path in files if path.parent.name == "a-gpu" and path.suffix == ".json"))
-    assert record["stages"][2]["output_tail"] == "True\n"
-    assert record["smokes"][0]["slot"] == "mlp" and record["step_kernels"][0]["ms"] == 2.0
+    assert record.stages[2]["output_tail"] == "True\n"
+    assert record.smokes[0]["slot"] == "mlp" and record.step_kernels[0]["ms"] == 2.0
     out = capsys.readouterr().out
     assert "smoke: mlp: wrong; right with 1 stage" in out and "a_kernel" in out and "75.0%" in out
 

@@ -1,4 +1,4 @@
-"""Stored records: how they are read and compared, and that README, figures and `auto` say what they say.
+"""Stored records: how they are read and compared, and that README and `auto` say what they say.
 
 The records here are made up (tests/records.py), in a folder of the test's own.
 """
@@ -9,25 +9,37 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.report import __main__ as report
-from bench.report import plots
-from bench.report.results import RecordError, best_peer, load, pick, ratio, round_ratios, stored, summary, table, work
+from bench.report.results import (
+    RecordError,
+    best_peer,
+    load,
+    pick,
+    ratio,
+    round_ratios,
+    stored,
+    summary,
+    table,
+    work,
+)
 from bench.report.sections import SECTIONS
+from bench.result import Result
 from bench.timing import PEER_PACKAGES, ROOT, environment
-from tests.bench.records import GPU, make_record, write_record
+from tests.bench.records import GPU, make_record, recorded, write_record
 
 # ------------------------------------------------------------------------------------------------------ results
 
 
-def result(backend: str, role: str, round_ms: list[float], **other: Any) -> dict[str, Any]:
+def result(backend: str, role: str, round_ms: list[float], **other: Any) -> Result:
     ms = {"ms_median": sorted(round_ms)[len(round_ms) // 2], "ms_p20": min(round_ms), "ms_p80": max(round_ms)}
     known = {"op": "mlp forward", "shape": {"B": 1, "C": 8}, "dtype": "bfloat16", "compiled": None, "contest": "one"}
-    return known | {"backend": backend, "role": role, "round_ms": round_ms} | ms | other
+    return Result(backend=backend, role=role, round_ms=round_ms, **known | ms | other)
 
 
 def test_a_ratio_is_of_speeds_round_by_round() -> None:
@@ -35,11 +47,12 @@ def test_a_ratio_is_of_speeds_round_by_round() -> None:
     mine, theirs = result("a", "ours", [1.0, 2.0, 4.0, 3.0, 1.0]), result("b", "peer", [1.25, 2.5, 5.0, 3.75, 3.0])
     found = ratio(mine, theirs)
     assert (found.median, found.p20, found.p80) == (1.25, 1.25, 1.25) and str(found) == "1.25 (1.25..1.25)"
-    for other in ({"contest": "two"}, {"round_ms": [1.25]}):
-        apart = ratio(mine, theirs | other)
+    changes: list[dict[str, Any]] = [{"contest": "two"}, {"round_ms": [1.25]}]
+    for other in changes:
+        apart = ratio(mine, replace(theirs, **other))
         # The medians are of different rounds: 3.0 over 2.0.
         assert apart.median == pytest.approx(1.5) and not apart.paired and str(apart) == "~1.50"
-    assert round_ratios(mine, theirs | {"contest": "two"}) is None
+    assert round_ratios(mine, replace(theirs, contest="two")) is None
 
 
 def test_the_best_peer_is_the_fastest_that_was_timed_in_turn_and_does_all_of_the_work() -> None:
@@ -54,10 +67,10 @@ def test_the_best_peer_is_the_fastest_that_was_timed_in_turn_and_does_all_of_the
 
 
 def test_an_eager_step_is_beside_eager_peers() -> None:
-    record = make_record()
-    for step in (r for r in pick(record, "training step") if r["role"] == "ours"):
-        peer = best_peer(step, record["results"])
-        assert peer is not None and peer["backend"] == "plain" and peer["compiled"] is step["compiled"]
+    record = recorded()
+    for step in (r for r in pick(record, "training step") if r.role == "ours"):
+        peer = best_peer(step, record.results)
+        assert peer is not None and peer.backend == "plain" and peer.compiled is step.compiled
 
 
 def test_the_table_has_the_fastest_first_and_says_the_limit() -> None:
@@ -75,7 +88,7 @@ def test_the_table_has_the_fastest_first_and_says_the_limit() -> None:
 
 
 def test_the_summary_says_what_was_not_done_and_how_long_the_first_step_took() -> None:
-    text = summary(make_record())
+    text = summary(recorded())
     assert text.startswith(f"{GPU}, commit aaaa") and "memory 3.00 TB/s, bfloat16 products 700.0 TFLOP/s" in text
     assert "to the first step: gpt2 n_layer=12 B=32 T=1024 compiled, ours-triton: cold 41.0 s, cached 10.2 s" in text
     assert text.endswith("not done: verify: the minutes were used up")
@@ -99,8 +112,9 @@ def test_records_are_read_oldest_first_and_a_repeated_contest_counts_once(tmp_pa
     write_record(tmp_path, started="2030-03-01T00:00:00+00:00", commit="c" * 40)
     write_record(tmp_path, started="2030-02-01T00:00:00+00:00", commit="b" * 40)
     records = stored(tmp_path)
-    assert [record["commit"]["id"][0] for record in records] == ["b", "c"]
-    again = records[0] | {"results": [*records[0]["results"], {**records[0]["results"][0], "ms_median": 1e-9}]}
+    assert [record.commit_id[0] for record in records] == ["b", "c"]
+    first = records[0].results
+    again = replace(records[0], results=[*first, replace(first[0], ms_median=1e-9)])
     assert pick(again, "training step") == pick(records[0], "training step")
 
 
@@ -112,8 +126,8 @@ def test_runs_of_one_commit_are_one_record(tmp_path: Path) -> None:
         (tmp_path / "gpu").mkdir(exist_ok=True)
         (tmp_path / "gpu" / f"{minute}.json").write_text(json.dumps(run | ({"ceilings": None} if minute == 3 else {})))
     (record,) = stored(tmp_path)
-    assert record["results"] == [*steps, *steps[:1], *rest] and record["ceilings"] == whole["ceilings"]
-    assert record["started"].startswith("2030-01-01T00:03")
+    assert [result.name for result in record.results] == [line["name"] for line in (*steps, *steps[:1], *rest)]
+    assert record.ceilings == whole["ceilings"] and record.started.startswith("2030-01-01T00:03")
 
 
 # ------------------------------------------------------------------------------------------------------- report
@@ -170,48 +184,24 @@ def test_every_table_says_where_when_and_with_what_it_was_measured(measured: Pat
 
 def test_the_figures_of_the_step_are_the_records(measured: Path) -> None:
     record = load(measured / "bench" / "results" / "synthetic-gpu-80gb" / "2030-02-01-bbbbbbbbbbbb.json")
-    steps = {(*work(r)[1:], r["backend"]): r for r in pick(record, "training step")}
+    steps = {(*work(r)[1:], r.backend): r for r in pick(record, "training step")}
     size = "gpt2 n_layer=12 B=32 T=1024", "bfloat16", "compiled"
     mine, peer = steps[*size, "ours-triton"], steps[*size, "plain"]
     row = cells(section(measured, "step"), " ".join(size), "ours-triton")
     assert row[2:7] == [
-        f"{mine['tokens_per_s']:,.0f}", f"{mine['mfu']['llm.c']:.1%}", f"{mine['mfu']['nanogpt']:.1%}",
-        f"{mine['ms_median']:.1f}", "20.00",
+        f"{mine.tokens_per_s:,.0f}", f"{mine.mfu['llm.c']:.1%}", f"{mine.mfu['nanogpt']:.1%}",
+        f"{mine.ms_median:.1f}", "20.00",
     ]  # fmt: skip
     assert row[7:] == ["plain", str(ratio(mine, peer)), f"{20 / 31:.2f}"]
     assert "llm.c's counts 6 for each parameter" in section(measured, "step").replace("\n", " ")
     assert "nanoGPT's counts 6 for each parameter" in section(measured, "step").replace("\n", " ")
-    assert cells(section(measured, "ablation"), "attention by triton")[2].startswith("1.10 (")
+    assert cells(section(measured, "ablation"), "attn by triton")[2].startswith("1.10 (")
     assert cells(section(measured, "ablation"), "the same with --no-deterministic")[2].startswith("1.19 (")
-    read = cells(section(measured, "counters"), "attention_forward")
-    assert read[1:] == ["bfloat16", "128x64, 8 warps, 3 stages", "0.321", "0.71", "xu 55", "wait 1.5"]
-    assert cells(section(measured, "memory"), " ".join(size))[1:] == ["20.00 (ours-triton)"] * 2 + ["31.00 (plain)"] * 2
-    assert cells(section(measured, "first-step"), "ours-triton")[2:] == ["41.0", "10.2"]
     assert cells(section(measured, "ops"), "optimizer step")[4:6] == ["memory 82%", "none"]
     assert "matmuls-alone" not in section(measured, "ops")
     assert cells(section(measured, "cpu"), "ours-torch")[0] == "gpt2 n_layer=12 B=8 T=1024 float32 compiled"
     for commit in ("a" * 12, "b" * 12):
         assert cells(section(measured, "history"), commit)[3] == "ours-triton"
-
-
-def test_the_figures_show_the_limit_and_are_pictures(measured: Path) -> None:
-    from matplotlib import image
-
-    figure = json.loads((measured / "bench" / "plots" / "attention-synthetic-gpu-80gb.json").read_text())
-    for panel in figure["panels"]:
-        lines = {line["label"]: line for line in panel["lines"]}
-        assert lines["measured limit (matrix)"]["y"] == pytest.approx([700.0] * 3)
-        assert lines["triton"]["x"] == [1024, 2048, 4096]
-        low, y, high = (lines["triton"][name] for name in ("low", "y", "high"))
-        assert all(a <= b <= c for a, b, c in zip(low, y, high, strict=True))
-        assert panel["x"] and "TFLOP/s" in panel["y"]
-    pictures = sorted((measured / "bench" / "plots").glob("*.png"))
-    assert [p.stem.split("-")[0] for p in pictures] == ["attention", "history", "step"]
-    for path in pictures:
-        pixels = image.imread(path)
-        assert pixels.shape[1] >= 800 and pixels[0, 0].min() == 1.0, "on white"
-        assert 0.01 < (pixels[..., :3].min(-1) < 0.9).mean() < 0.5, "something is drawn"
-        assert f"](bench/plots/{path.name})" in (measured / "README.md").read_text()
 
 
 def test_what_is_out_of_step_is_named(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,9 +220,6 @@ def test_what_is_out_of_step_is_named(measured: Path, capsys: pytest.CaptureFixt
             file.write_bytes(before)
 
     named("README.md", lambda file: file.write_text(file.read_text().replace("20.00", "19.00", 1)))
-    named("bench/plots/step-synthetic-gpu-80gb.json", lambda file: file.write_text("{}"))
-    named("bench/plots/step-synthetic-gpu-80gb.png", lambda file: file.unlink())
-    named("bench/plots/step-of-a-gpu-that-is-gone.png", lambda file: file.write_bytes(b""))
     named("fastgpt2/auto.json", lambda file: file.write_text(file.read_text().replace("triton", "torch")))
     assert report.main(["--check"], measured) == 0
 
@@ -247,23 +234,7 @@ def test_the_readme_is_in_step_with_the_stored_results() -> None:
         [sys.executable, "-m", "bench.report", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
-    assert not [record for record in stored() if "Synthetic" in record["environment"]["device"]]
-
-
-def test_a_history_begins_with_the_second_run() -> None:
-    one, two = make_record(), make_record(commit="b" * 40, started="2030-02-01T00:00:00+00:00")
-    assert "history-synthetic-gpu-80gb" not in plots.figures([one])
-    panel = plots.figures([one, two])["history-synthetic-gpu-80gb"]["panels"][0]
-    assert panel["lines"][0]["x"] == ["aaaaaaa\n2030-01-01", "bbbbbbb\n2030-02-01"]
-
-
-def test_other_widths_and_batches_are_not_in_the_sweep_over_t() -> None:
-    record = make_record()
-    swept = plots.attention(record)
-    wide = [r for r in pick(record, "attention forward") if r["shape"]["T"] == 1024]
-    for more in ({"H": 25}, {"B": 4}):
-        record["results"] += [r | {"shape": r["shape"] | more, "ms_median": 1.0, "limit_ms": 0.5} for r in wide]
-    assert plots.attention(record) == swept
+    assert not [record for record in stored() if "Synthetic" in record.device]
 
 
 def test_a_record_names_the_versions_of_all_peers_packages() -> None:

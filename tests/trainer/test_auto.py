@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,37 @@ import torch
 
 from bench.report import auto
 from bench.report.auto import as_text, table
-from bench.report.results import stored
+from bench.report.results import Record, stored
+from bench.result import Result
 from fastgpt2 import ops
 from fastgpt2.kernels import launch
 from fastgpt2.ops import AUTO, SLOTS, make_ops
-from tests.bench.records import GPU, make_record
+from tests.bench.records import GPU, recorded
 
 PLAIN = {"attn": "sdpa", "mlp": "torch", "norm": "torch"}
 STEP = "training_step[modelgpt2-n_layer12-B{}-T1024-bfloat16-compiled-ours-{}]"
+
+
+def step_of(round_ms: list[float], *, deterministic: bool) -> Result:
+    return Result(
+        op="training step",
+        backend="a step",
+        role="ours",
+        dtype="bfloat16",
+        shape={},
+        slots={**PLAIN, "loss": "torch"},
+        contest="one",
+        round_ms=round_ms,
+        ms_median=10.0,
+        deterministic=deterministic,
+    )
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Put records' table in place, and a GPU of a name."""
 
-    def install(records: list[dict[str, Any]], name: str = GPU, capability: tuple[int, int] = (9, 0)) -> None:
+    def install(records: list[Record], name: str = GPU, capability: tuple[int, int] = (9, 0)) -> None:
         (tmp_path / "auto.json").write_text(as_text(records))
         monkeypatch.setattr(ops, "MEASURED", tmp_path / "auto.json")
         ops._measured.cache_clear()
@@ -39,7 +56,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def test_the_table_holds_what_won_beyond_the_spread(gpu: Any) -> None:
-    measured = table([make_record()])["devices"][GPU]["bfloat16"]
+    measured = table([recorded()])["devices"][GPU]["bfloat16"]
     # 0.1% for the norm is within the spread, the MLP is slower; the loss that `auto` is already is the fastest.
     assert measured["slots"] == {"attn": ["triton"]}
     speed = measured["measured"]["speed over auto without a table"]
@@ -53,8 +70,8 @@ def test_the_table_holds_what_won_beyond_the_spread(gpu: Any) -> None:
 
 
 def test_what_is_faster_by_the_median_but_not_beyond_the_spread_is_left_out() -> None:
-    def step(*round_ms: float) -> dict[str, Any]:
-        return {"slots": {**PLAIN, "loss": "torch"}, "contest": "one", "round_ms": round_ms, "ms_median": 10.0}
+    def step(*round_ms: float) -> Result:
+        return step_of(list(round_ms), deterministic=True)
 
     contest = {
         auto.PLAIN: step(10.0, 10.0, 10.0, 10.0, 10.0),
@@ -69,9 +86,8 @@ def test_what_is_faster_by_the_median_but_not_beyond_the_spread_is_left_out() ->
 def test_what_adds_in_any_order_is_held_against_the_plain_step_that_may() -> None:
     """SDPA may then be cuDNN itself: what the request for equal bits costs is nothing that cuDNN is faster by."""
 
-    def step(ms: float, deterministic: bool) -> dict[str, Any]:
-        slots = {**PLAIN, "loss": "torch"}
-        return {"slots": slots, "contest": "one", "round_ms": [ms] * 5, "ms_median": ms, "deterministic": deterministic}
+    def step(ms: float, deterministic: bool) -> Result:
+        return step_of([ms] * 5, deterministic=deterministic)
 
     contest = {auto.PLAIN: step(10.0, True), "ours-attn-cudnn": step(9.0, False)}
     assert auto.best("attn", [contest]) == ([], {})
@@ -82,29 +98,29 @@ def test_what_adds_in_any_order_is_held_against_the_plain_step_that_may() -> Non
 
 
 def test_what_wins_in_one_contest_and_loses_in_another_is_left_out() -> None:
-    record = make_record(slower={STEP.format(64, "attn-triton"): 1.2})
+    record = recorded(slower={STEP.format(64, "attn-triton"): 1.2})
     assert table([record])["devices"][GPU]["bfloat16"]["slots"] == {}
 
 
 def test_a_faster_loss_in_chunks_wins_but_never_the_one_with_all_logits() -> None:
     faster = {STEP.format(B, "loss-chunked"): 0.9 for B in (32, 64)}
-    assert table([make_record(slower=faster)])["devices"][GPU]["bfloat16"]["slots"]["loss"] == ["chunked"]
+    assert table([recorded(slower=faster)])["devices"][GPU]["bfloat16"]["slots"]["loss"] == ["chunked"]
     assert "torch" not in auto.CANDIDATES["loss"]
 
 
 def test_the_newest_record_with_an_ablation_counts() -> None:
-    old = make_record()
+    old = recorded()
     faster = {STEP.format(32, "mlp-triton"): 0.5}
-    new = make_record(commit="b" * 40, started="2030-02-01T00:00:00+00:00", slower=faster)
-    without = make_record(commit="c" * 40, started="2030-03-01T00:00:00+00:00")
-    without["results"] = [r for r in without["results"] if r["op"] != "training step"]
-    entry = table([old, new, without, make_record(device="cpu")])
+    new = recorded(commit="b" * 40, started="2030-02-01T00:00:00+00:00", slower=faster)
+    without = recorded(commit="c" * 40, started="2030-03-01T00:00:00+00:00")
+    without = replace(without, results=[r for r in without.results if r.op != "training step"])
+    entry = table([old, new, without, recorded(device="cpu")])
     assert list(entry["devices"]) == [GPU]
     assert entry["devices"][GPU]["bfloat16"]["measured"]["commit"] == "b" * 40
 
 
 def test_auto_is_what_was_faster_on_this_gpu_in_this_precision(gpu: Any) -> None:
-    gpu([make_record()])
+    gpu([recorded()])
     loss = {"loss": "triton"}
     assert make_ops(device="cuda", dtype=torch.bfloat16)[1] == {**PLAIN, "attn": "triton", **loss}
     assert make_ops(device="cuda", dtype=torch.float32)[1] == {**PLAIN, **loss}, "nobody measured float32"
@@ -122,11 +138,11 @@ def test_auto_tells_tf32_from_float32(gpu: Any, tmp_path: Path) -> None:
 
 
 def test_auto_falls_back_on_another_gpu_and_where_the_winner_cannot_run(gpu: Any) -> None:
-    gpu([make_record()], name="NVIDIA H100 PCIe")
+    gpu([recorded()], name="NVIDIA H100 PCIe")
     assert make_ops(device="cuda", dtype=torch.bfloat16)[1] == {**PLAIN, "loss": "triton"}
-    gpu([make_record()])
+    gpu([recorded()])
     assert make_ops(device="cuda", dtype=torch.bfloat16, head_dim=300)[1]["attn"] == "sdpa"
-    gpu([make_record()], capability=(7, 5))
+    gpu([recorded()], capability=(7, 5))
     assert make_ops(device="cuda", dtype=torch.float16)[1] == {**PLAIN, "loss": "chunked"}
 
 
