@@ -82,7 +82,7 @@ Try = Callable[[str, str | None], Found]
 
 def compare(slot: str, change: str | None = None, device: str = "cuda:0") -> Found:
     """One comparison, in this process; on a CPU at a size for Triton's interpreter."""
-    from fastgpt2 import compare as problems
+    from fastgpt2 import accuracy as problems
     from fastgpt2.ops import make_ops
 
     sizes = {
