@@ -1,18 +1,13 @@
-"""The command for a GPU outlives stages that crash or hang, and every stage finds what it runs."""
+"""The command for a GPU: its plan finds what it runs, and PyTorch's forms replace what is wrong."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,30 +18,15 @@ from torch.autograd import DeviceType
 
 from bench import gpu, kernel_profile, smoke
 from bench.gpu import ALONE, SESSIONS, Run, gpu_test_sessions, programme
-from bench.report.results import Record, load, summary
-from bench.smoke import CHANGES
-from bench.stages import Files, NotNow, Stage, exit_status, run_stages
+from bench.report.results import load
+from bench.stages import Stage, run_stages
 from bench.step.steps import STEPS, Kernels
 from bench.timing import ROOT
-from fastgpt2.backends.norm import torch_norm
 from fastgpt2.kernels import tuning
+from tests.bench.programme import commands, files_in, python, run, run_in
 
 BLOCKED = ("rich", "safetensors", "matplotlib", "tiktoken", "transformers")
 SM_90 = (tuning.TABLES / "sm_90.json").resolve()
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    # What this very run was given must not reach the inner one.
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_INTERPRET"))}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**inherited, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -59,100 +39,6 @@ def test_without_a_gpu_the_command_is_one_line_and_status_2(tmp_path: Path, modu
     assert not any(tmp_path.iterdir())
 
 
-def python(name: str, program: str, seconds_limit: float = 30.0, **kwargs: Any) -> Stage:
-    return Stage(name, [sys.executable, "-c", program], seconds_limit, **kwargs)
-
-
-def files_in(folder: Path) -> Files:
-    return Files(folder / "run.json", folder / "run.log", folder / "lines")
-
-
-LINE = {
-    "kind": "benchmark",
-    "op": "attention forward",
-    "dtype": "bfloat16",
-    "shape": {"B": 1, "T": 8},
-    "role": "peer",
-    "ms_median": 1.0,
-    "tflops": 2.0,
-}
-
-
-def test_stages_that_crash_or_hang_cost_only_themselves(tmp_path: Path) -> None:
-    files = files_in(tmp_path)
-    result = json.dumps({**LINE, "backend": "sdpa", "tokens_per_s": 10.0})
-    half = f"open({str(files.results)!r}, 'w').write({result!r} + chr(10) + '{{\"kind\": \"benchm')"
-    outlives = f"import time; time.sleep(600); open({str(tmp_path / 'outlived')!r}, 'w')"
-    child = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {outlives!r}])"
-    stages = [
-        python("fine", "print('hello')", required=True),
-        python("crashes", "import os; print('before'); os.abort()"),
-        python("hangs", f"{half}; {child}; import time; time.sleep(600)", seconds_limit=4.0),
-        # The record is complete up to here while a later stage runs.
-        python("reads", f"import json; print([s['status'] for s in json.load(open({str(files.record)!r}))['stages']])"),
-        python("never", "print('not to be seen')"),
-    ]
-    record = run_stages(stages[:4], {"format": 1}, files, seconds=60.0)
-    assert [s["status"] for s in record["stages"]] == ["passed", "failed", "timed out", "passed"]
-    assert record["stages"][1]["returncode"] == 128 + signal.SIGABRT
-    assert "['passed', 'failed', 'timed out']" in record["stages"][3]["output_tail"]
-    assert "Fatal Python error" in record["stages"][2]["output_tail"], "a hang says where it hung"
-    assert [r["backend"] for r in record["results"]] == ["sdpa"], "what it had measured is kept"
-    assert [missing["name"] for missing in record["not_done"]] == ["hangs"]
-    assert json.loads(files.record.read_text()) == record
-    assert "==== crashes: failed" in files.log.read_text() and "hello" in files.log.read_text()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.json", "run.log"], "nobody waited for the child"
-    assert exit_status(record, ["fine"]) == 1
-
-
-SLOW = """
-import time, pytest
-def test_ran(): pass
-@pytest.mark.skip
-def test_skipped(): pass
-@pytest.mark.parametrize("what", ["of words"])
-def test_fails(what): assert False
-def test_hangs(): time.sleep(600)
-"""
-
-
-def test_tests_that_are_stopped_leave_the_results_of_those_that_ran(tmp_path: Path) -> None:
-    (tmp_path / "test_slow.py").write_text(SLOW)
-    junit = tmp_path / "tests.xml"
-    argv = [sys.executable, "-m", "pytest", "-c", os.devnull, "-v", f"--junitxml={junit}", str(tmp_path)]
-    for parallel in ([], ["-n", "1"]):
-        stage = Stage("tests", [*argv, *parallel], 9.0, junit=junit)
-        (outcome,) = run_stages([stage], {}, files_in(tmp_path), seconds=60.0)["stages"]
-        assert outcome["status"] == "timed out" and not junit.exists()
-        tests = outcome["tests"]
-        assert tests["run"] == 2 and tests["error"] == []
-        (skipped,), (failed,) = tests["skipped"], tests["failure"]
-        assert skipped.endswith("test_slow.py::test_skipped") and failed.endswith("::test_fails[of words]"), parallel
-
-
-CRASHES = """
-import os, pathlib, time, pytest
-@pytest.mark.parametrize("n", range(12))
-def test_one(n):
-    if n < 4:
-        here = pathlib.Path(__file__).parent
-        (here / f"{n}.here").touch()
-        ends = time.monotonic() + 3
-        while len(list(here.glob("*.here"))) < 2 and time.monotonic() < ends:
-            time.sleep(0.01)
-        os._exit(1)
-"""
-
-
-def test_processes_that_crash_at_once_cost_only_their_tests(tmp_path: Path) -> None:
-    (tmp_path / "test_crashes.py").write_text(CRASHES)
-    argv = [sys.executable, "-m", "pytest", "-c", os.devnull, "-v", *gpu.processes(2), str(tmp_path)]
-    stage = Stage("tests", argv, 100.0, junit=tmp_path / "tests.xml")
-    (outcome,) = run_stages([stage], {}, files_in(tmp_path), seconds=100.0)["stages"]
-    tests = outcome["tests"]
-    assert tests["run"] == 12 and len(tests["failure"] + tests["error"]) == 4, outcome["output_tail"]
-
-
 def test_every_gpu_test_is_in_one_session() -> None:
     sessions = gpu_test_sessions()
     files = [path for name, session in sessions.items() if name != gpu.LARGE for path in session]
@@ -161,119 +47,6 @@ def test_every_gpu_test_is_in_one_session() -> None:
     for name, stems in (SESSIONS | {ALONE: ("cuda_tools", "gpu", "smoke", "step", "timing", "tune")}).items():
         found = {path.stem.removeprefix("test_") for path in sessions[name]}
         assert found == {Path(stem).stem.removeprefix("test_") for stem in stems}, name
-
-
-def test_no_stage_starts_once_the_time_is_up(tmp_path: Path) -> None:
-    stages = [
-        python("slow", "import time; time.sleep(600)"),
-        python("second", "print('not to be seen')", required=True),
-        python("third", "print('not to be seen')"),
-    ]
-    known = {"environment": {"device": "a GPU"}, "commit": {"id": "abc"}}
-    record = run_stages(stages, known, files_in(tmp_path), seconds=1.0)
-    assert [s["name"] for s in record["stages"]] == ["slow"]
-    assert [missing["name"] for missing in record["not_done"]] == ["slow", "second", "third"]
-    assert record["not_done"][1]["reason"] == "the minutes were used up"
-    assert "not done: third: the minutes were used up" in summary(Record.from_json(record))
-    assert exit_status(record, ["second"]) == 1, "what was not verified is not right"
-    assert exit_status(record, []) == 0
-
-
-def test_a_stage_knows_when_it_is_stopped(tmp_path: Path) -> None:
-    program = "import time; from bench.timing import stage_ends; print('left', stage_ends() - time.monotonic())"
-    stage = python("asks", program, seconds_limit=250.0)
-    (outcome,) = run_stages([stage], {}, files_in(tmp_path), seconds=600.0)["stages"]
-    assert 0.0 < float(outcome["output_tail"].split("left")[1]) < 250.0
-
-
-def test_none_starts_that_cannot_end_or_has_nothing_to_do(tmp_path: Path) -> None:
-    def nothing() -> list[str]:
-        raise NotNow("nothing was tuned")
-
-    stages = [python("long", "", seconds_needed=90.0), Stage("tuned", nothing, 30.0), python("short", "")]
-    record = run_stages(stages, {}, files_in(tmp_path), seconds=60.0)
-    assert [stage["name"] for stage in record["stages"]] == ["short"]
-    reasons = {missing["name"]: missing["reason"] for missing in record["not_done"]}
-    assert reasons == {"long": "it needs 90 s, and 60 s were left", "tuned": "nothing was tuned"}
-
-
-KILLED = """
-import json, sys
-from pathlib import Path
-from bench.stages import Files, Stage, run_stages
-
-folder = Path(sys.argv[1])
-line = json.dumps({"kind": "smoke", "slot": "norm"}) + chr(10)
-write = f"open({str(folder / 'lines')!r}, 'a').write({line!r})"
-sleep = f"import os, time; open({str(folder)!r} + '/' + str(os.getpid()) + '.pid', 'w'); time.sleep(600)"
-child = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {sleep!r}])"
-programs = {"first": "", "second": f"{write}; {child}; {sleep}"}
-stages = [Stage(name, [sys.executable, "-c", program], 600.0) for name, program in programs.items()]
-run_stages(stages, {}, Files(folder / "run.json", folder / "run.log", folder / "lines"), seconds=600.0)
-"""
-
-
-def until(done: Callable[[], object]) -> None:
-    ends = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < ends
-        time.sleep(0.05)
-
-
-def none_is_left(folder: Path) -> bool:
-    """Whether the processes that left their number in a file have ended."""
-    return not any(Path("/proc", path.stem).exists() for path in folder.glob("*.pid"))
-
-
-def test_a_killed_run_leaves_its_record_and_no_process(tmp_path: Path) -> None:
-    run = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT)
-    record = tmp_path / "run.json"
-    try:
-        until(lambda: record.exists() and json.loads(record.read_text())["smokes"])
-        until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
-    finally:
-        run.kill()
-        run.wait()
-    until(lambda: none_is_left(tmp_path))
-    left = json.loads(record.read_text())
-    assert [stage["name"] for stage in left["stages"]] == ["first"]
-    assert left["smokes"] == [{"stage": "second", "slot": "norm"}], "what a stage has measured so far is kept"
-
-
-def test_stages_record_tests_and_the_state_of_the_device(tmp_path: Path) -> None:
-    junit = tmp_path / "tests.xml"
-    junit.write_text(
-        '<testsuites><testsuite><testcase classname="a" name="ok"/>'
-        '<testcase classname="a" name="bad"><failure/></testcase>'
-        '<testcase classname="b" name="left"><skipped/></testcase></testsuite></testsuites>'
-    )
-    stage = python("tests", "import time; time.sleep(0.3)", junit=junit)
-    state = {"clocks.sm": "1980 MHz", "power.draw": "[N/A]"}
-    (outcome,) = run_stages([stage], {}, files_in(tmp_path), seconds=30.0, state=lambda: state)["stages"]
-    assert outcome["tests"] == {"run": 2, "failure": ["a::bad"], "error": [], "skipped": ["b::left"]}
-    assert outcome["status"] == "passed"
-    assert outcome["device_state"]["clocks.sm"] == {"min": 1980.0, "max": 1980.0, "last": "1980 MHz"}
-    assert outcome["device_state"]["power.draw"] == ["[N/A]"]
-
-
-def test_tests_that_were_all_skipped_have_not_passed(tmp_path: Path) -> None:
-    junit = tmp_path / "tests.xml"
-    junit.write_text('<testsuites><testcase classname="a" name="b"><skipped/></testcase></testsuites>')
-    (outcome,) = run_stages([python("tests", "", junit=junit)], {}, files_in(tmp_path), seconds=30.0)["stages"]
-    assert outcome["status"] == "failed"
-
-
-def run_in(folder: Path, **what: Any) -> Run:
-    return Run(folder, folder / "lines", "abc", folder / "sm_90.json", **what)
-
-
-def commands(run: Run, part: int | None = None) -> dict[str, list[str]]:
-    """Each stage's command, where it has one now."""
-    found = {}
-    for stage in programme(run, part):
-        with contextlib.suppress(NotNow):
-            found[stage.name] = stage.argv() if callable(stage.argv) else stage.argv
-    return found
 
 
 def test_every_stage_finds_what_it_runs_and_can_end(tmp_path: Path) -> None:
@@ -321,35 +94,6 @@ def test_a_part_has_a_smoke_of_its_own_and_both_have_one(tmp_path: Path) -> None
     ]  # fmt: skip
 
 
-# ------------------------------------------------------------------------------- a kernel that is not right
-
-
-def attempts(right: dict[tuple[str, str | None], str]) -> tuple[list[tuple[str, str | None]], Any]:
-    """A smoke's comparisons by stand-ins, which are wrong where `right` doesn't say otherwise; and those made."""
-    made: list[tuple[str, str | None]] = []
-
-    def attempt(slot: str, change: str | None) -> dict[str, Any]:
-        made.append((slot, change))
-        return {"status": right.get((slot, change), "wrong")}
-
-    return made, attempt
-
-
-def test_a_slot_that_is_not_right_is_tried_otherwise() -> None:
-    right = {("norm", None): "ok", ("mlp", "pointers"): "ok", ("mlp", "4 warps"): "ok", ("loss", None): "timed out"}
-    made, attempt = attempts(right)
-    reports: dict[str, list[dict[str, Any]]] = {}
-    smoke.examine(smoke.SLOTS, attempt, lambda slot, found: reports.setdefault(slot, []).append(found), pytest.fail)
-    plain = [name for name in CHANGES if name != "pointers"]
-    tried = {slot: {change for s, change in made if s == slot} for slot in smoke.SLOTS}
-    assert tried == {"norm": {None}, "mlp": {None, *CHANGES}, "attn": {None, *plain}, "loss": {None, *plain}}
-    assert reports["norm"] == [{"status": "ok"}]
-    first, final = reports["mlp"]
-    assert first == {"status": "wrong"}, "known at once"
-    assert final["right_with"] == "4 warps" and final["changes"]["1 stage"] == {"status": "wrong"}
-    assert reports["attn"][1]["right_with"] is None and reports["loss"][1]["status"] == "timed out"
-
-
 @pytest.mark.parametrize("failed", [(), ("mlp",), smoke.SLOTS])
 def test_pytorchs_form_takes_the_place_of_a_slot_that_is_not_right(tmp_path: Path, failed: tuple[str, ...]) -> None:
     run = run_in(tmp_path)
@@ -375,167 +119,6 @@ def test_a_kernel_that_is_known_to_fail_is_not_run(tmp_path: Path) -> None:
     run.table.touch()
     assert run.kernels().table == run.table
     assert run.options("--") == ["--without=attn", "--without=loss", f"--table={run.table}"]
-
-
-def test_a_smoke_finds_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("at the size for Triton's interpreter")
-    found = smoke.compare("norm", "1 stage", device="cpu")
-    assert found["status"] == "ok", found
-
-    def wrong(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        y, total = torch_norm(*inputs)
-        return 1.05 * y, total
-
-    module = import_module("fastgpt2.kernels.norm")
-    monkeypatch.setattr(module, "add_layer_norm", wrong)
-    found = smoke.compare("norm", device="cpu")
-    assert found["status"] == "wrong" and found["error"] > found["budget"]
-    monkeypatch.delattr(module, "add_layer_norm")
-    assert smoke.compare("norm", device="cpu")["status"] == "failed"
-
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out of memory"),
-        (RuntimeError("Triton Error [CUDA]: out of memory"), "out of memory"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of memory"),
-        (RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 232448"), "failed"),
-    ],
-)
-def test_a_kernel_without_memory_is_not_called_wrong(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, status: str
-) -> None:
-    def raises(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr("fastgpt2.ops.make_ops", raises)
-    assert smoke.compare("norm", device="cpu")["status"] == status
-
-
-def test_a_change_is_every_configurations() -> None:
-    was = tuning.configuration("sm_90", "gelu_mlp_forward", "bfloat16", 768)
-    with smoke._changed(CHANGES["4 warps"]):
-        changed = tuning.configuration("sm_90", "gelu_mlp_forward", "bfloat16", 768)
-    assert changed.num_warps == 4 != was.num_warps and changed.block_m == was.block_m
-    assert tuning.configuration("sm_90", "gelu_mlp_forward", "bfloat16", 768) == was
-
-
-def test_a_change_is_pointers_in_place_of_descriptors() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("at the size for Triton's interpreter")
-    module, matrix = import_module("fastgpt2.kernels.mlp"), torch.zeros(16, 16)
-    assert module._descriptors(matrix)
-    with smoke._changed(CHANGES["pointers"]):
-        assert not module._descriptors(matrix)
-    assert module._descriptors(matrix)
-    found = smoke.compare("mlp", "pointers", device="cpu")
-    assert found["status"] == "ok", found
-
-
-@pytest.mark.parametrize("options", [["--change", "1 stage"], ["--slot", "norm", "--change", "pointers"]])
-def test_a_change_needs_a_slot_that_it_makes_sense_for(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
-    with pytest.raises(SystemExit) as refused:
-        smoke.main(options)
-    assert refused.value.code == 2 and "needs --slot" in capsys.readouterr().err
-
-
-STAND_IN = """
-import json, os, signal, sys, time
-from pathlib import Path
-
-_, _, slot, *change = sys.argv
-os.chdir(Path(__file__).parent)
-assert slot in json.loads(Path("failed.json").read_text()), "not known to be right yet"
-if slot == "norm":
-    sys.exit(3)
-if slot == "loss" and not change:
-    if os.fork() == 0:
-        signal.signal(signal.SIGABRT, signal.SIG_IGN)
-    Path(f"{os.getpid()}.pid").touch()
-    time.sleep(600)
-right = slot == "attn" or change == ["--change", "4 warps"]
-print("compiled")
-print(json.dumps({"status": "ok" if right else "wrong", "worst": "y", "error": 2.0, "budget": 1.0}))
-"""
-"""A comparison that is right for attention, wrong for the MLP, dies for the norm and hangs for the loss."""
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The comparison's program, on a GPU that isn't there."""
-    program = tmp_path / "stand_in.py"
-    program.write_text(STAND_IN)
-    monkeypatch.setattr(smoke, "COMPARE", (sys.executable, str(program)))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    return program
-
-
-def test_a_smoke_outlives_comparisons_that_die_or_hang(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Path
-) -> None:
-    began = time.monotonic()
-    monkeypatch.setenv("BENCH_STAGE_ENDS", str(began + smoke.ENDING_S + 10))
-    failed, lines = tmp_path / "failed.json", tmp_path / "lines"
-    assert smoke.main(["--failed", str(failed), "--jsonl", str(lines)]) == 1
-    assert time.monotonic() - began < smoke.ENDING_S + 10
-    assert smoke.read_failed(failed) == ("mlp", "norm", "loss")
-    written = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert [line["kind"] for line in written] == 4 * ["smoke"]
-    found = {line["slot"]: line for line in written}
-    assert found["attn"]["status"] == "ok" and "changes" not in found["attn"]
-    mlp, norm, loss = found["mlp"], found["norm"], found["loss"]
-    assert (mlp["status"], mlp["worst"], mlp["right_with"]) == ("wrong", "y", "4 warps")
-    statuses = {name: tried["status"] for name, tried in mlp["changes"].items()}
-    assert statuses == dict.fromkeys(CHANGES, "wrong") | {"4 warps": "ok"}
-    assert (norm["status"], norm["reason"], norm["right_with"]) == ("died", "exit status 3", None)
-    assert (loss["status"], loss["right_with"]) == ("timed out", "4 warps"), "some time was left for the changes"
-    assert loss["reason"] == f"no result within {smoke.SHARE * 10:.0f} s"
-    assert len(list(tmp_path.glob("*.pid"))) == 2
-    until(lambda: none_is_left(tmp_path))
-
-
-def test_a_killed_smoke_leaves_no_process(tmp_path: Path, stand_in: Path) -> None:
-    smoke.write_failed(tmp_path / "failed.json", ["loss"])
-    program = f"from bench import smoke; smoke.COMPARE = {smoke.COMPARE}; smoke.in_a_process('loss', None)"
-    killed = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
-    try:
-        until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
-    finally:
-        killed.kill()
-        killed.wait()
-    until(lambda: none_is_left(tmp_path))
-
-
-@pytest.mark.parametrize("again", ["ok", "out of memory"])
-def test_a_slot_without_memory_is_tried_again_when_the_warm_steps_have_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_in: Path, again: str
-) -> None:
-    warmed, made = tmp_path / "warmed", []
-
-    def attempt(slot: str, change: str | None) -> dict[str, Any]:
-        made.append((slot, change))
-        if slot != "mlp":
-            return {"status": "ok"}
-        return {"status": again if warmed.exists() else "out of memory"}
-
-    program = f"import time; time.sleep(0.5); open({str(warmed)!r}, 'w')"
-    monkeypatch.setattr(smoke, "WARM", (sys.executable, "-c", program))
-    monkeypatch.setattr(smoke, "in_a_process", attempt)
-    failed = tmp_path / "failed.json"
-    status = smoke.main(["--failed", str(failed), "--warm", "plain"])
-    assert warmed.exists() and made.count(("mlp", None)) == 2
-    assert (status, smoke.read_failed(failed)) == ((0, ()) if again == "ok" else (1, ("mlp",)))
-
-
-def test_warm_steps_that_do_not_end_leave_time_for_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BENCH_STAGE_ENDS", str(time.monotonic() + smoke.ENDING_S + 2))
-    warm = {
-        name: subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) for name in ("ours", "plain")
-    }
-    smoke._end(warm, share=smoke.SHARE)
-    assert all(process.returncode == -signal.SIGKILL for process in warm.values()) and smoke._left() > 0.3
 
 
 USES = """
@@ -577,9 +160,6 @@ def test_a_file_that_is_no_table_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=reason) as refused:
         tuning.use_table(path)
     assert "\n" not in str(refused.value) and path not in tuning._instead.values()
-
-
-# --------------------------------------------------------------------------------------------- the command
 
 
 def play_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -737,12 +317,6 @@ def test_a_gpus_kernels_are_seen(tmp_path: Path) -> None:
     seen = json.loads((tmp_path / "lines").read_text())
     assert seen["ms"] > 0 and len(seen["kernels"]) > 10
     assert not any(name.startswith(("aten::", "cuda")) for name, _, _ in seen["kernels"])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("slot", smoke.SLOTS)
-def test_a_smoke_on_a_gpu(slot: str) -> None:
-    assert smoke.in_a_process(slot, None)["status"] == "ok"
 
 
 BLOCKER = f"""
