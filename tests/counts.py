@@ -26,6 +26,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+if __name__ == "__main__":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before torch.utils.flop_counter imports Triton, which reads it
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -442,7 +445,6 @@ def main() -> int:
     what.add_argument("--check", action="store_true", help="compare with the file; status 1 where a count differs")
     what.add_argument("--write", action="store_true", help="rewrite the file's counts of this version of PyTorch")
     given = parser.parse_args()
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, which the cases do
     torch.set_num_threads(1)  # the chunked loss takes some rows a thread at once
     counts = {name: count() for name, count in CASES.items()}
     if given.write:
