@@ -149,6 +149,12 @@ def _place(T, H, D: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr, LAST
 
 
 @triton.jit
+def _head(ptr, b, h, strides):
+    """Where a batch's head begins; strides of batch, token and head."""
+    return ptr + (b * strides[0] + h * strides[2])
+
+
+@triton.jit
 def _visible(query, key, first, T, CAUSAL: tl.constexpr):
     """Whether each query sees each key. Queries before T see no key past T either way; those past T aren't kept.
 
@@ -178,13 +184,32 @@ def _keys(start, limit_ptr, T, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOC
 
 
 @triton.jit
-def _attend(q, o, m, total, k_ptr, v_ptr, k_stride, v_stride, row, first, begin, end, T, c, stream, D: tl.constexpr,
-            CAUSAL: tl.constexpr, DROP: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
+def _queries(start, limit_ptr, T, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(begin, edge, tail, end): queries from edge to tail exist and see all keys start..; from begin to edge and from
+    tail to end, ask; from end on, none sees them. edge may lie past tail and end. limit_ptr: one past the last position
+    of each key's document, which never falls; or None.
+    """
+    edge, tail, end = 0, T // BLOCK_M * BLOCK_M, T
+    if limit_ptr is not None:
+        tail = tl.load(limit_ptr + start) // BLOCK_M * BLOCK_M
+        end = tl.load(limit_ptr + tl.minimum(start + BLOCK_N, T) - 1)
+    if CAUSAL:
+        edge = tl.cdiv(start + BLOCK_N, BLOCK_M) * BLOCK_M
+    return start // BLOCK_M * BLOCK_M, edge, tail, end
+
+
+@triton.jit
+def _attend(
+    o, m, total, q, kv, row, first, stream, begin, end, T, c,
+    D: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     """Update o = sum_j M_j 2^(c S - m) v, m = max_j c S, total = sum_j 2^(c S - m) with the keys begin..end.
 
-    row: the first query. first: of each query's document, or None. stream: the dropout's seed, and this head.
+    kv: k and v's pointers, then their strides from token to token. row: the first query. first: position of each
+    query's document, or None. stream: the dropout's seed and the head's number in the batch.
     """
+    k_ptr, v_ptr, k_stride, v_stride = kv
     query = row + tl.arange(0, q.shape[0])
     for start in range(begin, end, BLOCK_N):
         k = load_tile(k_ptr, start, k_stride, T, D, BLOCK_N, MASKED)
@@ -208,19 +233,20 @@ def _attend(q, o, m, total, k_ptr, v_ptr, k_stride, v_stride, row, first, begin,
 @hash_callees_first
 @triton.jit(do_not_specialize=["H"])
 def attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,  # (B, T, H, D) three times by strides, then contiguous; (B, H, T)
+    qkv_ptrs, o_ptr, lse_ptr,  # three of (B, T, H, D) by strides, one contiguous; (B, H, T)
     limit_ptr, seed_ptr,  # (B, T), the first position of each query's document, or None; int64, None without dropout
-    q_strides, k_strides, v_strides,  # of batch, token and head
+    qkv_strides,  # q's, k's and v's, each of batch, token and head
     T, H, scale,
     D: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head against all keys they see."""
+    q_ptr, k_ptr, v_ptr = qkv_ptrs
+    q_strides, k_strides, v_strides = qkv_strides
     BYTES: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth // 8
     b, h, start = _place(T, H, D, BLOCK_M, BYTES, CAUSAL)
-    q_ptr += b * q_strides[0] + h * q_strides[2]
-    k_ptr += b * k_strides[0] + h * k_strides[2]
-    v_ptr += b * v_strides[0] + h * v_strides[2]
+    q_ptr = _head(q_ptr, b, h, q_strides)
+    kv = _head(k_ptr, b, h, k_strides), _head(v_ptr, b, h, v_strides), k_strides[1], v_strides[1]
 
     SUM: tl.constexpr = lse_ptr.dtype.element_ty
     q = load_tile(q_ptr, start, q_strides[1], T, D, BLOCK_M, True)
@@ -234,14 +260,12 @@ def attention_forward_kernel(
         limit_ptr += b * T
         first = load_row(limit_ptr, start, T, BLOCK_M, True)
 
-    begin, whole, edge, end = _keys(start, limit_ptr, T, CAUSAL, BLOCK_M, BLOCK_N)
-    if limit_ptr is not None:
-        o, m, total = _attend(q, o, m, total, k_ptr, v_ptr, k_strides[1], v_strides[1], start, first, begin, whole,
-                              T, c, stream, D, CAUSAL, DROP, True, BLOCK_N, PRECISION)  # fmt: skip
-    o, m, total = _attend(q, o, m, total, k_ptr, v_ptr, k_strides[1], v_strides[1], start, first, whole, edge, T, c,
-                          stream, D, CAUSAL, DROP, False, BLOCK_N, PRECISION)  # fmt: skip
-    o, m, total = _attend(q, o, m, total, k_ptr, v_ptr, k_strides[1], v_strides[1], start, first, edge, end, T, c,
-                          stream, D, CAUSAL, DROP, True, BLOCK_N, PRECISION)  # fmt: skip
+    bounds = _keys(start, limit_ptr, T, CAUSAL, BLOCK_M, BLOCK_N)
+    for i in tl.static_range(1 if limit_ptr is None else 0, 3):  # masked, whole, masked
+        o, m, total = _attend(
+            o, m, total, q, kv, start, first, stream, bounds[i], bounds[i + 1], T, c,
+            D, CAUSAL, DROP, i != 1, BLOCK_N, PRECISION,
+        )  # fmt: skip
 
     o = o / total[:, None]
     if DROP:
@@ -251,10 +275,13 @@ def attention_forward_kernel(
 
 
 @triton.jit
-def _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_stride, v_stride, row, first, begin, end, T, c, stream,
-               D: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
-               PRECISION: tl.constexpr):  # fmt: skip
+def _gather_dq(
+    dq, q, do, lse, delta, kv, row, first, stream, begin, end, T, c,
+    D: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     """dq + dS k over the keys begin..end; arguments as of _attend."""
+    k_ptr, v_ptr, k_stride, v_stride = kv
     query = row + tl.arange(0, q.shape[0])
     for start in range(begin, end, BLOCK_N):
         k = load_tile(k_ptr, start, k_stride, T, D, BLOCK_N, MASKED)
@@ -275,20 +302,21 @@ def _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_stride, v_stride, row, fir
 @hash_callees_first
 @triton.jit(do_not_specialize=["H"])
 def attention_backward_dq_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr,  # dqkv (B, T, 3, H, D) contiguous
+    qkv_ptrs, o_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr,  # dqkv (B, T, 3, H, D) contiguous
     limit_ptr, seed_ptr,
-    q_strides, k_strides, v_strides, do_strides,
+    qkv_strides, do_strides,
     T, H, scale,
     D: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: dq, and delta for the other pass, of BLOCK_M queries of one head."""
+    q_ptr, k_ptr, v_ptr = qkv_ptrs
+    q_strides, k_strides, v_strides = qkv_strides
     BYTES: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth // 8
     b, h, start = _place(T, H, D, BLOCK_M, BYTES, CAUSAL)
-    q_ptr += b * q_strides[0] + h * q_strides[2]
-    k_ptr += b * k_strides[0] + h * k_strides[2]
-    v_ptr += b * v_strides[0] + h * v_strides[2]
-    do_ptr += b * do_strides[0] + h * do_strides[2]
+    q_ptr = _head(q_ptr, b, h, q_strides)
+    kv = _head(k_ptr, b, h, k_strides), _head(v_ptr, b, h, v_strides), k_strides[1], v_strides[1]
+    do_ptr = _head(do_ptr, b, h, do_strides)
     o_ptr += (b * T * H + h) * D
 
     SUM: tl.constexpr = lse_ptr.dtype.element_ty
@@ -307,29 +335,31 @@ def attention_backward_dq_kernel(
         limit_ptr += b * T
         first = load_row(limit_ptr, start, T, BLOCK_M, True)
 
-    begin, whole, edge, end = _keys(start, limit_ptr, T, CAUSAL, BLOCK_M, BLOCK_N)
-    if limit_ptr is not None:
-        dq = _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_strides[1], v_strides[1], start, first, begin, whole,
-                        T, c, stream, D, CAUSAL, DROP, True, BLOCK_N, PRECISION)  # fmt: skip
-    dq = _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_strides[1], v_strides[1], start, first, whole, edge, T, c,
-                    stream, D, CAUSAL, DROP, False, BLOCK_N, PRECISION)  # fmt: skip
-    dq = _gather_dq(q, do, dq, lse, delta, k_ptr, v_ptr, k_strides[1], v_strides[1], start, first, edge, end, T, c,
-                    stream, D, CAUSAL, DROP, True, BLOCK_N, PRECISION)  # fmt: skip
+    bounds = _keys(start, limit_ptr, T, CAUSAL, BLOCK_M, BLOCK_N)
+    for i in tl.static_range(1 if limit_ptr is None else 0, 3):  # masked, whole, masked
+        dq = _gather_dq(
+            dq, q, do, lse, delta, kv, start, first, stream, bounds[i], bounds[i + 1], T, c,
+            D, CAUSAL, DROP, i != 1, BLOCK_N, PRECISION,
+        )  # fmt: skip
 
     store_tile(dqkv_ptr + (b * T * 3 * H + h) * D, dq * scale, start, 3 * H * D, T, D, BLOCK_M)
 
 
 @triton.jit
-def _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_stride, do_stride, lse_ptr, delta_ptr, row, last, begin, end, T, c,
-                 stream, D: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, MASKED: tl.constexpr,
-                 BLOCK_M: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _gather_dkdv(
+    dk, dv, k, v, queries, row, last, stream, begin, end, T, c,
+    D: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     """dk + dS^T q and dv + (M P)^T do over the queries begin..end.
 
-    row: the first key. last: one past each key's document, or None.
+    queries: q, do, lse and delta's pointers, then q and do's strides from token to token. row: the first key.
+    last: one past each key's document, or None.
 
     S is formed transposed, keys down and queries across, so that P^T and dS^T are left operands straight
     from registers. Queries past T have q = do = delta = 0 and so add 0.
     """
+    q_ptr, do_ptr, lse_ptr, delta_ptr, q_stride, do_stride = queries
     key = row + tl.arange(0, k.shape[0])
     for start in range(begin, end, BLOCK_M):
         q = load_tile(q_ptr, start, q_stride, T, D, BLOCK_M, MASKED)
@@ -358,20 +388,22 @@ def _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_stride, do_stride, lse_ptr, delt
 @hash_callees_first
 @triton.jit(do_not_specialize=["H"])
 def attention_backward_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr,
+    qkv_ptrs, do_ptr, lse_ptr, delta_ptr, dqkv_ptr,
     limit_ptr, seed_ptr,  # (B, T), one past the last position of each key's document, or None
-    q_strides, k_strides, v_strides, do_strides,
+    qkv_strides, do_strides,
     T, H, scale,
     D: tl.constexpr, CAUSAL: tl.constexpr, DROP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of BLOCK_N keys of one head, from all queries that see them."""
+    q_ptr, k_ptr, v_ptr = qkv_ptrs
+    q_strides, k_strides, v_strides = qkv_strides
     BYTES: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth // 8
     b, h, start = _place(T, H, D, BLOCK_N, BYTES, False)
-    q_ptr += b * q_strides[0] + h * q_strides[2]
-    k_ptr += b * k_strides[0] + h * k_strides[2]
-    v_ptr += b * v_strides[0] + h * v_strides[2]
-    do_ptr += b * do_strides[0] + h * do_strides[2]
+    q_ptr = _head(q_ptr, b, h, q_strides)
+    k_ptr = _head(k_ptr, b, h, k_strides)
+    v_ptr = _head(v_ptr, b, h, v_strides)
+    do_ptr = _head(do_ptr, b, h, do_strides)
     lse_ptr += (b * H + h) * T
     delta_ptr += (b * H + h) * T
 
@@ -384,24 +416,24 @@ def attention_backward_dkdv_kernel(
 
     stream = (tl.load(seed_ptr) if DROP else 0, b * H + h)
 
-    # Queries from `edge` to `tail` exist and see all of these keys; those before and after, ask; from `end` on none do.
-    edge, tail, end = 0, T // BLOCK_M * BLOCK_M, T
+    queries = q_ptr, do_ptr, lse_ptr, delta_ptr, q_strides[1], do_strides[1]
     last = None
     if limit_ptr is not None:
         limit_ptr += b * T
         last = load_row(limit_ptr, start, T, BLOCK_N, True)
-        tail = tl.load(limit_ptr + start) // BLOCK_M * BLOCK_M
-        end = tl.load(limit_ptr + tl.minimum(start + BLOCK_N, T) - 1)
-    if CAUSAL:
-        edge = tl.cdiv(start + BLOCK_N, BLOCK_M) * BLOCK_M
-        dk, dv = _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_strides[1], do_strides[1], lse_ptr, delta_ptr, start, last,
-                              start // BLOCK_M * BLOCK_M, tl.minimum(edge, end), T, c, stream,
-                              D, CAUSAL, DROP, True, BLOCK_M, PRECISION)  # fmt: skip
-    dk, dv = _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_strides[1], do_strides[1], lse_ptr, delta_ptr, start, last,
-                          edge, tail, T, c, stream, D, CAUSAL, DROP, False, BLOCK_M, PRECISION)  # fmt: skip
-    dk, dv = _gather_dkdv(k, v, dk, dv, q_ptr, do_ptr, q_strides[1], do_strides[1], lse_ptr, delta_ptr, start, last,
-                          tl.maximum(edge, tail), end, T, c, stream,
-                          D, CAUSAL, DROP, True, BLOCK_M, PRECISION)  # fmt: skip
+
+    first, edge, tail, end = _queries(start, limit_ptr, T, CAUSAL, BLOCK_M, BLOCK_N)
+    for i in tl.static_range(0 if CAUSAL else 1, 3):  # masked, whole, masked
+        if i == 0:
+            begin, stop = first, tl.minimum(edge, end)
+        elif i == 1:
+            begin, stop = edge, tail
+        else:
+            begin, stop = tl.maximum(edge, tail), end
+        dk, dv = _gather_dkdv(
+            dk, dv, k, v, queries, start, last, stream, begin, stop, T, c,
+            D, CAUSAL, DROP, i != 1, BLOCK_M, PRECISION,
+        )  # fmt: skip
 
     if DROP:
         dv *= WEIGHTS / (WEIGHTS - DROP)
@@ -428,8 +460,8 @@ def attention_forward(
     lse = torch.empty((B, H, T), dtype=statistics(q.dtype), device=q.device)
     with on(q.device):
         attention_forward_kernel[(B * H * triton.cdiv(T, config.block_m),)](
-            q, k, v, o, lse, None if documents is None else documents[0], seed,
-            q.stride()[:3], k.stride()[:3], v.stride()[:3], T, H, scale,
+            (q, k, v), o, lse, None if documents is None else documents[0], seed,
+            tuple(x.stride()[:3] for x in (q, k, v)), T, H, scale,
             D=D, CAUSAL=causal, DROP=weights_to_drop(dropout_p), PRECISION=_products(precision), **config.arguments(),
         )  # fmt: skip
     return o, lse
@@ -448,15 +480,15 @@ def attention_backward(
     dkdv_config = dkdv_config or lookup("attention_backward_dkdv", precision, D, q.device)
     dqkv = torch.empty((B, T, 3, H, D), dtype=q.dtype, device=q.device)
     delta = torch.empty((B, H, T), dtype=lse.dtype, device=q.device)
-    strides = [x.stride()[:3] for x in (q, k, v, do)]
+    strides = tuple(x.stride()[:3] for x in (q, k, v)), do.stride()[:3]
     first, last = (None, None) if documents is None else documents.unbind(0)
     constants = {"D": D, "CAUSAL": causal, "DROP": weights_to_drop(dropout_p), "PRECISION": _products(precision)}
     with on(q.device):
         attention_backward_dq_kernel[(B * H * triton.cdiv(T, dq_config.block_m),)](
-            q, k, v, o, do, lse, delta, dqkv, first, seed, *strides, T, H, scale, **constants, **dq_config.arguments()
+            (q, k, v), o, do, lse, delta, dqkv, first, seed, *strides, T, H, scale, **constants, **dq_config.arguments()
         )
         attention_backward_dkdv_kernel[(B * H * triton.cdiv(T, dkdv_config.block_n),)](
-            q, k, v, do, lse, delta, dqkv, last, seed, *strides, T, H, scale, **constants, **dkdv_config.arguments()
+            (q, k, v), do, lse, delta, dqkv, last, seed, *strides, T, H, scale, **constants, **dkdv_config.arguments()
         )
     return dqkv
 
@@ -476,6 +508,7 @@ def _constants(precision: str, size: int) -> dict[str, object]:
 
 
 _TYPES = {
+    "qkv_ptrs": ("*{}",) * 3, "qkv_strides": (("i32",) * 3,) * 3,
     "lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32",
     "limit_ptr": "*i32", "seed_ptr": "*i64",
 }  # fmt: skip

@@ -57,7 +57,7 @@ class Kernel:
         function: the @triton.jit function.
         constants: (precision, size) -> its compile-time arguments beside the configuration's.
         types: Triton's type of an argument that isn't what its name says ("*fp32", "fp32", "i64"); an element
-            type written {} is that of the precision ("tensordesc<{}[128, 64]>").
+            type written {} is that of the precision ("tensordesc<{}[128, 64]>"). A tuple has a tuple of them.
         multiples_of_16: integers that divide by 16 at the shapes that matter.
         products: tl.dot calls in the source; 0 for a kernel without.
         variants: by name, what else the launchers have it compiled to with the same tiles, as constants in place of
@@ -67,7 +67,7 @@ class Kernel:
 
     function: Any
     constants: Callable[[str, int], dict[str, Any]]
-    types: dict[str, str] = field(default_factory=dict)
+    types: dict[str, Any] = field(default_factory=dict)
     multiples_of_16: tuple[str, ...] = ()
     products: int = 0
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)

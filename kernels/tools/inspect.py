@@ -248,16 +248,25 @@ def _compile(case: Case) -> Any:
             signature[argument] = "constexpr"
             if noted_always or isinstance(constants[argument], str):
                 divisible[(i,)] = []
-        elif argument.endswith("_strides"):
-            signature[argument] = ("i32", "i32", "i32")
-            divisible |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
         else:
-            default = "*{}" if argument.endswith("_ptr") else "i32"
-            signature[argument] = kernel.types.get(argument, default).format(element)
-            if argument.endswith("_ptr") or argument in kernel.multiples_of_16:
-                divisible[(i,)] = [["tt.divisibility", 16]]
+            default = "*{}" if argument.endswith("_ptr") else ("i32",) * 3 if argument.endswith("_strides") else "i32"
+            signature[argument] = _of_element(kernel.types.get(argument, default), element)
+            if argument.endswith(("_ptr", "_ptrs", "_strides")) or argument in kernel.multiples_of_16:
+                divisible |= {path: [["tt.divisibility", 16]] for path in _places((i,), signature[argument])}
     target = GPUTarget("cuda", int(case.arch.removeprefix("sm_")), 32)
     return triton.compile(ASTSource(kernel.function, signature, constants, divisible), target=target, options=options)
+
+
+def _of_element(kind: Any, element: str) -> Any:
+    """Triton's type of an argument, or the tuple of them, with the precision's element written in."""
+    return kind.format(element) if isinstance(kind, str) else tuple(_of_element(part, element) for part in kind)
+
+
+def _places(place: tuple[int, ...], kind: Any) -> list[tuple[int, ...]]:
+    """Where the argument at `place` holds a scalar or pointer: itself, or each member of a tuple."""
+    if isinstance(kind, str):
+        return [place]
+    return [inner for j, part in enumerate(kind) for inner in _places((*place, j), part)]
 
 
 def _blocks(case: Case, registers: int, shared: int) -> int:
