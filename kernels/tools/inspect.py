@@ -33,7 +33,7 @@ from fastgpt2.kernels.tools.toolkit import align, run_compiling
 from fastgpt2.kernels.tuning import LaunchConfig, architectures, configurations, read_table
 
 MODULES = (
-    "fastgpt2.kernels.attention",
+    "fastgpt2.kernels.specs.attention",
     "fastgpt2.kernels.norm",
     "fastgpt2.kernels.cross_entropy",
     "fastgpt2.kernels.mlp",

@@ -19,7 +19,8 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
 import triton
 
 from fastgpt2.kernels import tuning
-from fastgpt2.kernels.attention import HEAD_DIMS, KERNELS
+from fastgpt2.kernels.attention import HEAD_DIMS
+from fastgpt2.kernels.specs.attention import KERNELS
 from fastgpt2.kernels.tools.bounds import allowed
 from fastgpt2.kernels.tools.profile import SIZES
 from fastgpt2.kernels.tuning import LaunchConfig, architectures, configurations, lookup, nearest, precision_name

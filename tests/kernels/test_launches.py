@@ -25,7 +25,8 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 
-from fastgpt2.kernels import attention, cross_entropy, mlp as gelu_mlp, norm as layer_norm
+from fastgpt2.kernels import cross_entropy, mlp as gelu_mlp, norm as layer_norm
+from fastgpt2.kernels.specs import attention
 from fastgpt2.kernels.tools import inspect
 from fastgpt2.kernels.tools.profile import size_of
 from fastgpt2.kernels.tools.tune import tunings

@@ -16,7 +16,7 @@ from fastgpt2 import TrainConfig, run, train
 from fastgpt2.verify import Backend
 
 PRODUCTS = {
-    "fastgpt2.kernels.attention": {"_attend", "_gather_dq", "_gather_dkdv"},
+    "fastgpt2.kernels.attention_device": {"_attend", "_gather_dq", "_gather_dkdv"},
     "fastgpt2.kernels.mlp": {"gelu_mlp_forward_kernel", "gelu_mlp_backward_kernel"},
 }
 """The functions that multiply, by module."""

@@ -333,7 +333,7 @@ def test_what_can_be_tuned_is_a_kernel_with_candidates() -> None:
 )  # fmt: skip
 def test_examples_run_and_do_not_depend_on_the_configuration(op, precision, size, monkeypatch) -> None:
     monkeypatch.setattr(import_module("fastgpt2.kernels.norm"), "EXAMPLE_ROWS", 70)
-    monkeypatch.setattr(import_module("fastgpt2.kernels.attention"), "EXAMPLE", (1, 70, 32))
+    monkeypatch.setattr(import_module("fastgpt2.kernels.specs.attention"), "EXAMPLE", (1, 70, 32))
     monkeypatch.setattr(import_module("fastgpt2.kernels.mlp"), "_TOKENS", 140)
     device = torch.device("cpu")
     first, second = (tune.tunings()[op].example(precision, size, device, seed) for seed in (0, 1))
