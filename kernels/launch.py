@@ -36,7 +36,7 @@ def hash_callees_first(kernel: KernelFunction) -> KernelFunction:
 
 
 def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Do what torch.compiler.assume_constant_result does, without importing the compiler, which takes a second or more."""
+    """torch.compiler.assume_constant_result, without importing the compiler, which takes a second or more."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 

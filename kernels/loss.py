@@ -1,53 +1,32 @@
-"""The head and its loss, cross_entropy(hidden @ weight^T, targets), without the logits ever existing whole.
+"""The output head and its loss, cross_entropy(hidden @ weight^T, targets), without storing all logits.
 
 Maths, for n rows of hidden h (C,), W (V, C) and targets t:
 
     x = h W^T                          (n, V), a chunk of rows at a time, in one buffer that every chunk reuses
-    lse = log sum_j exp(x_j)           over the vocabulary; the rows by which W is padded are outside
+    lse = log sum_j exp(x_j)           over the vocabulary, without W's padding rows
     loss = lse - x_t
     G = exp(x - lse) - onehot(t)       written over x, in the inputs' dtype
     dh = G W,  dW += G^T h             at once, while the chunk is in the buffer
 
-The gradient is that of the losses' sum, made in the forward pass; the backward multiplies it by the upstream gradient
-over the number of targets, in float32, where it lies on the device: a 1 / N inside a 16-bit G would underflow, and
-nothing waits. With reduction "none" every row has an upstream gradient of its own: the backward makes the chunk
-again from hidden, weight and lse, with each row's upstream gradient, over the largest of them, in G.
+The forward pass makes the gradient of the losses' sum. The backward multiplies it, in float32, by the upstream gradient
+over the number of targets: a factor 1 / N in a 16-bit G would underflow. Both stay on the device, and nothing waits.
+With reduction "none" every row has its own upstream gradient: the backward recomputes each chunk from hidden, weight
+and lse, and scales G's rows by their upstream gradients over the largest of them.
 
-Memory, e bytes an element: beside inputs and gradients one chunk of logits, rows V e, 1 to 8 chunks by a budget;
-dW is summed over the chunks in float32. Bytes moved: n V e three times written or read over by the matmuls and
-twice by the rows' step, and W and float32 dW once or twice a chunk. FLOPs: 6 n C V forward and backward, three
-matmuls, as the plain form; 2 n C V forward alone; 8 n C V for a differentiated "none".
+Memory, e bytes an element: besides inputs and gradients one chunk of logits, V e a row. A budget sets the number of
+chunks, 1 to 8. dW is summed over the chunks in float32. Bytes moved: the matmuls write or read n V e three times, the
+rows' step twice; W and the float32 dW once or twice a chunk. FLOPs: 6 n C V forward and backward, three matmuls, as in
+the plain form; 2 n C V forward alone; 8 n C V for a differentiated "none".
 
-float32 whatever the inputs are: maximum, sum, log-sum-exp, losses, their sum, dW. The logits are rounded to the
-inputs' dtype, as the plain form rounds them. Every sum has a fixed order, without atomics. A CPU stores a product of
-bfloat16 in bfloat16: there dW = G^T h takes a second product, of what the first rounded off, and errs by some 2^-18.
+Always float32: maximum, sum, log-sum-exp, losses, their sum, dW. The logits are rounded to the inputs' dtype, as in the
+plain form. Every sum has a fixed order, without atomics. A CPU stores a product of bfloat16 in bfloat16: there
+dW = G^T h adds a second product, of what the first rounded off, and errs by about 2^-18.
 
-Two implementations of the rows' step: Triton (fastgpt2.kernels.cross_entropy) and plain PyTorch, for any device, in blocks of
-rows that stay in the cache. The rest is shared.
+The rows' step has two implementations: Triton (cross_entropy.py) and plain PyTorch, for any device, in blocks of rows
+that stay in the cache. The rest is shared.
 
-Versions tried, of the plain rows' step; no GPU has timed anything here yet. One core of a shared x86 server, torch
-2.13, 1024 rows, C = 768, V = 50304, forward and backward, against F.linear + F.cross_entropy, medians of calls in turn:
-
-    float32          0.91 of its time, in 1 chunk and in 4, and 1.03 of the three matmuls'; torch's own
-                     F.linear_cross_entropy 0.96, and with its own chunks 5.6
-    bfloat16         0.69, in 4 chunks 0.81; torch's own 0.68, with its own chunks 16
-      autocast       0.61, in 4 chunks 0.61
-    4 chunks before 16-bit products were added to dW in blocks: 1.15; dW alone at 256 rows 0.36 s, in blocks 0.15
-    since then dW is float32 on a CPU: 1.26 of these times in bfloat16 under autocast, in 1 chunk and in 4
-    dW of 512 rows and 8192 classes, in ms, by the processor's instructions (error relative to float64's norm):
-                                           bfloat16 (AVX512_BF16)  without (AVX512, AVX2)  float16
-        rounded to 16 bits in each chunk      47 (1.7e-3)              234, 318             2512 (2e-4)
-        and what that lost, shipped           92 (2.5e-6)              460, 797             4766
-        multiplied in float32                188 (1e-7)                174, 155              185, shipped
-    rows in blocks of 4 in place 0.041 s; a whole chunk at once 0.073; log_softmax and exp of blocks 0.051
-    two threads, 2048 rows, bfloat16: blocks of 10 rows 0.068 s, of 4 0.078, of 5 0.104: with an odd number rows cross
-    from core to core; by torch.compile 0.149, by torch.softmax of blocks 0.106
-
-One step of GPT-2 124M, 8 sequences of 1024, float32, on a CPU: the process holds 6.83 GB at most, 11.33 with the
-plain loss, and 5.94 against 10.45 more than before the step.
-
-Papers: Cut Your Losses (Wijmans et al. 2024, arXiv:2411.09009), which recomputes the logits where this keeps a
-chunk: at C = 768 reading a chunk costs less than a fourth matmul.
+Versions tried: NOTES.md. Papers: Cut Your Losses (Wijmans et al. 2024, arXiv:2411.09009), which recomputes the logits.
+This keeps a chunk instead: at C = 768 reading it costs less than a fourth matmul.
 """
 
 from __future__ import annotations
@@ -66,19 +45,18 @@ IMPLEMENTATIONS = ("auto", "triton", "chunked")
 REDUCTIONS = ("mean", "sum", "none")
 PLAIN = "torch.nn.functional.cross_entropy of the logits"
 MOST_CHUNKS = 8
-"""More chunks save little (8 leave an eighth), and each reads the weight and rewrites its gradient."""
+"""More chunks would save little memory, and each reads the weight and rewrites its gradient."""
 MEMORY_BUDGET = {"cuda": 2**30, "cpu": 2**28}
-"""Bytes of a chunk of logits. On a GPU 7 chunks of 64k tokens of GPT-2 in bfloat16, each with matmuls of thousands of
-rows; on a CPU 7 of 8k tokens in float32, where the matmuls are as fast with fewer rows."""
+"""Bytes of a chunk of logits. GPT-2 has 7 chunks of 64k tokens in bfloat16 on a GPU, whose matmuls need thousands of
+rows, and 7 of 8k tokens in float32 on a CPU, whose matmuls are as fast with fewer rows."""
 ROW_TILE = 128
-"""Large chunks have a multiple of these rows: no matmul tile but the last chunk's is cut."""
+"""Large chunks have a multiple of this many rows, so that they fill whole matmul tiles."""
 COLUMN_TILE = 64
-"""Elements that a row of the buffer is padded to: aligned for the matmuls and for 16-byte loads."""
+"""A row of the buffer is padded to a multiple of this: aligned for the matmuls and for 16-byte loads."""
 PRODUCT_ROWS = 1024
-"""Rows of dW at once on a CPU, where 16 bits take more than one pass over them."""
+"""Rows of dW at a time on a CPU, where 16 bits take more than one pass over them."""
 CACHE_BLOCK = {"cuda": 2**28, "cpu": 2**20}
-"""Bytes of float32 that the plain rows' step works on at once, on a CPU for each thread: half a core's second-level
-cache."""
+"""Bytes of float32 that the plain rows' step works on at a time. On a CPU for each thread: half a core's L2 cache."""
 
 
 def linear_cross_entropy_reference(
@@ -110,8 +88,8 @@ def cross_entropy_rows(
     factor = known.to(lse.dtype) if upstream is None else torch.where(known, upstream, 0.0)
     rows = max(1, CACHE_BLOCK.get(logits.device.type, 2**28) // (lse.itemsize * vocab_size))
     if logits.device.type == "cpu":
-        # As many for each thread: a row's maximum and sum are one thread's, and were the elementwise steps to share a
-        # row out differently, its cache lines would go from core to core.
+        # As many for each thread. One thread computes a row's maximum and sum; if the elementwise steps divided the
+        # row differently, its cache lines would move from core to core.
         rows *= torch.get_num_threads()
     scratch = None
     if logits.dtype != lse.dtype:
@@ -246,7 +224,7 @@ def linear_cross_entropy_backward(
         )  # fmt: skip
 
 
-# Operators that torch.compile takes whole. Autograd sees the Function below, never these.
+# Operators that are opaque to torch.compile. Autograd sees the Function below, never these.
 _INPUTS = "Tensor hidden, Tensor weight, Tensor targets"
 _OPTIONS = (
     "ScalarType dtype, int vocab_size, int ignore_index, bool triton, int memory_budget, "
@@ -285,7 +263,7 @@ def _fake_gradients(
 
 
 class _SummedLoss(torch.autograd.Function):
-    """The sum or mean of the losses; the gradients are made in the forward pass and scaled in the backward."""
+    """The sum or mean of the losses. The forward pass makes the gradients, the backward scales them."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, mean: bool, options: tuple) -> Tensor:
@@ -300,13 +278,13 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         launch.refuse_second_derivative("linear_cross_entropy", PLAIN)
         dhidden, dweight, count = ctx.saved_tensors
-        # Where no target counts the gradients are zeros already: 0 / 0 must not make them NaN.
+        # If no target counts, the gradients are zeros already: 0 / 0 must not make them NaN.
         scale = upstream / count.clamp(min=1)
         return *_scaled(ctx, dhidden, dweight, scale), None, None, None
 
 
 class _Losses(torch.autograd.Function):
-    """The losses, one a target; the backward makes the logits again."""
+    """The losses, one a target. The backward recomputes the logits."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, options: tuple) -> Tensor:
@@ -322,7 +300,7 @@ class _Losses(torch.autograd.Function):
         launch.refuse_second_derivative("linear_cross_entropy", PLAIN)
         hidden, weight, targets, lse = ctx.saved_tensors
         _, _, ignore_index, *_ = ctx.options
-        # What multiplies the rows of a 16-bit G is at most 1 and doesn't underflow; the rest waits for float32.
+        # Scale the rows of a 16-bit G by at most 1, which does not underflow, and the float32 results by the rest.
         upstream = upstream.to(lse.dtype).masked_fill(targets == ignore_index, 0.0)
         largest = upstream.abs().sum() if upstream.numel() == 0 else upstream.abs().amax()
         upstream = torch.where(largest > 0, upstream / largest, upstream)
@@ -333,10 +311,10 @@ class _Losses(torch.autograd.Function):
 
 
 def _scaled(ctx, dhidden: Tensor, dweight: Tensor, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients times a scalar on the device, in the dtypes of what they are gradients of."""
+    """The gradients times a scalar on the device, in the dtypes of hidden and weight."""
     gradients: list[Tensor | None] = []
     for gradient, dtype, needed in zip((dhidden, dweight), ctx.dtypes, ctx.needs_input_grad, strict=False):
-        # Two-dimensional, the scale makes the product float32: without dimensions it would be rounded to 16 bits.
+        # A two-dimensional scale makes the product float32; a scalar tensor would leave it at 16 bits.
         gradients.append((gradient * scale.view(1, 1)).to(dtype) if needed else None)
     return gradients[0], gradients[1]
 
@@ -350,27 +328,27 @@ def linear_cross_entropy(
 
     Args:
         hidden: (..., C), bfloat16, float16, float32 or float64. Differentiable once.
-        weight: (padded V, C), hidden's dtype, or under autocast any; rows from vocab_size on are outside the softmax.
-            Differentiable once; its gradient is summed in float32 and comes in its own dtype, zero in those rows.
-        targets: (...), int64. One that is neither in the vocabulary nor ignore_index makes its loss NaN and its
-            row of the gradient zero: found without waiting for the device, and not read past the end.
-        vocab_size: 1 to padded V, which is the default.
-        ignore_index: a target whose loss is 0, without a gradient, and not counted in the mean.
+        weight: (padded V, C), in hidden's dtype, or in any under autocast. Rows from vocab_size on are not in the
+            softmax. Differentiable once; the gradient is summed in float32, has weight's dtype, and is 0 in those rows.
+        targets: (...), int64. A target that is neither in the vocabulary nor ignore_index makes its loss NaN and its
+            row of the gradient 0. This neither waits for the device nor reads out of bounds.
+        vocab_size: 1 to padded V; default: padded V.
+        ignore_index: a target with loss 0 and no gradient, which the mean does not count.
         reduction: "mean" over the targets that are not ignored (NaN if all are), "sum", or "none".
-        memory_budget: bytes of logits that may exist at once; at most 8 chunks are made, however small it is.
-            1 GiB on a GPU, 256 MiB elsewhere by default.
+        memory_budget: bytes of logits that may exist at a time; at most 8 chunks are made, however small it is.
+            Default: 1 GiB on a GPU, 256 MiB elsewhere.
         implementation: of the rows' step: "triton" (CUDA), "chunked" (plain PyTorch, any device), or "auto", which
             is triton where that runs.
 
     Returns:
-        A scalar, or with "none" the losses in targets' shape; float32, float64 for float64. Where no gradient is
-        asked for (torch.no_grad, inputs that require none), none is computed.
+        A scalar, or with "none" the losses in targets' shape; float32, or float64 for float64. Gradients that nothing
+        needs (torch.no_grad, inputs that do not require them) are not computed.
 
     Raises:
-        ValueError: a shape, dtype, device or option; it says what was expected.
+        ValueError: a wrong shape, dtype, device or option; the message says what is accepted.
 
-    Source: the chunks are Liger-Kernel's idea (arXiv:2410.10989); here they are few and large, so that the matmuls
-    stay at full speed, the weight's gradient is float32, and nothing waits for the device.
+    Source: the chunks are Liger-Kernel's idea (arXiv:2410.10989). Here they are few and large, which keeps the matmuls
+    at full speed; the weight's gradient is float32, and nothing waits for the device.
     """
     _validate(hidden, weight, targets, vocab_size, reduction, memory_budget)
     dtype = launch.autocast_dtype(hidden)

@@ -12,9 +12,8 @@ Maths, a row of C channels at a time; without a residual s = x:
     ds' = rstd (g - sum(g) / C - n sum(g n) / C) + ds
     dx = dr = ds'                      ds is the gradient that the stream brings with it
 
-Memory, bytes an element (C of them a row, rows in the tens of thousands; mean and rstd are 8 bytes a row, the
-parameters and their gradients nothing beside it). In training under bfloat16 autocast x, y, dy and dx are 2 bytes,
-the stream and its gradient 4:
+Memory, bytes an element. mean and rstd are 8 bytes a row; the parameters and their gradients are negligible. In
+training under bfloat16 autocast x, y, dy and dx have 2 bytes, the stream and its gradient 4:
 
     forward    reads x 2, r 4; writes s 4, y 2                    12
                PyTorch: add 10, LayerNorm 8, cast to 2 bytes 6    24
@@ -22,56 +21,36 @@ the stream and its gradient 4:
                PyTorch: cast 6, LayerNorm's dx 12, its dw and db 8, sum with ds 12, cast 6    44
     kept       s, which is an output and r of the next norm       4
 
-The last norm's s is used by nothing else. It isn't written, and the backward adds x and r again:
+Nothing else uses the last norm's s. It is not written, and the backward adds x and r again:
 
     forward    reads x 2, r 4; writes y 2                          8
     backward   reads dy 2, x 2, r 4; writes dx 2, dr 4            14    22 in all; with s written 12 + 12 = 24
     kept       x; r is the norm's before                           2
 
-and 8 less again under torch.compile, which gives an s that isn't used a gradient of zeros, writes it and has it read.
+and 8 less again under torch.compile, which makes a gradient of zeros for an unused s, writes it and reads it.
 
-In one dtype of e bytes forward 4 e (PyTorch 5 e), backward 4 e (PyTorch 8 e): one tensor is dx and dr; the last norm
-3 e and 4 e. mean and rstd are kept rather than found again: 8 bytes a row against two more sums over it.
+In one dtype of e bytes: forward 4 e (PyTorch 5 e), backward 4 e (PyTorch 8 e), as one tensor is both dx and dr; the
+last norm 3 e and 4 e. mean and rstd are kept, not recomputed: 8 bytes a row instead of two more sums over it.
 
-FLOPs: 8 an element forward, 14 backward: it is memory that takes the time.
+FLOPs: 8 an element forward, 14 backward. Memory takes the time.
 
-float32 whatever the inputs are (float64 for float64): the sums of a row, the statistics, every sum, dw and db. s has
-the dtype to which x's and r's promote, as PyTorch's sum has: where both have 16 bits it is the rounded s that is
-normalised, forward and backward. y and dx are rounded once at the end. The variance is that of s - mean, in registers,
-never E[s^2] - mean^2, which loses everything where the mean is large.
+Always float32 (float64 for float64): the statistics, every sum, dw and db. s has the dtype that x and r promote to, as
+PyTorch's sum does: if both have 16 bits, the rounded s is normalised, forward and backward. y and dx are rounded once,
+at the end. The variance is computed from s - mean in registers, never as E[s^2] - mean^2, which loses all digits if the
+mean is large.
 
-dw and db: each of P programs adds those of its rows in registers and writes one row of a (P, 2, C) scratch, which
-one sum over P reduces: 8 P C bytes written and read. P is what fits on the multiprocessors at 16 warps each (528 on
-132 with 4 warps), and follows from nothing but the device and the shape: the sums have a fixed order, without
-atomics, and two runs agree to the bit.
+dw and db: each of P programs adds the terms of its rows in registers and writes one row of a (P, 2, C) scratch; one sum
+over P reduces it. That writes and reads 8 P C bytes. P is what fits on the multiprocessors at 16 warps each (528 on 132
+with 4 warps). It depends only on the device and the shape: the sums have a fixed order and no atomics, and two runs
+agree to the bit.
 
-Versions tried. No GPU has timed any of them yet: these are counts of what the compiler made, for sm_90, bfloat16 under
-autocast, C = 768; "a row" is the machine instructions issued for one row by all warps. Registers and instructions with
-Triton 3.6 / 3.9; none spills.
-
-    kernel    rows, warps  registers  blocks   a row
-    forward       4, 4       72 /  72    7    656 / 656   shipped
-    forward       1, 4       39 /  40   12    992 / 928   reads w and b, 6 KB, for every row
-    forward       8, 4      144 / 142    3    588 / 604
-    forward       1, 1       72 /  72   28    560 / 568   as above; no barrier
-    backward      2, 4      114 / 126    4    786 / 758   shipped: 61 KB of loads in flight a multiprocessor
-    backward      1, 4       72 /  72    7    828 / 804
-    backward      4, 4      215 / 213    2    712 / 727
-    backward      4, 8      150 / 148    1   1004 / 934
-    backward      1, 1      162 / 166   12    463 / 473   no barrier, but 12 rows of scratch a multiprocessor
-
-A multiprocessor issues four instructions a clock: 786 are 197 clocks, and the row's 12 KB take some 900 of an H100's
-at 3 TB/s. Loads and stores are 16 bytes a thread; the float32 stores change layout through shared memory, as the
-2-byte loads set a layout of 8 elements a thread.
-
-Papers: Layer Normalization (Ba et al. 2016, arXiv:1607.06450).
+Versions tried: NOTES.md. Papers: Layer Normalization (Ba et al. 2016, arXiv:1607.06450).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,18 +60,15 @@ from torch import Tensor
 
 from fastgpt2.kernels import launch
 from fastgpt2.kernels.launch import hash_callees_first, on, statistics
-from fastgpt2.kernels.specs.records import Kernel, Loop, Tuning, Work
 from fastgpt2.kernels.tiles import cast, load_row, load_tile, store_row, store_tile
 from fastgpt2.kernels.tuning import LaunchConfig, lookup, precision_name
 
 MAX_CHANNELS = 8192
-"""A row is one tile: more channels would spill in the backward."""
+"""A row is one tile. With more channels the backward would spill."""
 WARPS = 16
-"""Warps of the backward on a multiprocessor, in all its programs: each has a tile's loads in flight."""
+"""Warps of the backward on a multiprocessor, in all its programs. Each keeps a tile's loads in flight."""
 INTERPRETED_PROGRAMS = 2
-"""What the interpreter, which has no multiprocessors, takes instead of them: enough to have sums to add."""
-EXAMPLE_ROWS = 65536
-"""Tokens of a micro-step of GPT-2 124M on an 80 GB card, for which the tuner times."""
+"""Programs of the backward in the interpreter, which has no multiprocessors: enough to have sums to add."""
 
 
 def layer_norm_reference(
@@ -112,7 +88,7 @@ def load_sum(
     x_ptr, residual_ptr, start, x_stride, residual_stride, rows, C: tl.constexpr, BLOCK_M: tl.constexpr,
     SUM: tl.constexpr,
 ):  # fmt: skip
-    """A tile of x + residual, rounded to their dtype if they share it, as PyTorch's sum is; of x without a residual."""
+    """A tile of x + residual, or of x alone. Rounded to their dtype if they share it, as PyTorch's sum is."""
     s = load_tile(x_ptr, start, x_stride, rows, C, BLOCK_M, True).to(SUM)
     if residual_ptr is not None:
         s += load_tile(residual_ptr, start, residual_stride, rows, C, BLOCK_M, True).to(SUM)
@@ -159,7 +135,7 @@ def layer_norm_backward_kernel(
 ):  # fmt: skip
     """One program: every num_programs-th tile of BLOCK_M rows, and its share of dw and db.
 
-    What is loaded is 0 past C and past the last row, and so are g and what is added to dw and db.
+    Loads are 0 past C and past the last row, hence so are g and the terms of dw and db.
     """
     SUM: tl.constexpr = mean_ptr.dtype.element_ty
     COLUMNS: tl.constexpr = triton.next_power_of_2(C)
@@ -167,7 +143,7 @@ def layer_norm_backward_kernel(
     dw = tl.zeros((COLUMNS,), SUM)
     db = tl.zeros((COLUMNS,), SUM)
     for start in range(tl.program_id(0) * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
-        # Every load comes before the first reduction, which waits for the other warps.
+        # Issue every load before the first reduction, which waits for the other warps.
         s = load_sum(total_ptr, residual_ptr, start, total_stride, residual_stride, rows, C, BLOCK_M, SUM)
         dy = load_tile(dy_ptr, start, dy_stride, rows, C, BLOCK_M, True).to(SUM)
         if dtotal_ptr is not None:
@@ -198,7 +174,7 @@ def layer_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y in `dtype`, x + residual, mean, rstd): (..., C) twice, float32 at least (rows,) twice; contiguous.
 
-    Without a residual, or without want_sum, the second is empty. config overrides the table's.
+    The sum is empty without a residual or without want_sum. config overrides the table's.
     """
     C = x.size(-1)
     total_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -225,13 +201,13 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dresidual, dw and db as one (2, C) tensor of the statistics' dtype).
 
-    dx serves for the residual as well where that has x's dtype, or there is none: dresidual is empty then.
+    dresidual is empty if there is no residual, or if it has x's dtype: dx then serves for both.
 
     Args:
-        dy, dtotal: (..., C) of any strides; dtotal None where the sum isn't used further.
+        dy, dtotal: (..., C) of any strides; dtotal is None if nothing else used the sum.
         total, mean, rstd: what was normalised and its statistics.
-        residual: where the sum wasn't written: it is added to total, which is x, again.
-        config, programs: in place of the table's and of as many as fit on the device.
+        residual: given if the sum was not written; total is then x, and residual is added to it again.
+        config, programs: override the table's configuration and the number of programs that fit on the device.
     """
     C = total.size(-1)
     config = config or lookup("layer_norm_backward", precision_name(dy.dtype), C, dy.device)
@@ -254,13 +230,13 @@ def layer_norm_backward(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x as (rows, C), copied only where its strides don't do: a row must be contiguous, 128 rows within 32 bits."""
+    """x as (rows, C), copied only if necessary: a row must be contiguous, and 128 rows must span less than 2^31."""
     x = x.reshape(-1, x.size(-1))
     return x if x.stride(1) == 1 and x.stride(0) < 2**24 else x.contiguous()
 
 
 def _programs(device: torch.device, warps: int) -> int:
-    """As many as the multiprocessors hold at once: a number of the device, so that sums have a fixed order."""
+    """As many as the multiprocessors hold at once. It depends on the device alone: the sums have a fixed order."""
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
     return _multiprocessors(device) * max(1, WARPS // warps)
@@ -271,102 +247,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# As in training under autocast: the branch and y are 16 bit, the stream and the parameters float32.
-_TYPES = dict.fromkeys(
-    ("residual_ptr", "weight_ptr", "bias_ptr", "total_ptr", "mean_ptr", "rstd_ptr", "dtotal_ptr", "dresidual_ptr",
-     "sums_ptr"), "*fp32",
-) | {"eps": "fp32"}  # fmt: skip
-
-
-def _constants(precision: str, size: int) -> dict[str, object]:
-    return {"C": size}
-
-
-def _backward_constants(precision: str, size: int) -> dict[str, object]:
-    absent = ("residual_ptr", "dresidual_ptr") if precision == "float32" else ("residual_ptr",)
-    return {"C": size, **dict.fromkeys(absent)}
-
-
-_TOKENS, _CHANNELS = 65536, 768
-"""GPT-2 124M's, in a micro-step of 64 sequences."""
-
-
-def _forward_work(precision: str, size: int, config: LaunchConfig) -> Work:
-    element = 16 if precision == "float32" else 12
-    tiles = triton.cdiv(_TOKENS, config.block_m)
-    return Work(_CHANNELS, 0.0, 0.0, bytes=element * _TOKENS * _CHANNELS, programs=tiles)
-
-
-def _backward_work(precision: str, size: int, config: LaunchConfig) -> Work:
-    # An H100's programs; what they do outside the loop is nothing beside it.
-    programs = 132 * max(1, WARPS // config.num_warps)
-    tiles = triton.cdiv(_TOKENS, config.block_m)
-    return Work(_CHANNELS, 0.0, 0.0, bytes=16 * _TOKENS * _CHANNELS, programs=programs, loops=(Loop(tiles),))
-
-
-KERNELS = {
-    "layer_norm_forward": Kernel(
-        layer_norm_forward_kernel,
-        _constants,
-        _TYPES,
-        ("x_stride", "residual_stride"),
-        variants={"alone": {"residual_ptr": None, "total_ptr": None}, "last": {"total_ptr": None}},
-        work=_forward_work,
-    ),
-    "layer_norm_backward": Kernel(
-        layer_norm_backward_kernel,
-        _backward_constants,
-        _TYPES,
-        ("dy_stride", "dtotal_stride", "total_stride", "residual_stride"),
-        variants={
-            "alone": {"dtotal_ptr": None, "dresidual_ptr": None},
-            "last": {"dtotal_ptr": None, "residual_ptr": ...},
-            "sum unused": {"dtotal_ptr": None},
-        },
-        work=_backward_work,
-    ),
-}
-
-
-def _candidates(precision: str, size: int) -> list[LaunchConfig]:
-    """4 to 64 elements a thread."""
-    columns = triton.next_power_of_2(size)
-    pairs = [(rows, warps) for rows in (1, 2, 4, 8, 16) for warps in (1, 2, 4, 8, 16)]
-    return [LaunchConfig(r, num_warps=w) for r, w in pairs if 4 <= r * columns // (32 * w) <= 64]
-
-
-def _draw(precision: str, size: int, device: torch.device, seed: int) -> tuple[Tensor, ...]:
-    """x, residual, weight, bias, dy and dtotal of EXAMPLE_ROWS tokens, as in training under autocast."""
-    generator, dtype = torch.Generator(device).manual_seed(seed), getattr(torch, precision)
-    draw = functools.partial(torch.randn, device=device, generator=generator)
-    x, dy = (draw(EXAMPLE_ROWS, size, dtype=dtype) for _ in range(2))
-    residual, dtotal = (draw(EXAMPLE_ROWS, size) for _ in range(2))
-    return x, residual, 1 + 0.3 * draw(size), draw(size), dy, dtotal
-
-
-def _example_forward(
-    precision: str, size: int, device: torch.device, seed: int
-) -> Callable[[LaunchConfig], tuple[Tensor, ...]]:
-    x, residual, weight, bias, _, _ = _draw(precision, size, device, seed)
-    return lambda config: layer_norm_forward(x, residual, weight, bias, 1e-5, x.dtype, config)
-
-
-def _example_backward(
-    precision: str, size: int, device: torch.device, seed: int
-) -> Callable[[LaunchConfig], tuple[Tensor, ...]]:
-    x, residual, weight, bias, dy, dtotal = _draw(precision, size, device, seed)
-    _, total, mean, rstd = layer_norm_forward(x, residual, weight, bias, 1e-5, x.dtype)
-    dtypes = x.dtype, residual.dtype
-    return lambda config: layer_norm_backward(dy, dtotal, total, mean, rstd, weight, *dtypes, config)
-
-
-TUNING = {
-    "layer_norm_forward": Tuning(_candidates, _example_forward),
-    "layer_norm_backward": Tuning(_candidates, _example_backward),
-}
-
-
-# Operators that torch.compile takes whole. Autograd sees the Function below, never these.
+# Operators that are opaque to torch.compile. Autograd sees the Function below, never these.
 torch.library.define(
     "fastgpt2::layer_norm_forward",
     "(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, ScalarType dtype, *, bool want_sum=True)"
@@ -400,7 +281,7 @@ def _(dy: Tensor, dtotal: Tensor | None, total: Tensor, mean: Tensor, rstd: Tens
 
 
 class _LayerNorm(torch.autograd.Function):
-    """(y, x + residual), or y alone without want_sum: the backward then reads x and residual again."""
+    """(y, x + residual), or y alone without want_sum; the backward then reads x and residual again."""
 
     @staticmethod
     def forward(
@@ -412,13 +293,13 @@ class _LayerNorm(torch.autograd.Function):
         )
         ctx.save_for_backward(*((total, None) if want_sum else (x, residual)), mean, rstd, weight)
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype, bias.dtype
-        # The gradient of a sum that isn't used is None here; torch.compile makes it zeros, to write and to read.
+        # An unused sum then has the gradient None. torch.compile makes zeros of it nevertheless.
         ctx.set_materialize_grads(False)
         return (y, total) if want_sum else y
 
     @staticmethod
     def backward(ctx, dy: Tensor | None, dtotal: Tensor | None = None):
-        launch.refuse_second_derivative("Triton LayerNorm", "--norm torch")
+        launch.refuse_second_derivative("Triton LayerNorm", "layer_norm_reference")
         total, residual, mean, rstd, weight = ctx.saved_tensors
         x_dtype, residual_dtype, bias_dtype = ctx.dtypes
         if dy is None:
@@ -428,8 +309,8 @@ class _LayerNorm(torch.autograd.Function):
         dx, dresidual, sums = torch.ops.fastgpt2.layer_norm_backward(
             dy, dtotal, total, mean, rstd, weight, x_dtype, residual_dtype, residual=residual
         )
-        # One tensor for both where their dtypes agree, as a plain sum's backward has it: autograd adds in place
-        # only to what nothing else refers to.
+        # If the dtypes agree, return one tensor for both, as a plain sum's backward does. Autograd adds in place only
+        # to a tensor that nothing else refers to.
         if residual_dtype is None:
             dresidual = None
         elif residual_dtype == x_dtype:
@@ -441,19 +322,19 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, re
     """w (s - mean) / sqrt(variance + eps) + b over the last dimension of s = x, or x + residual.
 
     Args:
-        x: (..., C), bfloat16, float16 or float32, C at most MAX_CHANNELS; rows of any strides are copied where
-            they aren't contiguous. Differentiable once; its gradient has its dtype.
-        weight, bias: (C,), of a floating dtype each, float32 as a rule. Differentiable once; their gradients are
-            summed in float32 and have their dtypes.
-        eps: not negative; it is added to the variance.
-        residual: (..., C) of x's shape, in a dtype of its own, for a sum that nothing else uses: it is never written.
+        x: (..., C), bfloat16, float16 or float32, C at most MAX_CHANNELS. Rows may have any strides; those that
+            are not contiguous are copied. Differentiable once; the gradient has x's dtype.
+        weight, bias: (C,), each of a floating dtype, usually float32. Differentiable once; their gradients are summed
+            in float32 and have their dtypes.
+        eps: added to the variance; not negative.
+        residual: (..., C) of x's shape and any dtype, for a sum that nothing else uses: the sum is not written.
             Differentiable once.
 
     Returns:
-        (..., C), contiguous, in the sum's dtype, or autocast's where that is on.
+        (..., C), contiguous, in the sum's dtype or, under autocast, in autocast's.
 
     Raises:
-        ValueError: a shape, dtype, device or eps; it says what would work.
+        ValueError: a wrong shape, dtype, device or eps; the message says what is accepted.
     """
     return _normalise(x, residual, weight, bias, eps, want_sum=False)
 
@@ -461,36 +342,35 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, re
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """layer_norm(x + residual) and the sum itself, read and written once.
+    """layer_norm(x + residual) and the sum itself, in one pass.
 
     Args:
-        x: (..., C), what a branch computed; as for layer_norm.
-        residual: (..., C) of x's shape, the stream so far, in a dtype of its own. Differentiable once.
+        x: (..., C), a branch's output; as for layer_norm.
+        residual: (..., C) of x's shape and any dtype, the stream so far. Differentiable once.
         weight, bias, eps: as for layer_norm.
 
     Returns:
-        (y, x + residual), contiguous. The sum has the dtype to which x's and residual's promote; y has it, too, or
-        autocast's where that is on: what follows a norm is a matmul, and is rounded here rather than there. y is the
-        norm of the sum as it is returned, rounded to that dtype.
+        (y, x + residual), contiguous. The sum has the dtype that x's and residual's promote to. y has the same dtype
+        or, under autocast, autocast's: a matmul follows, and would round it anyway. y is the norm of the returned sum.
 
     Raises:
-        ValueError: a shape, dtype, device or eps; it says what would work.
+        ValueError: a wrong shape, dtype, device or eps; the message says what is accepted.
     """
     if residual is None:
-        raise ValueError("residual must be a tensor, got None; use layer_norm where nothing is added")
+        raise ValueError("residual must be a tensor, got None; use layer_norm if there is nothing to add")
     return _normalise(x, residual, weight, bias, eps, want_sum=True)
 
 
 def _normalise(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, *, want_sum: bool) -> Any:
     dtype = _validate(x, residual, weight, bias, eps)
-    if residual is x:  # torch.compile takes no tensor for two arguments
+    if residual is x:  # torch.compile doesn't accept one tensor for two arguments
         residual = x.view_as(x)
-    launch.refuse_transforms("Triton LayerNorm", "--norm torch")
+    launch.refuse_transforms("Triton LayerNorm", "layer_norm_reference")
     return _LayerNorm.apply(x, residual, weight, bias, eps, dtype, want_sum)
 
 
 def _validate(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> torch.dtype:
-    """y's dtype, once the inputs are found to be what the kernels can take."""
+    """Check the inputs and return y's dtype."""
     if x.dim() < 1:
         raise ValueError("x must be (..., C), got a scalar")
     C = x.size(-1)

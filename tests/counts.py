@@ -39,6 +39,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from fastgpt2.accuracy import Problem, attention_problem, loss_problem, mlp_problem, norm_problem
 from fastgpt2.config import TrainConfig
 from fastgpt2.flags import Parser
+from fastgpt2.kernels.specs import all_kernels
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import SLOTS, Ops, make_ops
 from fastgpt2.optim import make_optimizer
@@ -225,10 +226,10 @@ class _Tally:
 def tallied() -> Iterator[Counter[str]]:
     """Launch no Triton kernel, but count them by name."""
     launches: Counter[str] = Counter()
+    kernels = {id(kernel.function) for kernel in all_kernels().values()}
     with contextlib.ExitStack() as stack:
         for file in (*OPERATIONS.values(), "cross_entropy"):
             module = import_module(f"fastgpt2.kernels.{file}")
-            kernels = {id(kernel.function) for kernel in getattr(module, "KERNELS", {}).values()}
             for name, value in list(vars(module).items()):
                 if id(value) in kernels:
                     stack.enter_context(mock.patch.object(module, name, _Tally(name, launches)))

@@ -8,16 +8,21 @@ from typing import Any
 
 import torch
 
+TOKENS, CHANNELS = 65536, 768
+"""GPT-2 124M's, in a micro-step of 64 sequences on an 80 GB card."""
+H100_MULTIPROCESSORS = 132
+
 
 @dataclass(frozen=True)
 class Loop:
     """How often one of a kernel's loops runs, all programs together.
 
     Args:
-        runs: of its body.
-        special: of a run's elements those that a program takes through the special-function unit; from them the
-            assembler's unrolling is told. 0 where there are none.
-        conditional: how often the part runs that an `if` guards, an epilogue in a flattened loop; None: every time.
+        runs: how often the body runs.
+        special: elements that a run passes through the special-function unit, from which `bounds` infers how far the
+            assembler unrolled the loop; 0 if there are none.
+        conditional: how often the part behind an `if` runs, such as the epilogue in a flattened loop; None if there
+            is no such part.
     """
 
     runs: float
@@ -30,12 +35,12 @@ class Work:
     """What a kernel does at GPT-2 124M's shape, for `fastgpt2.kernels.tools.bounds`.
 
     Args:
-        size: the kernel's size there: 64 channels a head, 768 channels, 50304 rows of the head.
-        flops: of the operation, as credited by its formula.
-        executed_flops: of the products that the kernel forms, masked elements and all.
-        bytes: read and written at least.
-        programs: in the grid.
-        loops: the kernel's loops in the order of the code.
+        size: the kernel's size at that shape: 64 channels a head, 768 channels, or 50304 rows of the output head.
+        flops: FLOPs of the operation, by its formula.
+        executed_flops: FLOPs that the kernel executes, masked elements included.
+        bytes: the least that must be read and written.
+        programs: programs in the grid.
+        loops: the kernel's loops, in the order of the code.
     """
 
     size: int
@@ -48,21 +53,21 @@ class Work:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A Triton kernel and how its launcher has it compiled, for `fastgpt2.kernels.tools.inspect` and `fastgpt2.kernels.tools.tune`.
+    """A Triton kernel and how its launcher compiles it, for `fastgpt2.kernels.tools.inspect` and `tune`.
 
-    An argument's type follows from its name: *_ptr points to elements of the precision, *_strides are three
-    integers, the rest are integers. Pointers and strides divide by 16.
+    An argument's type follows from its name: *_ptr is a pointer to elements of the precision, *_strides are three
+    integers, every other argument is an integer. Pointers and strides are multiples of 16.
 
     Args:
         function: the @triton.jit function.
-        constants: (precision, size) -> its compile-time arguments beside the configuration's.
-        types: Triton's type of an argument that isn't what its name says ("*fp32", "fp32", "i64"); an element
-            type written {} is that of the precision ("tensordesc<{}[128, 64]>"). A tuple has a tuple of them.
-        multiples_of_16: integers that divide by 16 at the shapes that matter.
-        products: tl.dot calls in the source; 0 for a kernel without.
-        variants: by name, what else the launchers have it compiled to with the same tiles, as constants in place of
-            those above; ... for an argument that is passed then.
-        work: (precision, size, configuration) -> what it does at GPT-2 124M's shape.
+        constants: (precision, size) -> the compile-time arguments, without those of the configuration.
+        types: Triton's types of arguments that the names don't tell ("*fp32", "fp32", "i64"). {} stands for the
+            precision's element type ("tensordesc<{}[128, 64]>"). A tuple argument has a tuple of types.
+        multiples_of_16: integer arguments that are multiples of 16 at the shapes that matter.
+        products: the number of tl.dot calls in the source.
+        variants: other forms that the launchers compile with the same tiles, by name. Each is a dict of constants
+            that replace those above; ... makes an argument a runtime argument.
+        work: (precision, size, configuration) -> what the kernel does at GPT-2 124M's shape.
     """
 
     function: Any
@@ -76,15 +81,15 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `fastgpt2.kernels.tools.tune` tries for a kernel, and what it times: the kernel at GPT-2 124M's shape.
+    """How `fastgpt2.kernels.tools.tune` tunes a kernel: what it tries and what it times.
 
-    A module's TUNING holds one for each of its KERNELS that can be tuned, by the same name.
+    A spec's TUNING holds one for each of its KERNELS that can be tuned, by the same name.
 
     Args:
         candidates: (precision, size) -> the configurations to try beside the table's.
-        example: (precision, size, device, seed) -> a function of a configuration that launches the kernel, by its
-            launcher, on inputs of its own; the tensors that it returns must not depend on the configuration.
-        launched: major compute capability -> whether GPUs of it launch this kernel at the sizes of the tables.
+        example: (precision, size, device, seed) -> a function of a configuration. It calls the kernel's launcher on
+            inputs at GPT-2 124M's shape. The tensors that it returns must not depend on the configuration.
+        launched: major compute capability -> whether such GPUs launch this kernel at the sizes of the tables.
     """
 
     candidates: Callable[[str, int], Iterable[Any]]

@@ -22,23 +22,16 @@ import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
 
-from fastgpt2.kernels.specs.records import Kernel, Work
+from fastgpt2.kernels.specs import all_kernels
+from fastgpt2.kernels.specs.records import Work
 from fastgpt2.kernels.tools.bounds import CARDS, SLACK, Bound, allowed, bound, check_in, read_code
 from fastgpt2.kernels.tools.hazards import serialised, touched_in_flight
 from fastgpt2.kernels.tools.toolkit import align, run_compiling
 from fastgpt2.kernels.tuning import LaunchConfig, architectures, configurations, read_table
 
-MODULES = (
-    "fastgpt2.kernels.specs.attention",
-    "fastgpt2.kernels.norm",
-    "fastgpt2.kernels.cross_entropy",
-    "fastgpt2.kernels.mlp",
-)
-"""The modules whose KERNELS are inspected."""
 ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "fp32"}
 
 ASYNCHRONOUS_COPIES = {"cp.async": "LDGSTS", "TMA": "UTMALDG"}
@@ -114,11 +107,6 @@ class Report:
             )
             if wrong
         ]
-
-
-def all_kernels() -> dict[str, Kernel]:
-    """Every kernel of the package, by the name of its entries in the tables."""
-    return {op: kernel for module in MODULES for op, kernel in import_module(module).KERNELS.items()}
 
 
 def shipped(

@@ -4,8 +4,8 @@ Each kernel is launched at GPT-2 124M's shape with its table's configuration, as
 The third launch is read: how busy the matrix units, the issue slots and the memory were, and what its warps waited for.
 The clocks are not locked: the time is the one that users see.
 
-    python -m fastgpt2.kernels.tools.profile                                      attention in bfloat16; needs a CUDA GPU
-    python -m fastgpt2.kernels.tools.profile --op gelu_mlp --precision bfloat16   kernels whose name begins so
+    python -m fastgpt2.kernels.tools.profile                                 attention, bfloat16; needs a CUDA GPU
+    python -m fastgpt2.kernels.tools.profile --op gelu_mlp --precision tf32   kernels whose name begins so
 
 Some machines require a permission to read counters (NVreg_RestrictProfilingToAdminUsers); the tool then says so.
 Exit status: 0; 1 if a kernel could not be read; 2 if the tool can't run.
@@ -27,9 +27,8 @@ from typing import Any
 
 import torch
 
-from fastgpt2.kernels.tools.inspect import all_kernels
+from fastgpt2.kernels.specs import all_kernels, tunings
 from fastgpt2.kernels.tools.toolkit import align, find_tool
-from fastgpt2.kernels.tools.tune import tunings
 from fastgpt2.kernels.tuning import LaunchConfig, lookup
 
 NAME = "ncu"

@@ -4,8 +4,8 @@ memcheck finds accesses outside an allocation. racecheck finds shared memory tha
 between. Each must first find a planted fault. Each tensor gets an allocation of its own: memcheck sees no fault inside
 a block of PyTorch's caching allocator.
 
-    python -m fastgpt2.kernels.tools.sanitize                                    both tools, every case; needs a CUDA GPU
-    python -m fastgpt2.kernels.tools.sanitize --tool memcheck --only attention   cases whose name contains the text
+    python -m fastgpt2.kernels.tools.sanitize                                both tools, every case; needs a CUDA GPU
+    python -m fastgpt2.kernels.tools.sanitize --only attention layer        cases whose name contains the text
 
 compute-sanitizer comes with the CUDA toolkit. It watches only this package's kernels, to save time in libraries.
 Exit status: 0; 1 if a tool found a fault, missed the planted one or did not finish; 2 if it can't run.
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2 import kernels
-from fastgpt2.kernels.tools.inspect import all_kernels
+from fastgpt2.kernels.specs import all_kernels
 from fastgpt2.kernels.tools.toolkit import align, find_tool
 
 NAME = "compute-sanitizer"

@@ -34,12 +34,11 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fastgpt2.kernels.specs.records import Tuning
+from fastgpt2.kernels.specs import tunings
 from fastgpt2.kernels.tools import inspect
 from fastgpt2.kernels.tools.inspect import Case, Report
 from fastgpt2.kernels.tools.toolkit import run_compiling
@@ -82,12 +81,6 @@ class Options:
     ops: tuple[str, ...] | None = None
     precisions: tuple[str, ...] | None = None
     sizes: tuple[int, ...] | None = None
-
-
-def tunings() -> dict[str, Tuning]:
-    """What can be tuned, by the name of its entries in the tables."""
-    modules = (import_module(module) for module in inspect.MODULES)
-    return {op: tuning for module in modules for op, tuning in getattr(module, "TUNING", {}).items()}
 
 
 def configurations(table: dict[str, Any]) -> dict[Key, LaunchConfig]:

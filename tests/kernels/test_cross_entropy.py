@@ -14,6 +14,7 @@ from fastgpt2.accuracy import maximum
 from fastgpt2.kernels import cross_entropy
 from fastgpt2.kernels import loss as module
 from fastgpt2.kernels.cross_entropy import cross_entropy_reference
+from fastgpt2.kernels.specs import cross_entropy as spec
 from fastgpt2.kernels.tuning import LaunchConfig, architectures, configurations
 from tests.kernels.cases.loss import (
     assert_right,
@@ -69,10 +70,8 @@ def test_rows_whatever_lies_past_the_vocabulary(dtype, implementation) -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the GPU's own test of the tuner times it")
 def test_the_tuners_example_does_not_depend_on_the_configuration(monkeypatch) -> None:
-    monkeypatch.setattr(cross_entropy, "EXAMPLE_ROWS", 20)
-    first, other = (
-        cross_entropy.TUNING["cross_entropy"].example("bfloat16", 96, torch.device("cpu"), i) for i in (0, 1)
-    )
+    monkeypatch.setattr(spec, "EXAMPLE_ROWS", 20)
+    first, other = (spec.TUNING["cross_entropy"].example("bfloat16", 96, torch.device("cpu"), i) for i in (0, 1))
     results = [f(config) for f in (first, other) for config in (LaunchConfig(block_n=32), LaunchConfig(block_n=64))]
     torch.testing.assert_close(results[0], results[1])
     assert not torch.equal(results[0][0], results[2][0])

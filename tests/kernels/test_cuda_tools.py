@@ -14,8 +14,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is published for Linux")
 
 from bench.timing import ROOT
+from fastgpt2.kernels.specs import all_kernels, tunings
 from fastgpt2.kernels.tools import profile, sanitize
-from fastgpt2.kernels.tools.inspect import all_kernels
 from fastgpt2.kernels.tools.toolkit import find_tool
 
 
@@ -158,7 +158,7 @@ def test_only_what_the_gpu_launches_is_read(major: int, form: str, monkeypatch: 
 
 
 def test_every_tuned_kernel_has_a_size_of_gpt2() -> None:
-    for op in profile.tunings():
+    for op in tunings():
         assert profile.size_of(op) in (64, 768, 50304)
 
 

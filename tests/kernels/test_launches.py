@@ -25,11 +25,9 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 
-from fastgpt2.kernels import cross_entropy, mlp as gelu_mlp, norm as layer_norm
-from fastgpt2.kernels.specs import attention
+from fastgpt2.kernels.specs import attention, cross_entropy, mlp, norm, tunings
 from fastgpt2.kernels.tools import inspect
 from fastgpt2.kernels.tools.profile import size_of
-from fastgpt2.kernels.tools.tune import tunings
 from fastgpt2.kernels.tuning import configurations, lookup
 
 asked = []
@@ -50,7 +48,7 @@ triton.runtime.driver.set_active(
     )
 )
 # Few rows, but as many as 16 divides: Triton compiles for that.
-attention.EXAMPLE, layer_norm.EXAMPLE_ROWS, cross_entropy.EXAMPLE_ROWS, gelu_mlp._TOKENS = (2, 32, 768), 32, 32, 64
+attention.EXAMPLE, norm.EXAMPLE_ROWS, cross_entropy.EXAMPLE_ROWS, mlp.EXAMPLE_ROWS = (2, 32, 768), 32, 32, 32
 found = []
 for op, tuning in tunings().items():
     size = size_of(op)
@@ -84,9 +82,9 @@ def watched(function):
 
 
 JITFunction.parse = watched
-from fastgpt2.kernels.tools import inspect
+from fastgpt2.kernels.specs import all_kernels
 
-kernels = inspect.all_kernels()
+kernels = all_kernels()
 keys = [kernels[op].function.cache_key for op in {}(kernels)]
 values = {{op: [[name, str(value)] for (name, _), (value, _) in kernel.function.used_global_vals.items()]
           for op, kernel in kernels.items()}}

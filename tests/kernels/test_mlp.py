@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from fastgpt2.accuracy import maximum, rms
-from fastgpt2.kernels import mlp
+from fastgpt2.kernels import mlp, mlp_device
 from fastgpt2.kernels.tuning import architectures, configuration, precision_name
 from tests.kernels.cases.mlp import ORACLE, Shape, exact, inputs, ours, plain
 from tests.kernels.conftest import Made, force_tiles
@@ -73,7 +73,7 @@ def test_gpt2s_channels_and_odd_rows(shape, way, monkeypatch) -> None:
 
 @triton.jit
 def _note_place(places_ptr, M, HIDDEN):
-    row, column = mlp._place(tl.program_id(0), M, HIDDEN, 32, 64)
+    row, column = mlp_device._place(tl.program_id(0), M, HIDDEN, 32, 64)
     tl.store(places_ptr + 2 * tl.program_id(0), row)
     tl.store(places_ptr + 2 * tl.program_id(0) + 1, column)
 
@@ -124,7 +124,7 @@ def test_what_tanh_of_11_bits_costs(dtype, costs) -> None:
         rms(gelu.to(dtype).double() - truth) for gelu in (truth, z * (0.5 + 0.5 * (t * (1 + error)).clamp(-1, 1)))
     )
     assert approximate / rounded == pytest.approx(costs, abs=0.01)
-    assert mlp._shared_constants(precision_name(dtype), True, True)["APPROXIMATE"] == (costs < 1.01)
+    assert mlp.kernel_constants(precision_name(dtype), True, True)["APPROXIMATE"] == (costs < 1.01)
 
 
 def faults() -> dict[str, Compute]:
@@ -183,13 +183,13 @@ def _misplaced(tile, M, HIDDEN, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter looks helpers up when it runs, the compiler doesn't")
 @pytest.mark.parametrize(("helper", "wrong"), [("_share", _wrong_share), ("_place", _misplaced)])
 def test_a_fault_in_a_kernel_is_found(helper, wrong, way, monkeypatch) -> None:
-    monkeypatch.setattr(mlp, helper, wrong)
+    monkeypatch.setattr(mlp_device, helper, wrong)
     ORACLE.assert_wrong(ours, lambda seed: inputs((45, 32, 64, 32), seed=seed))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter looks helpers up when it runs, the compiler doesn't")
 def test_the_guards_find_a_tile_not_written(way, made: Made, monkeypatch) -> None:
-    monkeypatch.setattr(mlp, "_place", _misplaced)
+    monkeypatch.setattr(mlp_device, "_place", _misplaced)
     x, w_fc, b_fc, w_proj, b_proj, _ = inputs((64, 32, 64, 32))
     mlp.gelu_mlp_forward(x, w_fc, b_fc, w_proj, b_proj, True, False)
     assert all(middle.isnan().any() for _, middle in made)

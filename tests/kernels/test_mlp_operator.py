@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
 
 from fastgpt2.accuracy import maximum
 from fastgpt2.kernels import gelu_mlp, mlp
+from fastgpt2.kernels.specs.mlp import KERNELS
 from fastgpt2.kernels.tuning import architectures, configurations
 from tests.kernels.cases.mlp import NAMES, inputs, ours
 from tests.kernels.conftest import Made
@@ -205,11 +206,11 @@ def test_the_callers_allocator_stays() -> None:
 def test_tables_cover_every_kernel_and_precision() -> None:
     for arch in architectures():
         entries = {(op, p, size) for op, p, size in configurations(arch) if op.startswith("gelu_mlp")}
-        ops = [op for op in mlp.KERNELS if arch != "sm_80" or not op.endswith("_tma")]
+        ops = [op for op in KERNELS if arch != "sm_80" or not op.endswith("_tma")]
         precisions = ("bfloat16", "float16", "tf32", "float32")
         sizes = {op: (1600,) if op.endswith("_odd") else (768, 1024, 1280, 1600) for op in ops}
         assert entries == {(op, p, C) for op in ops for p in precisions for C in sizes[op]}
-    assert {op for op, *_ in configurations("interpreter") if op.startswith("gelu_mlp")} == set(mlp.KERNELS)
+    assert {op for op, *_ in configurations("interpreter") if op.startswith("gelu_mlp")} == set(KERNELS)
 
 
 @pytest.mark.parametrize("arch", architectures())

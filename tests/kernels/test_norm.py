@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
 from fastgpt2.accuracy import maximum, named, pooled
 from fastgpt2.kernels import norm as module
 from fastgpt2.kernels.norm import MAX_CHANNELS, layer_norm_backward, layer_norm_forward
+from fastgpt2.kernels.specs.norm import KERNELS
 from fastgpt2.kernels.tuning import LaunchConfig, architectures, configuration, configurations
 from tests.kernels.cases.norm import (
     NAMES,
@@ -115,7 +116,7 @@ def test_tables_cover_every_kernel_and_precision(arch) -> None:
     entries = [key for key in configurations(arch) if key[0].startswith("layer_norm")]
     sizes = (256, 768, 1024, 1280, 1600, 2048, 4096, MAX_CHANNELS)
     precisions = ("bfloat16", "float16", "float32")
-    assert sorted(entries) == sorted((op, p, C) for op in module.KERNELS for p in precisions for C in sizes)
+    assert sorted(entries) == sorted((op, p, C) for op in KERNELS for p in precisions for C in sizes)
 
 
 def faults() -> dict[str, tuple[str, float, Compute]]:

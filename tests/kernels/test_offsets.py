@@ -6,7 +6,6 @@ The gpu tests named test_offsets_past_32_bits fill a card for the same.
 from __future__ import annotations
 
 import functools
-import importlib
 import mmap
 from collections.abc import Callable
 
@@ -20,12 +19,10 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
 import triton
 import triton.language as tl
 
-from fastgpt2.kernels import add_layer_norm, attention, flash_attention, layer_norm
+from fastgpt2.kernels import add_layer_norm, attention, flash_attention, layer_norm, mlp_device
 from fastgpt2.kernels.cross_entropy import cross_entropy_rows
 from fastgpt2.kernels.tiles import load_tile, store_tile
 from fastgpt2.kernels.tuning import LaunchConfig
-
-mlp, norm = (importlib.import_module(f"fastgpt2.kernels.{name}") for name in ("mlp", "norm"))
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has no memory that costs nothing")
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -119,8 +116,8 @@ def _copy(source_ptr, target_ptr, start, stride, T, TILE: tl.constexpr):
 
 @triton.jit
 def _copy_of_the_mlp(source_ptr, target_ptr, start, stride, T, TILE: tl.constexpr):
-    x = mlp._load(source_ptr, start, 0, T, stride, TILE, TILE, False, False, False)
-    mlp._store(target_ptr, x, start, 0, T, stride, TILE, TILE, False)
+    x = mlp_device._load(source_ptr, start, 0, T, stride, TILE, TILE, False, False, False)
+    mlp_device._store(target_ptr, x, start, 0, T, stride, TILE, TILE, False)
 
 
 @pytest.mark.parametrize("copy", [_copy, _copy_of_the_mlp], ids=["load_tile and store_tile", "the MLP's"])

@@ -246,7 +246,9 @@ def test_the_mlps_launcher_takes_the_form_that_is_tuned(capability, monkeypatch)
     mlp = import_module("fastgpt2.kernels.mlp")
     monkeypatch.setattr(mlp.launch, "capability", lambda device: capability)
     aligned = SimpleNamespace(device=torch.device("cuda"), itemsize=2, size=lambda dim: 768, data_ptr=lambda: 256)
-    launched = {op for op, tuning in mlp.TUNING.items() if tuning.launched(capability[0])}
+    launched = {
+        op for op, tuning in tune.tunings().items() if op.startswith("gelu_mlp") and tuning.launched(capability[0])
+    }
     form = "_tma" if mlp._descriptors(aligned) else ""
     assert launched == {f"gelu_mlp_forward{form}", f"gelu_mlp_backward{form}"}
 
@@ -332,9 +334,9 @@ def test_what_can_be_tuned_is_a_kernel_with_candidates() -> None:
      ("gelu_mlp_backward", "float32", 32)],
 )  # fmt: skip
 def test_examples_run_and_do_not_depend_on_the_configuration(op, precision, size, monkeypatch) -> None:
-    monkeypatch.setattr(import_module("fastgpt2.kernels.norm"), "EXAMPLE_ROWS", 70)
+    monkeypatch.setattr(import_module("fastgpt2.kernels.specs.norm"), "EXAMPLE_ROWS", 70)
     monkeypatch.setattr(import_module("fastgpt2.kernels.specs.attention"), "EXAMPLE", (1, 70, 32))
-    monkeypatch.setattr(import_module("fastgpt2.kernels.mlp"), "_TOKENS", 140)
+    monkeypatch.setattr(import_module("fastgpt2.kernels.specs.mlp"), "EXAMPLE_ROWS", 70)
     device = torch.device("cpu")
     first, second = (tune.tunings()[op].example(precision, size, device, seed) for seed in (0, 1))
     tiles = {"attention": [(16, 16), (64, 32)], "gelu_mlp": [(32, 32, 16), (64, 64, 32)], "layer_norm": [(16,), (64,)]}

@@ -188,8 +188,8 @@ def test_the_operator_by_vmap(table: int | None) -> None:
     [
         ({"loss": "chunked"}, "torch.nn.functional.cross_entropy"),
         ({"attn": "triton"}, "--attn naive"),
-        ({"mlp": "triton"}, "--mlp torch"),
-        ({"norm": "triton"}, "--norm torch"),
+        ({"mlp": "triton"}, "gelu_mlp_reference"),
+        ({"norm": "triton"}, "layer_norm_reference"),
     ],
     ids=str,
 )
