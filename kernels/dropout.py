@@ -1,15 +1,15 @@
-"""Dropout of a (queries, keys) matrix that is never stored: whether a weight is kept follows from where it is.
+"""Dropout of a (queries, keys) matrix that is never stored: a weight's position decides whether it is kept.
 
 Philox4x32-7 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3": seven rounds are the fewest that
-pass BigCrush) makes 128 random bits of a 64-bit key, the seed, and a counter: the head's number in the batch and the
-weight's query and key, 32 bits each. So every kernel that asks about a weight gets the same answer, whatever its
-tiles, and no two weights of one seed share bits.
+pass BigCrush) makes 128 random bits from a 64-bit key, the seed, and a counter: the head's number in the batch and the
+weight's query and key, 32 bits each. Every kernel gets the same answer for a weight, whatever its tiles, and no two
+weights of one seed share bits.
 
-A call gives eight numbers of 16 bits; one a weight decides. Eight weights share a call: queries that differ in bit 3
-and keys that differ in bits 3 and 4, which lie in one thread wherever a tile of S comes out of the matrix units of
-sm_80 or sm_90. There the compiler merges the eight calls that are written into one; nothing but speed rests on it.
+A call gives eight numbers of 16 bits, and each weight takes one. Eight weights share a call: queries that differ in bit
+3 and keys that differ in bits 3 and 4. On sm_80 and sm_90 these lie in one thread of a tile of S, as the matrix units
+write it, and the compiler merges the eight calls into one. Only speed depends on it.
 
-Nothing runs on the host: the seed is a tensor on the device, drawn there from torch's own generator.
+Nothing runs on the host: the seed is a tensor on the device, drawn there from torch's generator.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ TILE = 128
 
 @triton.jit
 def kept(stream, query, key, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROP: tl.constexpr):
-    """Which weights of a tile are kept, (QUERIES, KEYS): those whose 16 random bits are DROP at least.
+    """Which weights of a tile are kept, (QUERIES, KEYS): those whose 16 random bits are at least DROP.
 
     stream: the seed, and the head's number in the batch. query, key: the tile's first, multiples of QUERIES and KEYS,
-    which are powers of two from 16 on.
+    which are powers of two and at least 16.
     """
     seed, head = stream
     q, k = tl.arange(0, QUERIES)[:, None], tl.arange(0, KEYS)[None, :]
     half = k & 16
     if KEYS == 16:
         half, key = key & 16, key & ~16
-    # The counter of the eight: their three bits taken away. By subtraction, a bit at a time, within the tile: LLVM then
-    # sees that the eight are one, where masks leave it with up to four.
+    # The counter of the eight: clear their three bits. Subtract them one by one, within the tile: LLVM then sees that
+    # the eight counters are equal. With masks it still makes up to four calls.
     q, row, k, column = q - (q & 8), q & 8, k - (k & 8) - (k & 16), k & 8
     a, b, c, d = tl.philox(seed, query + q, key + k, tl.cast(head, tl.int32), 0, ROUNDS)
     word = tl.where(row == 0, tl.where(column == 0, a, b), tl.where(column == 0, c, d))
-    # The half that counts is moved to the top; what lies below it is beyond the threshold's last place.
+    # Move the half that counts to the top; the bits below it are beyond the threshold's last place.
     return tl.where(half == 0, word << 16, word) >= tl.full((), DROP << 16, tl.uint32)
 
 
@@ -58,10 +58,10 @@ def _dropout_mask_kernel(seed_ptr, mask_ptr, T, DROP: tl.constexpr, TILE: tl.con
 
 
 def weights_to_drop(p: float) -> int:
-    """Of every 2^16 weights, how many a probability p of dropping one means; 0 for p = 0 alone.
+    """How many of every 2^16 weights to drop for a probability p; 0 only for p = 0.
 
-    So p is rounded to a multiple of 2^-16, as low as 2^-16 and as high as 1 - 2^-16. What is kept is scaled by the
-    rounded probability, so that the expectation is exact.
+    This rounds p to a multiple of 2^-16 from 2^-16 to 1 - 2^-16. The kept weights are scaled by the rounded
+    probability, so the expectation is exact.
     """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout_p must be at least 0 and less than 1, got {p}")
@@ -69,14 +69,14 @@ def weights_to_drop(p: float) -> int:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed of dropout, one int64, from torch's generator on the device: a replayed CUDA graph draws the next."""
+    """A seed of dropout, one int64, from torch's generator on the device: a replayed CUDA graph draws the next one."""
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def dropout_mask(seed: Tensor, p: float, B: int, H: int, T: int) -> Tensor:
-    """The weights that the attention keeps with a seed: (B, H, T, T), True where kept, on the seed's device.
+    """The weights that attention keeps with a seed: (B, H, T, T), True where kept, on the seed's device.
 
-    For tests, and for replaying a step: the attention itself never stores it.
+    For tests, and for replaying a step; attention itself never stores it.
     """
     mask = torch.empty((B, H, T, T), dtype=torch.bool, device=seed.device)
     with on(seed.device):

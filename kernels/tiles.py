@@ -1,11 +1,10 @@
 """The verbs that kernels are written in: load a tile, store it, multiply two, round one.
 
-On the CPU, under Triton's interpreter, they also mend its 16-bit arithmetic: its products of bfloat16
-multiply bit patterns, its casts to bfloat16 lose the carry into the exponent, and its sums of float16
-are float16. Here operands are widened first, which is exact, and bfloat16 is rounded by its bits, so
-that an interpreted kernel rounds where a GPU would and nowhere else. A product is summed in float64 and
-rounded once: NumPy's BLAS sums float32 in an order that depends on the processor and on which operand is
-transposed, and the attention's backward needs the scores that its forward had.
+They also fix the 16-bit arithmetic of Triton's interpreter: its products of bfloat16 multiply bit patterns, its casts
+to bfloat16 lose the carry into the exponent, and its sums of float16 are float16. Here operands are widened first,
+which is exact, and bfloat16 is rounded by its bits: an interpreted kernel rounds where a GPU does, and nowhere else. A
+product is summed in float64 and rounded once. NumPy's BLAS sums float32 in an order that depends on the processor and
+on which operand is transposed, but attention's backward must recompute exactly the scores of its forward.
 """
 
 import triton
@@ -19,7 +18,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 def dot(a, b, accumulator, PRECISION: tl.constexpr):
     """accumulator + a b in float32 (float64 for float64); accumulator may be None.
 
-    PRECISION is for float32 operands: "ieee" is exact, "tf32" rounds them to 10 bits of mantissa.
+    PRECISION of float32 operands: "ieee" is exact, "tf32" rounds them to 10 bits of mantissa.
     """
     SUM: tl.constexpr = tl.float64 if a.dtype == tl.float64 else tl.float32
     if INTERPRETED:
@@ -34,7 +33,7 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
 def cast(x, dtype: tl.constexpr):
     """x in dtype, rounded to nearest, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:
-        # Add half a unit of the last place kept, less one bit where that place is even; then cut.
+        # Add half a unit of the last kept place, minus one bit if that place is even, then truncate.
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.float32, bitcast=True)
@@ -45,11 +44,11 @@ def cast(x, dtype: tl.constexpr):
 def load_tile(ptr, start, stride, T, D: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr):
     """Rows start.. of a (T, D) matrix as (ROWS, D to the next power of two).
 
-    Zeros past column D and, where BOUNDED, past row T; without BOUNDED the rows must exist.
+    Zeros past column D and, if BOUNDED, past row T; without BOUNDED all rows must exist.
     """
     COLUMNS: tl.constexpr = triton.next_power_of_2(D)
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    # The tile's first row needs 64 bits, the way within the tile doesn't and stays out of the loop.
+    # The tile's first row needs 64 bits. Offsets within the tile don't, and the compiler hoists them.
     tile = ptr + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     if BOUNDED and D < COLUMNS:
         x = tl.load(tile, mask=(start + rows[:, None] < T) & (columns[None, :] < D), other=0.0)
@@ -73,7 +72,7 @@ def store_tile(ptr, x, start, stride, T, D: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def load_row(ptr, start, T, SIZE: tl.constexpr, BOUNDED: tl.constexpr):
-    """Elements start.. of a vector of T; as in load_tile, zeros past T where BOUNDED."""
+    """Elements start.. of a vector of T; as in load_tile, zeros past T if BOUNDED."""
     index = start + tl.arange(0, SIZE)
     return tl.load(ptr + index, mask=index < T, other=0.0) if BOUNDED else tl.load(ptr + index)
 

@@ -1,11 +1,10 @@
-"""The one door to launch configurations: tables that are checked in, and a lookup.
+"""Look up launch configurations in the tables that are checked in.
 
-Nothing is tuned at run time: ranks would disagree, a compiled graph keeps one configuration for every
-shape, and CUDA graphs can't capture a search. A table, tables/<architecture>.json, says for each kernel,
-precision and size how large its tiles are; `measured` holds where and how an entry was timed, or null. A size is
-the one number that a kernel's tiles depend on (the attention's head size, a LayerNorm's channels): the entry of
-the smallest size listed that is no smaller serves, beyond the largest that one. Under the interpreter, where tiles
-cost nothing but Python's time, tables/interpreter.json serves.
+Nothing is tuned at run time: ranks would disagree, a compiled graph keeps one configuration for every shape, and CUDA
+graphs can't capture a search. tables/<architecture>.json has the tile sizes for each kernel, precision and size;
+`measured` says where and how an entry was timed, or is null. A size is the one number that a kernel's tiles depend on,
+such as attention's head size or LayerNorm's channels. A lookup takes the smallest listed size that is not smaller, or
+else the largest. The interpreter, for which tiles cost only Python's time, uses tables/interpreter.json.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ TABLES = Path(__file__).parent / "tables"
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile sizes, those that the kernel has, and what the compiler is told."""
+    """A kernel's tile sizes, and the compiler's options."""
 
     block_m: int | None = None
     block_n: int | None = None
@@ -34,8 +33,7 @@ class LaunchConfig:
     num_stages: int = 1
 
     def arguments(self) -> dict[str, Any]:
-        """As keyword arguments of a kernel's launch. Fusing a multiply and an add is said outright,
-        as the default of Triton 3.10 will be not to."""
+        """Keyword arguments of a kernel's launch. enable_fp_fusion is explicit: Triton 3.10 changes its default."""
         tiles = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
         given = {name: size for name, size in tiles.items() if size is not None}
         return given | {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
@@ -47,7 +45,7 @@ class LaunchConfig:
 
 
 def precision_name(dtype: torch.dtype, allow_tf32: bool = False) -> str:
-    """bfloat16, float16, float32, tf32 or float64: what decides an entry beside the size."""
+    """bfloat16, float16, float32, tf32 or float64, as the tables name precisions."""
     return "tf32" if allow_tf32 and dtype == torch.float32 else str(dtype).removeprefix("torch.")
 
 
@@ -59,7 +57,7 @@ def lookup(op: str, precision: str, size: int, device: torch.device) -> LaunchCo
 
 @cache
 def configuration(table: str, op: str, precision: str, size: int) -> LaunchConfig:
-    """A table's configuration for a kernel: that of the smallest size listed that is no smaller, or of the largest."""
+    """A table's configuration for a kernel: of the smallest listed size that is not smaller, or else of the largest."""
     sizes = sorted(n for o, p, n in configurations(table) if (o, p) == (op, precision))
     if not sizes:
         raise ValueError(f"the table {table} has no launch configuration for {op} in {precision}")
@@ -73,7 +71,7 @@ def architectures() -> list[str]:
 
 
 def check_table(path: Path) -> None:
-    """Raise ValueError, in one line, unless the file is named after an architecture and holds a table."""
+    """Raise a one-line ValueError unless the file is named after an architecture and holds a table."""
     if path.stem not in architectures():
         raise ValueError(f"{path} is not named after an architecture: {', '.join(architectures())}")
     try:
@@ -89,8 +87,10 @@ _instead: dict[str, Path] = {}
 
 
 def use_table(path: Path) -> None:
-    """Look launch configurations up in this file, named <architecture>.json, until the process ends: a table that was
-    just tuned and is not shipped yet. Raises ValueError as check_table does."""
+    """Use this file, named <architecture>.json, in place of the shipped table until the process ends.
+
+    Raises ValueError as check_table does.
+    """
     check_table(path)
     _instead[path.stem] = path
     for looked_up in (read_table, configurations, configuration):
@@ -124,7 +124,7 @@ def _table_for(index: int | None) -> str:
 
 
 def nearest(arch: str, shared_memory: int) -> str:
-    """The newest table no newer than `arch` whose tiles fit in a block's shared memory, in bytes."""
+    """The newest table that is not newer than `arch` and whose tiles fit in a block's shared memory, in bytes."""
     fitting = [
         name
         for name in architectures()

@@ -1,17 +1,17 @@
-"""From a kernel's machine code and its shape to the shortest time that it can take on a card.
+"""A lower bound on a kernel's time on a card, from its machine code and its shape.
 
-The machine code's loops are found (natural loops of its control flow), the instructions of each are counted, and
-the kernel's own `Work` says how often each runs at GPT-2 124M's shape. Then four walls, each as if the others
-were no hindrance; the highest is the bound:
+Find the loops of the machine code (natural loops of its control flow) and count the instructions of each. The kernel's
+`Work` says how often each loop runs at GPT-2 124M's shape. Then compute four walls, each as if the others did not
+exist; the highest is the bound:
 
-    matrix    products executed, masked halves of tiles and all, over the matrix units' dense peak
+    matrix    products executed, masked halves of tiles included, over the matrix units' dense peak
     special   MUFU instructions (exp2, rsqrt, ...): 16 lanes a clock a multiprocessor
     issue     instructions: one a clock on each of a multiprocessor's four schedulers
-    memory    the bytes that must be read and written once, over the data sheet's bandwidth
+    memory    bytes that must be read and written once, over the data sheet's bandwidth
 
-Nothing reaches its bound: latencies, barriers, the last wave and L2 misses come on top. It is no forecast, but a
-kernel whose bound gets worse has become worse. Loops from which the compiler has peeled an iteration are counted
-with it.
+No kernel reaches its bound: latencies, barriers, the last wave and L2 misses add to it. It is not a forecast, but a
+kernel whose bound got worse has become worse. An iteration that the compiler peeled off a loop is counted in it as
+well.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastgpt2.kernels.specs.records import Work
 
 @dataclass(frozen=True)
 class Card:
-    """What a data sheet says, at the boost clock. matrix: dense FLOPs a clock a multiprocessor, by precision."""
+    """A card by its data sheet, at the boost clock. matrix: dense FLOPs a clock a multiprocessor, by precision."""
 
     name: str
     multiprocessors: int
@@ -37,12 +37,12 @@ class Card:
     matrix: dict[str, int]
 
     def per_second(self, per_clock: float) -> float:
-        """A rate per clock and multiprocessor as one per second of the card."""
+        """Convert a rate a clock and multiprocessor to the card's rate a second."""
         return per_clock * self.multiprocessors * self.clock
 
 
 def _matrix(dense_16_bit: int, float32: int) -> dict[str, int]:
-    # Exact float32 has no matrix unit: a multiply-add a clock and lane, of which there are 64 or 128.
+    # Exact float32 has no matrix unit: 64 or 128 lanes do one multiply-add a clock.
     return {"bfloat16": dense_16_bit, "float16": dense_16_bit, "tf32": dense_16_bit // 2, "float32": float32}
 
 
@@ -56,7 +56,7 @@ SPECIAL_LANES, SCHEDULERS, WARP = 16, 4, 32
 CHECKED_IN = Path(__file__).with_name("bounds.json")
 """{architecture: {kernel: {precision: {Triton's minor version: seconds}}}}, for kernels of GPT-2 124M's sizes."""
 SLACK = 1.001
-"""A bound may exceed the one checked in by this factor: rounding."""
+"""A bound may exceed the one checked in by this factor, because of rounding."""
 
 _WAITS = {"SYNCS", "NANOSLEEP"}
 _WORKS = {"MUFU", "FADD", "FMUL", "FFMA", "HGMMA", "HMMA", "UTCHMMA", "LDG", "STG", "LDGSTS", "UTMALDG", "UTMASTG"}
@@ -67,7 +67,7 @@ _TARGET = re.compile(r"\b(0x[0-9a-f]+)$")
 
 @dataclass(frozen=True)
 class Body:
-    """A loop's own instructions, those of loops within it left out: of every run, and of runs that take a branch."""
+    """A loop's instructions, without those of inner loops: of every run, and of runs that take a branch."""
 
     always: Counter[str]
     guarded: Counter[str]
@@ -78,7 +78,7 @@ class Body:
 
 @dataclass(frozen=True)
 class Code:
-    """Instruction counts by first part of the mnemonic, such as MUFU: outside loops, and of each loop."""
+    """Instruction counts by the mnemonic's first part, such as MUFU: outside loops, and of each loop."""
 
     outside: Counter[str]
     loops: tuple[Body, ...]
@@ -86,7 +86,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Bound:
-    """Seconds at each wall, the highest, and how much of the card's limit the kernel can reach at most."""
+    """Seconds at each wall, the highest wall, and the largest share of the card's limit that the kernel can reach."""
 
     walls: dict[str, float]
     limit: str
@@ -123,19 +123,19 @@ def read_code(sass: str) -> Code:
 
 
 def _only_waits(body: Body) -> bool:
-    """On a barrier, or for a multiprocessor's tensor memory: nothing is computed, loaded or stored."""
+    """Whether a loop waits for a barrier or for tensor memory, and computes, loads and stores nothing."""
     names = {*body.always, *body.guarded}
     return not names.isdisjoint(_WAITS) and names.isdisjoint(_WORKS)
 
 
 def _always(head: int, body: set[int], edges: dict[int, list[int]]) -> set[int]:
-    """The instructions of a loop that every run passes: without them its head can't be reached again."""
+    """The instructions that every run of a loop executes: its head can't be reached again without them."""
     inside = {i: [j for j in edges[i] if j in body] for i in body}
     entries = {head} | {j for i in body for j in inside[i] if len(inside[i]) > 1 or j != i + 1}
     found: set[int] = set()
     for first in entries:
         if head == first or head not in _ends(head, inside, avoid=first):
-            # The straight line from a branch's target on is passed as a whole.
+            # The straight line from a branch's target on is executed as a whole.
             i = first
             while i not in found:
                 found.add(i)
@@ -146,7 +146,7 @@ def _always(head: int, body: set[int], edges: dict[int, list[int]]) -> set[int]:
 
 
 def _ends(head: int, inside: dict[int, list[int]], avoid: int) -> set[int]:
-    """What follows the instructions that are reached from a loop's head without one of them."""
+    """The successors of what is reachable from a loop's head without passing `avoid`."""
     return {j for i in _reached(head, inside, avoid) for j in inside[i]}
 
 
@@ -157,7 +157,7 @@ def mnemonic(text: str) -> str:
 
 
 def control_flow(instructions: list[tuple[int, str]]) -> dict[int, list[int]]:
-    """Each instruction that can be reached, with those that can follow it, by index."""
+    """The successors of each reachable instruction, by index."""
     index = {address: i for i, (address, _) in enumerate(instructions)}
 
     def following(i: int) -> list[int]:
@@ -181,9 +181,9 @@ def control_flow(instructions: list[tuple[int, str]]) -> dict[int, list[int]]:
 
 
 def _natural_loops(edges: dict[int, list[int]]) -> dict[int, set[int]]:
-    """{head: body}: a loop is an edge back to what dominates it, and everything that reaches it without passing there.
+    """{head: body}: a loop is an edge back to a dominator, and everything that reaches the edge without passing it.
 
-    Heads are few: whether one dominates a node is asked by walking from the entry without it.
+    Heads are few, so whether one dominates a node is decided by walking from the entry without it.
     """
     back: dict[int, list[int]] = {}
     for i, nexts in edges.items():
@@ -226,9 +226,9 @@ def _innermost(loops: dict[int, set[int]]) -> dict[int, int]:
 
 
 def bound(code: Code, work: Work, card: Card, precision: str, warps: int) -> Bound | None:
-    """The bound of a kernel; None where its machine code has other loops than its work says.
+    """The bound of a kernel; None if its machine code has other loops than its work says.
 
-    warps: that every program has.
+    warps: warps of a program.
     """
     if len(code.loops) != len(work.loops):
         return None
@@ -259,13 +259,13 @@ def checked_in() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
 
 
 def allowed(arch: str, op: str, precision: str, triton: str) -> float | None:
-    """The seconds checked in for a version of Triton, or for another the largest; None where there are none."""
+    """The seconds checked in for this version of Triton, else the largest of any version; None if there are none."""
     known = checked_in().get(arch, {}).get(op, {}).get(precision, {})
     return known.get(_minor(triton), max(known.values(), default=None))
 
 
 def check_in(found: list[tuple[str, str, str, float]], triton: str) -> None:
-    """Write (architecture, kernel, precision, seconds) as what a version of Triton makes; others' entries stay."""
+    """Write (architecture, kernel, precision, seconds) for a version of Triton. Entries of other versions stay."""
     bounds = json.loads(CHECKED_IN.read_text()) if CHECKED_IN.exists() else {}
     for arch, op, precision, seconds in found:
         known = bounds.setdefault(arch, {}).setdefault(op, {}).setdefault(precision, {})

@@ -1,16 +1,16 @@
-"""What goes wrong with products in flight: races and serialised products, read off the machine code without a GPU.
+"""Find races and serialised products in machine code, without a GPU.
 
-On Hopper a product (PTX's wgmma, HGMMA in machine code) runs on after it is issued. Until a wait covers it, its
-accumulator and a left operand that comes from registers are its own: what writes them, or reads the accumulator, races
-with the matrix units, and the result changes from run to run. A compiler has let that happen (triton-lang/triton issue
-9433: a left operand overwritten by the next iteration), for some tiles and not for others.
+On Hopper a product (PTX's wgmma, HGMMA in machine code) is asynchronous. Until a wait covers it, it owns its
+accumulator and a left operand in registers: an instruction that writes them, or reads the accumulator, races with the
+matrix units, and the result changes from run to run. A compiler has let that happen, for some tiles and not for others
+(triton-lang/triton issue 9433: the next iteration overwrote a left operand).
 
-HGMMA ... gsb0 closes a group of products, WARPGROUP.DEPBAR.LE gsb0, N waits until no more than N groups run.
-Other architectures' products wait by themselves, or keep nothing in registers.
+HGMMA ... gsb0 closes a group of products. WARPGROUP.DEPBAR.LE gsb0, N waits until at most N groups run. Products of
+other architectures wait by themselves, or keep nothing in registers.
 
-Where the assembler can't prove that nothing touches the accumulators, or finds a call between the products, it makes
-each a group of its own and waits for it (ptxas's remark C7510, which Triton doesn't show): right, but the matrix units
-idle.
+If the assembler can't prove that nothing touches the accumulators, or finds a call between the products, it makes each
+product a group and waits for it (ptxas's remark C7510, which Triton doesn't show). That is correct, but the matrix
+units idle.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _PRODUCT = re.compile(r"HGMMA\.64x(\d+)x\d+\.F32\S* R(\d+), (?:R(\d+)|gdesc)")
 _WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)")
 _LEFT_RUNNING = re.compile(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]")
 _REGISTER = re.compile(r"\bR(\d+)\b")
-# What has no register as its result: stores, jumps, barriers, comparisons into a predicate.
+# Instructions whose result is not a register: stores, jumps, barriers, comparisons into a predicate.
 _NO_RESULT = re.compile(r"ST|RED|BAR|BRA|EXIT|NOP|.*DEPBAR|WARP|SYNCS|UTMA|LDGSTS|FENCE|MEMBAR|RET|CALL|CCTL|FCHK|R2P")
 _LEFT = 4
-"""Registers of a left operand, a thread's share of 64 rows by 16 channels in 16 bit or 8 in TF32."""
+"""Registers of a left operand: a thread's share of 64 rows by 16 channels in 16 bits, or by 8 in TF32."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class _Product:
 
 
 def touched_in_flight(sass: str) -> list[str]:
-    """What touches a register of a product that no wait has covered, on any path; a line each, [] if nothing does.
+    """The instructions that touch a register of a product in flight, on any path, a line each.
 
     Args:
         sass: a kernel as `cuobjdump --dump-sass` prints it.
@@ -48,7 +48,7 @@ def touched_in_flight(sass: str) -> list[str]:
     products = {i: product for i in edges if (product := _product(instructions[i][1]))}
     found: dict[tuple[int, int], str] = {}
     for i, product in products.items():
-        # Where the paths have come to, how many groups were closed since, and whether the product's own was.
+        # States of the paths: the instruction, groups closed since the product's, and whether its own is closed.
         waiting, seen = [(j, 0, product.closes) for j in edges[i]], set()
         while waiting:
             state = j, later, closed = waiting.pop()
@@ -62,17 +62,17 @@ def touched_in_flight(sass: str) -> list[str]:
             if _touches(text, products.get(j), product):
                 found[i, j] = f"{_at(instructions[j])} touches a register of {_at(instructions[i])}, in flight"
             if j in products and products[j].closes:
-                # No wait tells more than a few groups apart: counting further would only make more states.
+                # No wait distinguishes more than a few groups. Counting further would only add states.
                 closed, later = True, min(later + closed, 8)
             waiting += [(k, later, closed) for k in edges[j]]
     return [found[key] for key in sorted(found)]
 
 
 def serialised(ptx: str, sass: str) -> bool:
-    """Whether the assembler has each product wait for the one before, which the compiler's PTX doesn't ask for.
+    """Whether the assembler makes each product wait for the one before, though the PTX does not ask for it.
 
     Args:
-        ptx: what was assembled.
+        ptx: the assembler's input.
         sass: a kernel as `cuobjdump --dump-sass` prints it.
     """
     texts = [text for _, text in read_instructions(sass)]

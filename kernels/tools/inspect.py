@@ -1,13 +1,13 @@
-"""`python -m fastgpt2.kernels.tools.inspect`: what the compiler makes of every shipped configuration, without a GPU.
+"""`python -m fastgpt2.kernels.tools.inspect`: inspect the machine code of every shipped configuration, without a GPU.
 
-Each kernel is compiled to machine code for each architecture that has a table, as its launcher would
-have it compiled, with the assembler that comes with Triton. The report: registers a thread, bytes
-spilled, shared memory, blocks that fit on a multiprocessor, the matrix instructions, how many products
-missed them, asynchronous copies, the instructions in each loop, and for kernels of GPT-2's own sizes a bound
-on the time at the 124M model's shape (kernels/tools/bounds.py says what it is worth). In bfloat16, float16 and TF32 a
-spill, a product outside the matrix units, a register touched while a product owns it, serialised products
-(kernels/tools/hazards.py) or a tile over the table's shared memory is a failure. Exact float32 has no matrix unit and is
-reported only.
+Each kernel is compiled for each architecture that has a table, as its launcher compiles it, with the assembler that
+comes with Triton. The report lists registers a thread, bytes spilled, shared memory, blocks that fit on a
+multiprocessor, matrix instructions, products that missed them, asynchronous copies, the instructions in each loop, and,
+for GPT-2's sizes, a lower bound on the time at the 124M model's shape (bounds.py explains it).
+
+In bfloat16, float16 and TF32 these are failures: a spill, a product outside the matrix units, a register touched while
+a product owns it, serialised products (hazards.py explains both), and a tile over the table's shared memory. Exact
+float32 has no matrix unit and is only reported.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "f
 ASYNCHRONOUS_COPIES = {"cp.async": "LDGSTS", "TMA": "UTMALDG"}
 MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
 
-# A multiprocessor's shared memory in bytes, of which each block takes 1 KiB for the system, and its threads.
+# A multiprocessor's shared memory in bytes (each block takes 1 KiB more for the system), registers and threads.
 SHARED_MEMORY = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
 REGISTERS, THREADS = 65536, 2048
 
@@ -46,8 +46,8 @@ REGISTERS, THREADS = 65536, 2048
 class Case:
     """A kernel as it is shipped for one precision, size and architecture.
 
-    constants: compile-time arguments in place of the shipped ones, such as {"T": 1}, which Triton compiles as one.
-    variant: one of the kernel's, or "" for what GPT-2's training calls.
+    constants: arguments to compile as constants, such as {"T": 1}, which Triton specializes on.
+    variant: the name of one of the kernel's variants, or "" for the form that GPT-2's training calls.
     """
 
     op: str
@@ -79,7 +79,7 @@ class Report:
 
     @property
     def faults(self) -> list[str]:
-        """What must not ship; empty for exact float32."""
+        """The reasons not to ship it; empty for exact float32."""
         if self.case.precision == "float32":
             return []
         case, most = self.case, read_table(self.case.arch)["shared_memory"]
@@ -92,15 +92,15 @@ class Report:
                 (self.serialised, "each product waits for the one before: the assembler has serialised them"),
                 (
                     self.expected and not self.products,
-                    "no product found: the compiler's output has changed, and this tool must",
+                    "no product found: the compiler's output has changed, and this tool must change too",
                 ),
                 (
                     self.unbound,
-                    f"loops of {self.loops} instructions are not those whose runs the kernel's work counts",
+                    f"the loops, of {self.loops} instructions, are not those of the kernel's work",
                 ),
                 (
                     self.at_least is not None and least is not None and self.at_least.seconds > SLACK * least,
-                    f"takes {_in_words(self.at_least)} at least, {(least or 0.0) * 1e3:.3f} ms is checked in",
+                    f"takes at least {_in_words(self.at_least)}; {(least or 0.0) * 1e3:.3f} ms is checked in",
                 ),
                 (self.missed, f"{self.missed} of {self.products} products miss the matrix units"),
                 (self.shared > most, f"needs {self.shared} bytes of shared memory, the table allows {most}"),
@@ -116,9 +116,9 @@ def shipped(
     ops: Iterable[str] | None = None,
     variants: bool = False,
 ) -> list[Case]:
-    """Every entry of the tables, or those of some precisions, sizes and kernels (by how a kernel's name begins).
+    """The entries of the tables, of all or some precisions, sizes and kernels (by the beginning of the name).
 
-    variants: what else a kernel is compiled to with the same tiles (dropout, documents, evaluation) as well.
+    variants: include the other forms of a kernel (dropout, documents, evaluation).
     """
     return [
         Case(op, precision, size, arch, config, variant=variant)
@@ -137,8 +137,7 @@ def why_nothing(
     precisions: Iterable[str] | None,
     sizes: Iterable[int] | None,
 ) -> str | None:
-    """Which value of --op, --precision or --size chooses nothing, in a line that names what there is; None where each
-    chooses something.
+    """The value of --op, --precision or --size that matches nothing, in a line that lists the choices; or None.
 
     Args:
         known: kernel, precision and size of what can be chosen.
@@ -157,7 +156,7 @@ def why_nothing(
 
 
 def inspect_all(cases: list[Case]) -> list[Report]:
-    """Compile the cases, as many at a time as there are processors; this process must not be interpreting."""
+    """Compile the cases, one a processor at a time. Triton must not be interpreting in this process."""
     reports = []
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork")) as pool:
         for report in pool.map(inspect_one, cases):
@@ -185,7 +184,7 @@ def inspect_one(case: Case) -> Report:
     spilled = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
     shared = kernel.metadata.shared
     products = re.findall(r"\b(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) .*", kernel.asm["ttgir"])
-    # A product that stays a plain dot over blocked operands is done by multiply-adds, one thread at a time.
+    # A plain dot over blocked operands is computed by multiply-adds, not by the matrix units.
     missed = [line for line in products if line.startswith("tt.dot ") and "parent = #blocked" in line]
     code, work = read_code(sass), _work(case)
     limit = bound(code, work, CARDS[case.arch], case.precision, case.config.num_warps) if work is not None else None
@@ -209,14 +208,14 @@ def inspect_one(case: Case) -> Report:
 
 
 def _work(case: Case) -> Work | None:
-    """What the kernel does at GPT-2 124M's shape; None where that model never calls it like this."""
+    """What the kernel does at GPT-2 124M's shape; None if that model never calls it like this."""
     kernel = all_kernels()[case.op]
     work = kernel.work and kernel.work(case.precision, case.size, case.config)
     return work if work is not None and work.size == case.size and not (case.constants or case.variant) else None
 
 
 def _compile(case: Case) -> Any:
-    """The kernel as its launcher has it compiled: at GPT-2's shapes the launch then finds it in Triton's cache."""
+    """Compile the kernel as its launcher does: at GPT-2's shapes the launch finds it in Triton's cache."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -229,7 +228,8 @@ def _compile(case: Case) -> Any:
     constants = {name: value for name, value in constants.items() if value is not ...}
     signature: dict[str, Any] = {}
     divisible: dict[tuple[int, ...], list] = {}
-    # A launch notes of each constant that it has no property, Triton 3.6 of text alone: it is part of the cache's key.
+    # A launch records an empty list of attributes for each constant (Triton 3.6: only for strings). They are part of
+    # the cache key.
     noted_always = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 7)
     for i, argument in enumerate(kernel.function.arg_names):
         if argument in constants:
@@ -258,7 +258,7 @@ def _places(place: tuple[int, ...], kind: Any) -> list[tuple[int, ...]]:
 
 
 def _blocks(case: Case, registers: int, shared: int) -> int:
-    """Blocks resident on a multiprocessor: by registers (given out 256 a warp), shared memory and threads."""
+    """Blocks that fit on a multiprocessor: by registers (allocated 256 at a time a warp), shared memory and threads."""
     warps = case.config.num_warps
     by_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
     return min(by_registers, SHARED_MEMORY[case.arch] // (shared + 1024), THREADS // (32 * warps))
@@ -298,7 +298,7 @@ def _triton_version() -> str:
 
 
 def _in_words(limit: Bound | None) -> str:
-    """0.35 ms (special 45%): the bound, what sets it, and the most of the card's limit that it leaves."""
+    """0.35 ms (special 45%): the bound, the wall that sets it, and the share of the card's limit that is reachable."""
     return "" if limit is None else f"{limit.seconds * 1e3:.3f} ms ({limit.limit} {limit.fraction:.0%})"
 
 
@@ -309,11 +309,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--arch", nargs="+", default=architectures(), choices=architectures(), help="default: all")
     parser.add_argument("--precision", nargs="+", choices=list(ELEMENTS), help="default: all")
-    parser.add_argument("--op", nargs="+", metavar="PREFIX", help="kernels whose name begins so (default: all)")
-    parser.add_argument("--variants", action="store_true", help="dropout, documents, evaluation and the like as well")
-    parser.add_argument("--size", nargs="+", type=int, help="head size, channels or vocabulary (default: all)")
-    parser.add_argument("--check-in-bounds", action="store_true", help="write the bounds to kernels/bounds.json")
-    parser.add_argument("--json", action="store_true", help="a list of objects instead of the table")
+    parser.add_argument("--op", nargs="+", metavar="PREFIX", help="only kernels whose name begins so")
+    parser.add_argument("--variants", action="store_true", help="include dropout, documents, evaluation and the like")
+    parser.add_argument("--size", nargs="+", type=int, help="only these head sizes, channels or vocabularies")
+    parser.add_argument("--check-in-bounds", action="store_true", help="write the bounds to kernels/tools/bounds.json")
+    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
     options = parser.parse_args(arguments)
     known = [(case.op, case.precision, case.size) for case in shipped(options.arch)]
     if problem := why_nothing(known, options.op, options.precision, options.size):

@@ -1,21 +1,23 @@
-"""`python -m fastgpt2.kernels.tools.tune`: choose the launch configurations of the GPU at hand, and write its table.
+"""`python -m fastgpt2.kernels.tools.tune`: choose this GPU's launch configurations, and write its table.
 
-For each kernel, precision and size of the table: compile the candidates, in parallel, without the GPU; drop those that
-spill, don't fit, miss the matrix units or leave them idle, and those whose results are not those of the table's own;
-time the rest at GPT-2 124M's shape; keep the fastest. The table is written after each, at once or not at all: a run
-that is cut short leaves what it has done. What a training step spends most time in comes first. Kernels that this GPU
-never launches are left out: the MLP's pointer forms where it has descriptors.
+For each kernel, precision and size of the table:
 
-Calls are timed by device events, on inputs that rotate, four times the L2 cache in all, so that none is found there.
-Candidates take turns, a call each a round, so that clocks and temperature are the same for all; the median of the
-rounds counts. The same run gives the same table: configurations within TIE of the fastest count as equal, of which
-the one with the fewest warps and stages is taken, and the table's own stays unless it is more than KEEP slower.
+1. Compile the candidates, in parallel, without the GPU.
+2. Drop those that spill, don't fit, miss the matrix units or leave them idle.
+3. Drop those whose results differ from the results of the table's own configuration.
+4. Time the rest at GPT-2 124M's shape (timing.py says how), and keep the fastest.
 
-A time is the launcher's: where that runs more than one kernel, all of it, the others as the table has them.
+The table is replaced after each, atomically: an interrupted run keeps what it has done. The kernels that take most of a
+training step come first. Kernels that this GPU never launches are left out, such as the MLP's pointer forms if it has
+descriptors.
+
+Two runs choose the same table: configurations within TIE of the fastest count as equal, and the one with the fewest
+warps and stages wins; the table's own configuration stays unless it is more than KEEP slower. A time is the launcher's.
+If a launcher runs several kernels, the others have their table's configuration.
 
     python -m fastgpt2.kernels.tools.tune --op layer_norm --precision bfloat16 --size 768
-    python -m fastgpt2.kernels.tools.tune --precision bfloat16 --size 64 768 50304 --seconds 3 --minutes 1.4 --out OUT/sm_90.json
-    python -m fastgpt2.kernels.tools.tune --dry-run --arch sm_90 --op attention_forward --size 64     compiles only; needs no GPU
+    python -m fastgpt2.kernels.tools.tune --precision bfloat16 --seconds 3 --minutes 1.4 --out OUT/sm_90.json
+    python -m fastgpt2.kernels.tools.tune --dry-run --arch sm_90 --op attention    compile only; needs no GPU
 """
 
 from __future__ import annotations
@@ -27,11 +29,10 @@ import functools
 import json
 import math
 import os
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -41,25 +42,21 @@ from typing import Any
 from fastgpt2.kernels.specs import tunings
 from fastgpt2.kernels.tools import inspect
 from fastgpt2.kernels.tools.inspect import Case, Report
+from fastgpt2.kernels.tools.timing import checked, milliseconds, rotating
 from fastgpt2.kernels.tools.toolkit import run_compiling
 from fastgpt2.kernels.tuning import TABLES, LaunchConfig, architectures, check_table, major, nearest, read_table
 
 TIE = 0.01
-"""Medians this close, as a part of the fastest, count as equal: less than this is noise."""
+"""Medians this close, relative to the fastest, count as equal: the difference is noise."""
 KEEP = 0.02
-"""The table's own configuration stays if it is no slower than this: a second run then finds no reason to change."""
-AGREE = 0.02
-"""Results of two configurations may differ by this part of their norm: ten times what bfloat16's rounding makes."""
-WARM_UP, ROUNDS = 3, 50
+"""The table's own configuration stays unless it is slower by more than this: a second run then changes nothing."""
 SECONDS = 10.0
-"""About how long the rounds of one kernel, precision and size may take, by default; five are made at least."""
+"""How long the rounds of one kernel, precision and size may take, by default; at least five are made."""
 ORDER = {
     "precision": ("bfloat16", "float16", "tf32", "float32"),
     "op": ("attention", "gelu_mlp", "cross_entropy", "layer_norm"),
 }
-"""What is tuned first, as a run may be cut short: by precision, then by how a kernel's name begins."""
-
-Launch = Callable[[LaunchConfig], Any]
+"""What to tune first, as a run may be interrupted: by precision, then by the beginning of a kernel's name."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Options:
-    """Which kernels to tune, by how a name begins; None is all."""
+    """Which kernels to tune; `ops` are beginnings of names. None means all."""
 
     ops: tuple[str, ...] | None = None
     precisions: tuple[str, ...] | None = None
@@ -84,7 +81,7 @@ class Options:
 
 
 def configurations(table: dict[str, Any]) -> dict[Key, LaunchConfig]:
-    """What a table holds; here it may be another file than the shipped one, which is all that lookups read."""
+    """The configurations of a table, which may be another file than the one that lookups read."""
     return {
         Key(entry["op"], precision, size): LaunchConfig(**entry["config"])
         for entry in table["entries"]
@@ -94,7 +91,7 @@ def configurations(table: dict[str, Any]) -> dict[Key, LaunchConfig]:
 
 
 def keys(arch: str, table: dict[str, Any], options: Options) -> list[Key]:
-    """The table's, of kernels that can be tuned and that this architecture launches, in ORDER."""
+    """The table's keys of kernels that can be tuned and that this architecture launches, in ORDER."""
     known = {op for op, tuning in tunings().items() if tuning.launched(major(arch))}
     found = [
         key
@@ -115,11 +112,11 @@ def _rank(what: str, name: str) -> int:
 
 
 Reports = dict[LaunchConfig, Report | str]
-"""What the compiler made of the candidates of a key, or why nothing."""
+"""What the compiler made of a key's candidates, or why it failed."""
 
 
 def candidates(table: dict[str, Any], key: Key) -> list[LaunchConfig]:
-    """The table's configuration, then those declared beside the kernel."""
+    """The table's configuration, then the spec's candidates."""
     return list(dict.fromkeys([configurations(table)[key], *tunings()[key.op].candidates(key.precision, key.size)]))
 
 
@@ -127,12 +124,12 @@ def compile_one(case: Case) -> Report | str:
     try:
         return inspect.inspect_one(case)
     except Exception as error:
-        # Whatever the compiler or the assembler objects to, a configuration that doesn't compile is only dropped.
+        # Whatever the compiler or the assembler raises, a configuration that doesn't compile is only dropped.
         return f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
 
 
 def why_dropped(report: Report | str) -> str | None:
-    """Why a candidate is not worth timing; None if it is. Exact float32 has no matrix unit to miss."""
+    """Why a candidate is not worth timing, or None. Exact float32 has no matrix unit to miss."""
     if isinstance(report, str):
         return report
     most = read_table(report.case.arch)["shared_memory"]
@@ -152,9 +149,9 @@ def why_dropped(report: Report | str) -> str | None:
 
 
 def compiled(arch: str, table: dict[str, Any], wanted: list[Key]) -> Generator[tuple[Key, Reports]]:
-    """Every candidate of every key, key after key: while one is timed, the next are compiled.
+    """Every candidate of every key, key by key. While one key is timed, the next are compiled.
 
-    The processes are forked from one that has not touched the GPU; one processor is left to the one that times.
+    The processes are forked from one that has not touched the GPU. One processor is left to the process that times.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["fastgpt2.kernels.tools.inspect", "triton"])
@@ -165,7 +162,7 @@ def compiled(arch: str, table: dict[str, Any], wanted: list[Key]) -> Generator[t
         return pool.submit(compile_one, Case(key.op, key.precision, key.size, arch, config))
 
     try:
-        # Compile every key's own configuration first: a launcher of several kernels runs the others with theirs.
+        # Compile every key's own configuration first: launchers of several kernels run the others with it.
         for key in wanted:
             submit(key, configurations(table)[key])
         submitted = {key: {config: submit(key, config) for config in candidates(table, key)} for key in wanted}
@@ -178,82 +175,11 @@ def compiled(arch: str, table: dict[str, Any], wanted: list[Key]) -> Generator[t
 # ---------------------------------------------------------------------------------------------- timing
 
 
-def rotating(make: Callable[[int], Launch], cache: int, allocated: Callable[[], int]) -> list[Launch]:
-    """make(0), make(1), ... until their inputs are four times the cache in bytes; 2 to 16 of them."""
-    before = allocated()
-    launches = [make(0)]
-    each = max(1, allocated() - before)
-    return launches + [make(seed) for seed in range(1, max(2, min(16, -(-4 * cache // each))))]
-
-
-def disagreement(results: Any, reference: Any) -> float:
-    """The largest difference of two calls' tensors by norm, as a part of the reference's; 0 where there are none."""
-    import torch
-
-    largest = 0.0
-    for mine, theirs in zip(_tensors(results), _tensors(reference), strict=True):
-        if theirs.numel():
-            norm = torch.linalg.vector_norm(theirs.double()).item()
-            error = torch.linalg.vector_norm(mine.double() - theirs.double()).item()
-            largest = max(largest, error / max(norm, 1e-300) if error == error else float("inf"))
-    return largest
-
-
-def _tensors(results: Any) -> list[Any]:
-    return list(results) if isinstance(results, (tuple, list)) else [] if results is None else [results]
-
-
-def checked(launch: Launch, configs: Iterable[LaunchConfig]) -> Iterator[tuple[LaunchConfig, str | None]]:
-    """Each configuration with why it isn't timed: it fails, or disagrees with the first; None if it agrees."""
-    reference: Any = None
-    first = True
-    for config in configs:
-        try:
-            results = launch(config)
-            error = 0.0 if first else disagreement(results, reference)
-        except Exception as failure:
-            if type(failure).__name__ == "OutOfMemoryError":
-                raise
-            yield config, f"fails: {type(failure).__name__}: {str(failure).strip().splitlines()[-1:]}"
-            continue
-        if first:
-            reference, first = results, False
-        yield config, None if error <= AGREE else f"disagrees with the first by {error:.1e} of its norm"
-
-
-def milliseconds(
-    launches: list[Launch], configs: list[LaunchConfig], seconds: float = SECONDS
-) -> dict[LaunchConfig, float]:
-    """The median of the rounds, in each of which every configuration is called once, on the next inputs.
-
-    seconds: about how long all rounds may take.
-    """
-    import torch
-
-    def call(i: int, config: LaunchConfig) -> tuple[Any, Any]:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        launches[i % len(launches)](config)
-        end.record()
-        return start, end
-
-    def rounds(count: int) -> list[dict[LaunchConfig, float]]:
-        # Queued without waiting, so that launches hide behind the work. Inputs move on by a call, not by a round:
-        # what ran last had others.
-        events = [{c: call(r * len(configs) + j, c) for j, c in enumerate(configs)} for r in range(count)]
-        torch.cuda.synchronize()
-        return [{c: start.elapsed_time(end) for c, (start, end) in pairs.items()} for pairs in events]
-
-    took = sum(rounds(WARM_UP)[-1].values())
-    samples = rounds(max(5, min(ROUNDS, int(1e3 * seconds / max(took, 1e-3)))))
-    return {c: statistics.median(sample[c] for sample in samples) for c in configs}
-
-
 Measured = tuple[dict[LaunchConfig, float], dict[LaunchConfig, str]]
 
 
 def measure(device: Any, seconds: float, key: Key, configs: list[LaunchConfig]) -> Measured:
-    """Milliseconds of the configurations on a CUDA device, and why some were not timed; seconds as of milliseconds."""
+    """Milliseconds of the configurations on a CUDA device, and why some were not timed."""
     import torch
 
     make = functools.partial(tunings()[key.op].example, key.precision, key.size, device)
@@ -270,7 +196,7 @@ def measure(device: Any, seconds: float, key: Key, configs: list[LaunchConfig]) 
 
 
 def choose(times: dict[LaunchConfig, float], present: LaunchConfig) -> LaunchConfig:
-    """The fastest, but for noise: the table's own within KEEP, else the plainest of those within TIE."""
+    """The fastest, up to noise: the table's own if within KEEP, else the plainest of those within TIE."""
     best = min(times.values())
     if present in times and times[present] <= best * (1 + KEEP):
         return present
@@ -286,7 +212,7 @@ def _plainness(config: LaunchConfig) -> tuple[int, ...]:
 
 
 def updated(table: dict[str, Any], key: Key, config: LaunchConfig, measured: dict[str, Any]) -> dict[str, Any]:
-    """The table with one configuration replaced: what an entry holds beside it stays there."""
+    """The table with one configuration replaced; the rest of its entry stays."""
     entries: list[dict[str, Any]] = []
     for entry in table["entries"]:
         if entry["op"] != key.op or key.precision not in entry["precisions"] or key.size not in entry["sizes"]:
@@ -317,7 +243,7 @@ def serialize(table: dict[str, Any]) -> str:
 
 
 def write(path: Path, table: dict[str, Any]) -> None:
-    """Replace the file whole, or not at all."""
+    """Replace the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
         file.write(serialize(table))
@@ -336,20 +262,20 @@ def write(path: Path, table: dict[str, Any]) -> None:
 
 Measure = Callable[[Key, list[LaunchConfig]], Measured]
 say_now = functools.partial(print, flush=True)
-"""Into a log file, too, each line is to be seen while the next kernel is timed."""
+"""Flush each line: in a log file, too, it shows while the next kernel is timed."""
 
 
 def tune(
     arch: str, made: Iterable[tuple[Key, Reports]], out: Path, measure: Measure, where: dict[str, Any],
     minutes: float = math.inf, say: Callable[[str], None] = say_now,
 ) -> int:  # fmt: skip
-    """Time what compiled well, write what is chosen to `out` after each key; how many keys were done.
+    """Time what compiled well, and write the choice to `out` after each key. Returns the number of keys done.
 
     Args:
         made: what `compiled` yields.
-        measure: times the configurations of a key, and says why it didn't some.
-        where: what to note beside the time: date, GPU, versions.
-        minutes: begin no further key after so many.
+        measure: times a key's configurations, and says why some were not timed.
+        where: what to record with the time: date, GPU, versions.
+        minutes: start no key later than this.
     """
     began = time.monotonic()
     done = 0
@@ -365,7 +291,7 @@ def tune(
         if not times:
             say(f"{key}: left as it was, as no candidate could be timed")
             continue
-        table = read(arch, out)  # anew: someone may have edited it meanwhile
+        table = read(arch, out)  # read it again: it may have been edited meanwhile
         present = configurations(table)[key]
         config = choose(times, present)
         write(out, updated(table, key, config, where | figures(times, config)))
@@ -375,14 +301,14 @@ def tune(
 
 
 def figures(times: dict[LaunchConfig, float], chosen: LaunchConfig) -> dict[str, Any]:
-    """What is kept of the times: the chosen one's, the next best's, and of how many."""
+    """What the table records of the times: the chosen, the next best, and how many were timed."""
     ranked = sorted((ms, str(config)) for config, ms in times.items() if config != chosen)
     next_best = {"next": ranked[0][1], "next_ms": float(f"{ranked[0][0]:.4g}")} if ranked else {}
     return {"ms": float(f"{times[chosen]:.4g}"), **next_best, "timed": len(times)}
 
 
 def read(arch: str, out: Path) -> dict[str, Any]:
-    """The table that is being written; it begins as the shipped one."""
+    """The table to write to, or the shipped one if there is none yet."""
     table = json.loads((out if out.exists() else TABLES / f"{arch}.json").read_text())
     measured = "fastgpt2.kernels.tools.tune where `measured` says so; else "
     return table | {"chosen_by": measured + table["chosen_by"].removeprefix(measured)}
@@ -404,7 +330,7 @@ def _facts(report: Report | str) -> str:
 
 
 def _this_arch() -> str | None:
-    """The architecture of the current GPU; None without one."""
+    """The current GPU's architecture, or None."""
     import torch
 
     if not torch.cuda.is_available():
@@ -416,9 +342,9 @@ def _this_arch() -> str | None:
 def main(arguments: list[str] | None = None) -> int:
     about, usage = __doc__.split("\n")[0], "python -m fastgpt2.kernels.tools.tune [flags]"
     parser = argparse.ArgumentParser("fastgpt2.kernels.tools.tune", usage=usage, description=about, allow_abbrev=False)
-    parser.add_argument("--op", nargs="+", metavar="PREFIX", help="kernels whose name begins so (default: all)")
+    parser.add_argument("--op", nargs="+", metavar="PREFIX", help="only kernels whose name begins so")
     parser.add_argument("--precision", nargs="+", choices=list(inspect.ELEMENTS), help="default: all")
-    parser.add_argument("--size", nargs="+", type=int, help="of the table: head size, channels, ... (default: all)")
+    parser.add_argument("--size", nargs="+", type=int, help="only these head sizes, channels, ...")
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help=f"time each kernel this long (default: {SECONDS:g})"
     )
@@ -439,8 +365,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"fastgpt2.kernels.tools.tune: no CUDA GPU here; {hint}", file=sys.stderr)
         return 2
     if arch not in architectures():
-        print(f"fastgpt2.kernels.tools.tune: {arch} has no table; begin with a copy of {_closest(arch)}.json, named {arch}.json, and "
-              f"its multiprocessor's shared memory in kernels/tools/inspect.py", file=sys.stderr)  # fmt: skip
+        copy = f"copy {_closest(arch)}.json to {arch}.json and add its shared memory to kernels/tools/inspect.py"
+        print(f"fastgpt2.kernels.tools.tune: {arch} has no table; {copy}", file=sys.stderr)
         return 2
     options = Options(*(tuple(x) if x else None for x in (given.op, given.precision, given.size)))
     out = given.out or TABLES / f"{arch}.json"
@@ -466,7 +392,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _present() -> tuple[Any, dict[str, Any]]:
-    """The current GPU, and what to note beside its times."""
+    """The current GPU, and what to record with its times."""
     import torch
     import triton
 

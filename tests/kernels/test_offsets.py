@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
 import triton
 import triton.language as tl
 
-from fastgpt2.kernels import add_layer_norm, attention, flash_attention, layer_norm, mlp_device
+from fastgpt2.kernels import add_layer_norm, attention, flash_attention, layer_norm, mlp_device, norm
 from fastgpt2.kernels.cross_entropy import cross_entropy_rows
 from fastgpt2.kernels.tiles import load_tile, store_tile
 from fastgpt2.kernels.tuning import LaunchConfig

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
 
 from bench.timing import ROOT
 from fastgpt2.kernels import tuning
-from fastgpt2.kernels.tools import inspect, tune
+from fastgpt2.kernels.tools import inspect, timing, tune
 from fastgpt2.kernels.tools.tune import Key, LaunchConfig, Options, choose, configurations, read, serialize, updated
 from fastgpt2.kernels.tuning import TABLES, architectures
 
@@ -263,13 +263,13 @@ def test_results_are_compared_before_anything_is_timed() -> None:
             raise RuntimeError("first line\nout of resource: shared memory")
         return results[config][0]
 
-    faults = dict(tune.checked(launch, [nothing, *results]))
+    faults = dict(timing.checked(launch, [nothing, *results]))
     assert "RuntimeError" in faults[nothing] and "shared memory" in faults[nothing]
     assert faults[SMALL] is faults[MIDDLE] is None
     assert "disagrees with the first by 1.0e-01" in faults[LARGE]
-    assert tune.disagreement(right * float("nan"), right) == float("inf")
-    assert tune.disagreement((right, right[:0]), [right, right[:0]]) == 0.0
-    assert tune.disagreement(None, None) == 0.0
+    assert timing.disagreement(right * float("nan"), right) == float("inf")
+    assert timing.disagreement((right, right[:0]), [right, right[:0]]) == 0.0
+    assert timing.disagreement(None, None) == 0.0
 
 
 @pytest.mark.parametrize(("size", "sets"), [(10, 16), (100, 4), (10000, 2)])
@@ -280,10 +280,10 @@ def test_inputs_rotate_over_four_times_the_cache(size, sets) -> None:
         held[0] += size
         return seed
 
-    assert tune.rotating(make, 100, lambda: held[0]) == list(range(sets))
+    assert timing.rotating(make, 100, lambda: held[0]) == list(range(sets))
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(10.0, tune.ROUNDS), (0.066, 11), (0.0, 5)])
+@pytest.mark.parametrize(("seconds", "rounds"), [(10.0, timing.ROUNDS), (0.066, 11), (0.0, 5)])
 def test_candidates_take_turns_and_the_median_counts(seconds, rounds, monkeypatch) -> None:
     clock, calls = [0.0], []
 
@@ -309,8 +309,8 @@ def test_candidates_take_turns_and_the_median_counts(seconds, rounds, monkeypatc
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert tune.milliseconds([launch(0), launch(1)], list(cost), seconds) == pytest.approx(cost)
-    assert len(calls) == 3 * (tune.WARM_UP + rounds)
+    assert timing.milliseconds([launch(0), launch(1)], list(cost), seconds) == pytest.approx(cost)
+    assert len(calls) == 3 * (timing.WARM_UP + rounds)
     assert [config for _, config in calls[:6]] == list(cost) * 2
     assert {which for which, config in calls if config == LARGE} == {0, 1}
 
@@ -342,8 +342,8 @@ def test_examples_run_and_do_not_depend_on_the_configuration(op, precision, size
     tiles = {"attention": [(16, 16), (64, 32)], "gelu_mlp": [(32, 32, 16), (64, 64, 32)], "layer_norm": [(16,), (64,)]}
     (kernel,) = (name for name in tiles if op.startswith(name))
     configs = [LaunchConfig(*tile) for tile in tiles[kernel]]
-    assert [fault for _, fault in tune.checked(first, configs)] == [None, None]
-    assert tune.disagreement(first(configs[0]), second(configs[0])) > tune.AGREE
+    assert [fault for _, fault in timing.checked(first, configs)] == [None, None]
+    assert timing.disagreement(first(configs[0]), second(configs[0])) > timing.AGREE
 
 
 def test_a_dry_run_compiles_and_says_what_it_drops(tmp_path) -> None:
