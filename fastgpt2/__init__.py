@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from fastgpt2.config import ConfigError, ModelConfig, TrainConfig
     from fastgpt2.model import GPT
     from fastgpt2.ops import Ops
-    from fastgpt2.train import TrainResult, train
+    from fastgpt2.reporter import TrainResult
+    from fastgpt2.training import train
 
 # cuBLAS is deterministic only with this workspace, and PyTorch looks once in a process: at the first product on a GPU,
 # which may come long before a run.
@@ -23,18 +24,15 @@ _HOME = {
     "ModelConfig": "fastgpt2.config",
     "Ops": "fastgpt2.ops",
     "TrainConfig": "fastgpt2.config",
-    "TrainResult": "fastgpt2.train",
-    "train": "fastgpt2.train",
+    "TrainResult": "fastgpt2.reporter",
+    "train": "fastgpt2.training",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that `import fastgpt2` costs nothing."""
     if name in _HOME:
-        value = getattr(import_module(_HOME[name]), name)
-        # Importing fastgpt2.train binds the module under the function's name: put the function back.
-        globals()[name] = value
-        return value
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'fastgpt2' has no attribute {name!r}")
 
 

@@ -20,11 +20,10 @@ from fastgpt2.console import discard_unwritten, printable, shell_word, unfailing
 from fastgpt2.device import device_name
 from fastgpt2.metrics import curve, read_json_lines
 from fastgpt2.model import parameter_count
-from fastgpt2.reporter import Reporter
+from fastgpt2.reporter import Reporter, TrainResult
 
 if TYPE_CHECKING:
     from fastgpt2.run import Run
-    from fastgpt2.train import TrainResult
 
 
 class TrainDisplay(Reporter):

@@ -1,13 +1,16 @@
-"""What a run tells, and how it is asked to stop."""
+"""What a run tells, how it is asked to stop, and what came of it."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastgpt2.model import GPT
     from fastgpt2.run import Run
-    from fastgpt2.train import TrainResult
+    from fastgpt2.settings import Settled
 
 
 class Reporter:
@@ -37,3 +40,27 @@ class Reporter:
 
     def finished(self, result: TrainResult) -> None:
         """The run is over."""
+
+
+@dataclass
+class TrainResult:
+    """What came of a run."""
+
+    losses: list[float]
+    """The training loss of each step that this call made, in nats a token, mean over its micro-steps."""
+    val_losses: list[tuple[int, float]]
+    """(step, validation loss)."""
+    config: Settled
+    """The settled configuration."""
+    model: GPT
+    steps_done: int
+    tokens_per_s: float
+    """Without the first logged interval (warm-up, compilation)."""
+    mfu: float | None
+    peak_memory_bytes: int
+    seconds: float
+    skipped_steps: int
+    """Steps that the float16 gradient scaler left out because a gradient was not finite."""
+    out: Path | None = None
+    missing: list[str] = field(default_factory=list)
+    """What could not be written to `out`, the newest state or the last records, a line each."""

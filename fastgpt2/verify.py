@@ -40,7 +40,7 @@ from fastgpt2.model import GPT
 from fastgpt2.ops import SLOTS, Ops, make_ops
 from fastgpt2.run import build, numerics
 from fastgpt2.settings import TORCH_DTYPE
-from fastgpt2.train import train
+from fastgpt2.training import train
 
 LOSS_FLOOR = {"float32": 1e-5, "tf32": 1e-3, "bfloat16": 1e-3, "float16": 1e-3}
 """What a loss in nats may deviate by however well the plain form does."""

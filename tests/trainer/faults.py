@@ -28,8 +28,8 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+import fastgpt2.command
 import fastgpt2.display
-import fastgpt2.train
 from fastgpt2 import checkpoint
 from fastgpt2.console import run_command
 from fastgpt2.metrics import read_json_lines
@@ -111,7 +111,7 @@ class Scene:
     def start(self, *flags: str, output: int | None = None) -> Process:
         """Begin or continue the run, as a job that is started anew after each preemption does."""
         always = ["--data", str(self.data), "--out", str(self.out), "--resume", "auto"]
-        return Process(fastgpt2.train.main, [*FLAGS, *always, *flags], self.log, output)
+        return Process(fastgpt2.command.main, [*FLAGS, *always, *flags], self.log, output)
 
     def soon(self, run: Process, expected: Expected) -> None:
         """Wait for a moment of a run: a step of it, or in one of eight cases before the first."""
@@ -326,10 +326,10 @@ def lost_settings(scene: Scene, expected: Expected) -> None:
     else:
         path.write_bytes(path.read_bytes()[: scene.random.randrange(path.stat().st_size)])
     flags = ["--resume", "--out", str(scene.out), "--steps", str(STEPS), "--device", "cpu"]
-    status = Process(fastgpt2.train.main, flags, scene.log).wait()
+    status = Process(fastgpt2.command.main, flags, scene.log).wait()
     if status == 2:  # a file that is cut is said rather than guessed at; without it the run goes on
         path.unlink()
-        status = Process(fastgpt2.train.main, flags, scene.log).wait()
+        status = Process(fastgpt2.command.main, flags, scene.log).wait()
     assert status == 0, f"without config.toml it ends with {status}"
     expected.check(scene.out)
 

@@ -21,8 +21,8 @@ import torch
 from fastgpt2 import ConfigError, TrainConfig, checkpoint, train
 from fastgpt2.durable import OutputError, write_text
 from fastgpt2.metrics import JsonLines, read_json_lines
+from fastgpt2.reporter import Reporter
 from fastgpt2.run import build
-from fastgpt2.train import Reporter
 
 pytest.importorskip("safetensors", reason="checkpoints need safetensors")
 
@@ -467,7 +467,7 @@ def test_a_run_that_has_no_room_goes_on_and_says_what_is_missing(tmp_path: Path)
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
         "import fastgpt2.loop; fastgpt2.loop.LAST_TRIES_S = (); "
-        "from fastgpt2.train import main; sys.exit(main())"
+        "from fastgpt2.command import main; sys.exit(main())"
     )
     flags = ["--model", "tiny", "--steps", "5", "--save-every", "2", "--device", "cpu", "--out", str(tmp_path)]
     done = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True)

@@ -14,9 +14,10 @@ from typing import Any, TextIO
 import pytest
 
 from fastgpt2 import TrainConfig, console, train
+from fastgpt2.command import main
 from fastgpt2.console import discard_unwritten, printable, shell_word, unfailing
 from fastgpt2.display import TrainDisplay, plot_losses
-from fastgpt2.train import TrainResult, main
+from fastgpt2.reporter import TrainResult
 
 RUN = ["--model", "tiny", "--batch-size", "2", "--block-size", "8", "--device", "cpu", "--steps", "4"]
 NAMES = ["[lr=0.1,wd=0]", "x[/dim]", "[bold]x[/bold]", "[/]", ":smile:", "a\\[b", "$x$ $", "a  b", "ü" * 90]
@@ -147,7 +148,7 @@ ENDINGS = """
 import contextlib, io, os, sys
 from pathlib import Path
 from fastgpt2 import console, display
-from fastgpt2.train import main
+from fastgpt2.command import main
 display.plot_losses = lambda out, result: out / "loss.png"
 
 

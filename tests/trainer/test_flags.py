@@ -14,10 +14,10 @@ import pytest
 
 from fastgpt2 import ConfigError, TrainConfig, checkpoint, toml, train
 from fastgpt2.arguments import naming_files, parse, read_command_line
+from fastgpt2.command import main
 from fastgpt2.console import run_command
 from fastgpt2.flags import Parser, make_parser
 from fastgpt2.settings import resolve
-from fastgpt2.train import main
 
 # --------------------------------------------------------------------------------------------------- layers
 

@@ -17,11 +17,12 @@ import torch
 
 import fastgpt2
 from fastgpt2 import ConfigError, TrainConfig, checkpoint, record, train
+from fastgpt2.command import main
 from fastgpt2.durable import LOCK_NAME, OutputError, locked
 from fastgpt2.folder import new_folder
 from fastgpt2.metrics import NonFiniteLossError, read_json_lines
+from fastgpt2.reporter import Reporter
 from fastgpt2.run import Run, build
-from fastgpt2.train import Reporter, main
 
 pytest.importorskip("safetensors", reason="checkpoints need safetensors")
 
@@ -315,7 +316,7 @@ def test_torchrun_is_refused_before_anything_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", world)
-    monkeypatch.delattr(sys.modules["fastgpt2.train"], "new_folder")  # it would be made, and removed again
+    monkeypatch.delattr(sys.modules["fastgpt2.command"], "new_folder")  # it would be made, and removed again
     message = rf"^{world} processes were started .*, and fastgpt2 trains in one: start .* without torchrun$"
     for call in (lambda: main(FLAGS), lambda: main([*FLAGS, "--out", "run"]), lambda: train(with_(tmp_path / "run"))):
         with pytest.raises(ConfigError, match=message):

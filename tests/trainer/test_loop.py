@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from fastgpt2 import TrainConfig, checkpoint, train
+from fastgpt2.command import main
 from fastgpt2.data import DataError, write_shard
 from fastgpt2.durable import OutputError
 from fastgpt2.metrics import JsonLines, NonFiniteLossError, curve, read_json_lines
 from fastgpt2.reporter import Reporter
 from fastgpt2.run import Run
-from fastgpt2.train import main
 
 SMALL = TrainConfig(
     n_layer=1, n_head=1, n_embd=16, block_size=8, vocab_size=33, batch_size=2, steps=6, lr=1e-2, device="cpu",

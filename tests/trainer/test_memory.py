@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from fastgpt2 import ConfigError, TrainConfig, memory, train
+from fastgpt2.command import main
 from fastgpt2.console import run_command
 from fastgpt2.memory import ADDRESSABLE_BYTES, check_memory, least_bytes, memory_bytes
 from fastgpt2.model import GPT
 from fastgpt2.run import Run, build
 from fastgpt2.settings import resolve
-from fastgpt2.train import main
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LARGEST = 2**63 - 1

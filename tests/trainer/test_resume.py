@@ -22,9 +22,9 @@ from fastgpt2.loop import Loop
 from fastgpt2.model import GPT
 from fastgpt2.optim import make_optimizer
 from fastgpt2.outputs import Outputs
+from fastgpt2.reporter import Reporter
 from fastgpt2.run import build
 from fastgpt2.state import Progress, carried_over, changed_data, read_progress
-from fastgpt2.train import Reporter
 from tests.trainer.test_checkpoint import names, step
 
 pytest.importorskip("safetensors", reason="checkpoints need safetensors")

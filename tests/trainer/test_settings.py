@@ -16,9 +16,9 @@ from fastgpt2 import ConfigError, ModelConfig, TrainConfig, checkpoint, train
 from fastgpt2.config import preset_name
 from fastgpt2.data import DummyTokens
 from fastgpt2.ops import Ops
+from fastgpt2.reporter import Reporter
 from fastgpt2.run import Run, build, lean_inductor, settle
 from fastgpt2.settings import resolve
-from fastgpt2.train import Reporter
 
 
 def tiny(**changes: Any) -> TrainConfig:

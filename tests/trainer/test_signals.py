@@ -15,10 +15,10 @@ import pytest
 from torch import Tensor
 
 from fastgpt2 import checkpoint, signals
+from fastgpt2.command import main
 from fastgpt2.data import DummyTokens
 from fastgpt2.display import TrainDisplay
 from fastgpt2.metrics import read_json_lines
-from fastgpt2.train import main
 
 RUN = ["--model", "tiny", "--batch-size", "2", "--block-size", "8", "--device", "cpu", "--steps", "9"]
 RUN += ["--save-every", "100", "--log-every", "1"]
@@ -170,7 +170,7 @@ def test_a_signal_while_torch_is_imported_ends_in_one_line(number: signal.Signal
 
 def test_a_signal_while_the_run_is_built_ends_in_one_line(tmp_path: Path) -> None:
     program = (
-        "import os, signal, sys; import fastgpt2.run as run; from fastgpt2.train import main\n"
+        "import os, signal, sys; import fastgpt2.run as run; from fastgpt2.command import main\n"
         "build = run._open_sources\n"
         "run._open_sources = lambda config: (os.kill(os.getpid(), signal.SIGTERM), build(config))[1]\n"
         "sys.exit(main())"

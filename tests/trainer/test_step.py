@@ -29,9 +29,10 @@ from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import SLOTS, Ops, make_ops
 from fastgpt2.optim import make_optimizer
 from fastgpt2.pretrained import load_run
+from fastgpt2.reporter import Reporter
 from fastgpt2.run import Run, activation_bytes, build, lean_inductor, numerics, settle
 from fastgpt2.settings import resolve
-from fastgpt2.train import Reporter, _notes, train
+from fastgpt2.training import _notes, train
 from tests.trainer.played_cuda import PlayedCuda
 
 CUDA = torch.cuda.is_available()
@@ -521,12 +522,13 @@ RESIDENT = """
 import sys
 from pathlib import Path
 import torch
-import fastgpt2.train
+import fastgpt2.training
 from fastgpt2.config import TrainConfig
 if sys.argv[1] == "kept":
-    fastgpt2.train.give_back_freed_memory = lambda: None
+    fastgpt2.training.give_back_freed_memory = lambda: None
 torch.set_num_threads(1)
-kept = fastgpt2.train(TrainConfig(model="tiny", vocab_size=50257, batch_size=4, device="cpu", steps=1, loss="torch"))
+config = TrainConfig(model="tiny", vocab_size=50257, batch_size=4, device="cpu", steps=1, loss="torch")
+kept = fastgpt2.training.train(config)
 {later}
 print(Path("/proc/self/statm").read_text().split()[1])
 """

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from fastgpt2 import checkpoint, shards
+from fastgpt2.command import main
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.data import DataError, ShardTokens, write_shard
 from fastgpt2.evaluate import evaluate
-from fastgpt2.train import Reporter, main, train
+from fastgpt2.reporter import Reporter
+from fastgpt2.training import train
 
 
 class Watch(Reporter):

@@ -1,0 +1,120 @@
+"""`train(TrainConfig(...))`: build, loop, close."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from fastgpt2.config import TrainConfig
+from fastgpt2.device import give_back_freed_memory, peak_memory_bytes, pick_device
+from fastgpt2.folder import as_saved
+from fastgpt2.loop import MFU_FORMULA, Loop, advice, mfu
+from fastgpt2.metrics import NonFiniteLossError
+from fastgpt2.model import FLOPS_PER_TOKEN, recompute_flops
+from fastgpt2.outputs import Outputs
+from fastgpt2.reporter import Reporter, TrainResult
+from fastgpt2.run import Run, activation_bytes, build, kept_from_cudnn, numerics
+
+
+def train(config: TrainConfig, reporter: Reporter | None = None) -> TrainResult:
+    """Train a GPT-2 as published: seed first, random tokens or shards, mean cross-entropy, Adam.
+
+    Args:
+        config: fields left at None are settled for this machine. Without `out` nothing is written.
+        reporter: is told what happens.
+
+    Raises:
+        ConfigError: before any work, where the request can't be carried out.
+        NonFiniteLossError: the loss, a weight or the optimizer's state became infinite or NaN; the message names
+            the step and what to try.
+        OutputError: `out` can't be written at the start. What can't be written later doesn't end the run: the reporter
+            is warned, it is tried again, and what is still missing at the end is in the result.
+        DataError: the data can't be read any more, or was found damaged; the steps before that are saved.
+    """
+    device = pick_device(config.device)
+    config = as_saved(config)
+    try:
+        with numerics(config), contextlib.ExitStack() as held:
+            return _train(config, reporter, held)
+    finally:
+        if device.type == "cpu":
+            give_back_freed_memory()
+
+
+def _train(config: TrainConfig, listening: Reporter | None, held: contextlib.ExitStack) -> TrainResult:
+    began = time.perf_counter()
+    run = build(config, held)
+    reporter = listening or Reporter()
+    if listening is None:  # what was found, such as settings that are not the checkpoint's, is told all the same
+        for text in run.found:
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+    outputs = Outputs(run, reporter.warn)
+    reporter.started(run)
+    for text in _notes(run):
+        reporter.note(text)
+
+    loop = Loop(run, reporter, outputs, began)
+    try:
+        loop.go()
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(error.step, error.loss, advice(run), error.what) from None
+    finally:
+        missing = outputs.close(loop.done)
+
+    speed = loop.meter.tokens_per_s()
+    result = TrainResult(
+        losses=loop.meter.losses,
+        val_losses=loop.val_losses,
+        config=run.config,
+        model=run.model,
+        steps_done=loop.done,
+        tokens_per_s=speed,
+        mfu=mfu(run, speed),
+        peak_memory_bytes=peak_memory_bytes(run.device),
+        seconds=time.perf_counter() - began,
+        skipped_steps=run.skipped_steps(loop.done),
+        out=run.config.out,
+        missing=missing,
+    )
+    reporter.finished(result)
+    return result
+
+
+def _notes(run: Run) -> Iterator[str]:
+    config = run.config
+    flags = {"--attn": config.attn, "--mlp": config.mlp, "--norm": config.norm, "--loss": config.loss}
+    chosen = zip(flags.items(), run.chosen.values(), strict=True)
+    if automatic := [f"{flag} {name}" for (flag, asked), name in chosen if asked == "auto"]:
+        yield f"auto chose {', '.join(automatic)}"
+    if kept_from_cudnn(run):
+        yield (
+            "deterministic algorithms keep SDPA from cuDNN, PyTorch's choice on this GPU: by arithmetic, not measured, "
+            "some 10 ms a step of GPT-2 124M with 64k tokens on an H100. --no-deterministic allows cuDNN; --attn "
+            "triton is deterministic too, and not measured either"
+        )
+    if config.recompute:
+        kept, instead = (activation_bytes(run, recompute=r) / 2**20 for r in (True, False))
+        more = recompute_flops(run.model.config) / FLOPS_PER_TOKEN[MFU_FORMULA](run.model.config)
+        yield (
+            f"--recompute keeps {kept:,.1f} MiB of activations rather than {instead:,.1f} "
+            f"and computes the blocks' forward twice: {more:.0%} more FLOPs, which mfu does not count"
+        )
+    yield from run.found
+    if run.start:
+        yield f"continuing after step {run.start}"
+    if run.start >= config.steps:
+        yield f"nothing to do: --steps {config.steps} is no more than the {run.start} already done"
+    if config.data == "dummy":
+        yield (
+            f"dummy tokens are uniform and new at every step, so nothing can be learned: the loss stays at "
+            f"ln {config.vocab_size} = {math.log(config.vocab_size):.4f} nats, its floor"
+        )
+    if config.data == "dummy-fixed":
+        yield "dummy-fixed repeats one batch: the loss falls as the model learns it by heart"
