@@ -7,7 +7,6 @@ the rows. Eager PyTorch adds them in pieces, in a fixed order as well.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -26,7 +25,9 @@ torch.library.impl("fastgpt2::embedding_backward", "default", embedding_backward
 
 @torch.library.register_fake("fastgpt2::embedding_backward")
 def _(gradient: Tensor, tokens: Tensor, rows: int) -> Tensor:
-    import_module("fastgpt2.kernels.launch").register_inductor_fallback("fastgpt2::embedding_backward")
+    from fastgpt2.kernels.launch import register_inductor_fallback
+
+    register_inductor_fallback("fastgpt2::embedding_backward")
     return gradient.new_empty(rows, gradient.size(-1))
 
 
