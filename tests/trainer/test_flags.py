@@ -263,7 +263,7 @@ def test_a_setting_of_an_earlier_version_names_the_new_one(folder: Path, monkeyp
 # ------------------------------------------------------------------------------------------- every command
 
 COMMANDS = {
-    "fastgpt2.train": [],
+    "fastgpt2.command": [],
     "fastgpt2.evaluate": ["--from", "x"],
     "fastgpt2.sample": ["--from", "x"],
     "fastgpt2.prepare": ["x", "--out", "x"],
@@ -286,7 +286,7 @@ LONG = "a" * 300
 """No file system has such a name."""
 MISTAKES = [
     *((module, [*needed, "--oops", "3"], "--oops") for module, needed in COMMANDS.items()),
-    ("fastgpt2.train", ["--st", "3"], "--st"),
+    ("fastgpt2.command", ["--st", "3"], "--st"),
     ("fastgpt2.evaluate", ["--fro", "x"], "--from"),
     ("fastgpt2.evaluate", ["--from", "x", "--batch-size", "two"], "--batch-size"),
     ("fastgpt2.evaluate", ["--from", "x", "--batch-size", "0"], "--batch-size"),
@@ -319,20 +319,20 @@ MISTAKES = [
     ("bench.cpu", ["--rounds", "x"], "--rounds"),
     ("bench.report.gate", ["nosuch.json"], "nosuch.json"),
     ("bench.kernel_profile", ["plain", "--dtype", "int8"], "--dtype"),
-    ("fastgpt2.train", ["--out", ""], "--out"),
-    ("fastgpt2.train", ["--out", "caf\udce9"], "--out"),
-    ("fastgpt2.train", ["--data", "caf\udce9"], "--data"),
-    ("fastgpt2.train", ["--config", "caf\udce9"], "--config"),
-    ("fastgpt2.train", ["--caf\udce9"], "--caf"),
-    ("fastgpt2.train", ["--steps", "1e3"], "--steps"),
-    ("fastgpt2.train", ["--steps", "9" * 5000], "--steps"),
-    ("fastgpt2.train", ["--compile", "yes"], "yes"),
-    ("fastgpt2.train", ["--compile=yes"], "--compile"),
-    ("fastgpt2.train", ["--out", LONG, "--resume"], LONG),
-    ("fastgpt2.train", ["--out", LONG, "--resume", "auto"], f"--out {LONG}"),
-    ("fastgpt2.train", ["--config", LONG], f"--config {LONG}"),
-    ("fastgpt2.train", ["--lr"], "--lr"),
-    ("fastgpt2.train", ["--resume", "run", "--out", "x"], "--resume"),
+    ("fastgpt2.command", ["--out", ""], "--out"),
+    ("fastgpt2.command", ["--out", "caf\udce9"], "--out"),
+    ("fastgpt2.command", ["--data", "caf\udce9"], "--data"),
+    ("fastgpt2.command", ["--config", "caf\udce9"], "--config"),
+    ("fastgpt2.command", ["--caf\udce9"], "--caf"),
+    ("fastgpt2.command", ["--steps", "1e3"], "--steps"),
+    ("fastgpt2.command", ["--steps", "9" * 5000], "--steps"),
+    ("fastgpt2.command", ["--compile", "yes"], "yes"),
+    ("fastgpt2.command", ["--compile=yes"], "--compile"),
+    ("fastgpt2.command", ["--out", LONG, "--resume"], LONG),
+    ("fastgpt2.command", ["--out", LONG, "--resume", "auto"], f"--out {LONG}"),
+    ("fastgpt2.command", ["--config", LONG], f"--config {LONG}"),
+    ("fastgpt2.command", ["--lr"], "--lr"),
+    ("fastgpt2.command", ["--resume", "run", "--out", "x"], "--resume"),
 ]  # fmt: skip
 
 
