@@ -26,26 +26,32 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgpt2.config import ConfigError, ModelConfig
 from fastgpt2.durable import OutputError, open_regular, read_json, sha256, sync
 from fastgpt2.model import parameter_count
 from fastgpt2.settings import Settled
-from fastgpt2.state import STATE, UNKNOWN, Progress, check_agreement, check_state, make_state, read_progress
+from fastgpt2.state import TENSORS, VALUES, Part, RunState, Shapes, StateError
+from fastgpt2.state_json import STATE, UNKNOWN, Progress, check_agreement, check_state, make_state, read_progress
 from fastgpt2.tensors import check_tensors, read_shapes, read_tensors
 
-MODEL, OPTIMIZER, RNG = "model.safetensors", "optimizer.safetensors", "rng.safetensors"
-FILES = (MODEL, OPTIMIZER, RNG, STATE)
+
+def tensor_file(part: str) -> str:
+    """The file of a part that holds tensors."""
+    return f"{part}.safetensors"
+
+
+MODEL = tensor_file("model")
+FILES = (*map(tensor_file, TENSORS), STATE)
 SUMS = "SHA256SUMS"
 _WRITING, _REMOVING, _DAMAGED = ".writing-", ".removing-", "damaged-"
 """Name prefixes: being written, being deleted, set aside as damaged."""
-_ADAM = ("step", "exp_avg", "exp_avg_sq")
-"""What both optimizers keep of a parameter: a count of steps, and two averages of the parameter's shape."""
 _PASS_OVER = "move {} away to use the one before it"
 
 
@@ -71,9 +77,7 @@ def save(
     out: Path,
     step: int,
     config: Settled,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    state: RunState,
     progress: Progress = UNKNOWN,
 ) -> Path:
     """Write the checkpoint of a run after `step` steps and delete those that `config.keep` no longer covers.
@@ -88,7 +92,7 @@ def save(
     _remove_leftovers(folder)
     try:
         aside.mkdir(parents=True)
-        _write(aside, step, config, model, optimizer, scaler, progress)
+        _write(aside, step, config, state, progress)
         if os.path.lexists(final):
             _remove(final)
         os.replace(aside, final)
@@ -111,23 +115,20 @@ def _write(
     folder: Path,
     step: int,
     config: Settled,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    state: RunState,
     progress: Progress,
 ) -> None:
     """A checkpoint's files, on the disk when this returns."""
     from safetensors.torch import save_file
 
-    save_file(_contiguous(model.state_dict()), folder / MODEL)
-    save_file(_contiguous(_optimizer_tensors(model, optimizer)), folder / OPTIMIZER)
-    device = next(model.parameters()).device
-    save_file(_rng_states(device), folder / RNG)
-    state = make_state(step, config, scaler, progress, device)
-    (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    parts = state.state_dict()
+    for name in TENSORS:
+        save_file(_contiguous(parts[name]), folder / tensor_file(name))
+    values = make_state(step, config, {name: parts[name] for name in VALUES}, progress, state.device)
+    (folder / STATE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     # safetensors writes for the owner alone; the other files have the mode that the user's umask gives.
     mode = stat.S_IMODE((folder / STATE).stat().st_mode)
-    for name in (MODEL, OPTIMIZER, RNG):
+    for name in map(tensor_file, TENSORS):
         (folder / name).chmod(mode)
     (folder / SUMS).write_text("".join(f"{_sum_line(folder / name)}\n" for name in FILES), encoding="utf-8")
     for path in (*(folder / name for name in (*FILES, SUMS)), folder):
@@ -377,63 +378,43 @@ def load_model(
     return read_tensors(checkpoint / MODEL, device), ModelConfig(**state["model"]), state
 
 
-def restore(
-    checkpoint: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    device: torch.device,
-) -> int:
+def restore(checkpoint: Path, state: RunState) -> int:
     """Load everything that `save` wrote; returns the number of steps done. The sums are not looked at.
-
-    A scaler that the checkpoint has no state for is left as it is.
 
     Raises:
         ConfigError: a file can't be read, or its tensors are not those of this model and this optimizer.
     """
-    state = read_state(checkpoint)
-    weights = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    names = _parameter_names(model, optimizer)
-    moments = {f"{name}/{key}": () if key == "step" else weights[name] for name in names for key in _ADAM}
-    if not state["step"]:  # nothing is kept before the first step
-        moments = {}
-    check_tensors(checkpoint / MODEL, weights)
-    check_tensors(checkpoint / OPTIMIZER, moments)
-
-    model.load_state_dict(_read_finite(checkpoint / MODEL, device))
-    tensors = _read_finite(checkpoint / OPTIMIZER, device)
-    _check_moments(checkpoint / OPTIMIZER, tensors, state["step"])
-    packed = optimizer.state_dict()
-    packed["state"] = {
-        index: {key: tensors[f"{name}/{key}"] for key in _ADAM if f"{name}/{key}" in tensors}
-        for index, name in enumerate(names)
-    }
-    optimizer.load_state_dict(packed)
-    if state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    _restore_generators(checkpoint / RNG, device)
-    return state["step"]
-
-
-def _check_moments(path: Path, tensors: dict[str, Tensor], step: int) -> None:
-    """An average of squares below 0, or more steps than the run made, is no state of Adam's: it would diverge."""
-    most = {"step": step, "exp_avg_sq": math.inf}
-    for name, tensor in tensors.items():
-        kind = name.rpartition("/")[2]
-        if kind in most and not ((tensor >= 0) & (tensor <= most[kind])).all():
-            raise ConfigError(f"{path}: {name} can't be right; {_PASS_OVER.format(path.parent)}")
-
-
-def _restore_generators(path: Path, device: torch.device) -> None:
-    states = read_tensors(path, "cpu")
+    saved = read_state(checkpoint)
+    shapes = state.shapes(saved["step"])
+    for name, expected in shapes.items():
+        check_tensors(checkpoint / tensor_file(name), expected)
     try:
-        torch.set_rng_state(states["cpu"])
-        if device.type == "cuda" and "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], device)
-    except KeyError:
-        raise ConfigError(f"{path} lacks the CPU's generator") from None
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"{path} holds no state of a generator: {str(error).splitlines()[0]}") from None
+        state.load_state_dict(_Parts(checkpoint, saved, shapes, state.device), saved["step"])
+    except StateError as error:
+        path = checkpoint / tensor_file(error.part)
+        raise ConfigError(f"{path}: {error}; {_PASS_OVER.format(checkpoint)}") from None
+    return saved["step"]
+
+
+class _Parts(Mapping[str, Part]):
+    """The parts of a checkpoint. One is read when it is asked for, so that no two are in memory at once."""
+
+    def __init__(
+        self, checkpoint: Path, saved: dict[str, Any], shapes: dict[str, Shapes], device: torch.device
+    ) -> None:
+        self.checkpoint, self.saved, self.shapes, self.device = checkpoint, saved, shapes, device
+
+    def __getitem__(self, name: str) -> Part:
+        if name in VALUES:
+            return self.saved[name]
+        path = self.checkpoint / tensor_file(name)
+        return _read_finite(path, self.device) if name in self.shapes else read_tensors(path, "cpu")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*TENSORS, *VALUES))
+
+    def __len__(self) -> int:
+        return len(TENSORS) + len(VALUES)
 
 
 def _read_finite(path: Path, device: torch.device | str) -> dict[str, Tensor]:
@@ -444,24 +425,5 @@ def _read_finite(path: Path, device: torch.device | str) -> dict[str, Tensor]:
     return tensors
 
 
-def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """The parameters' names in the order in which the optimizer numbers them."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    names = _parameter_names(model, optimizer)
-    return {f"{names[index]}/{key}": tensor for index, entry in state.items() for key, tensor in entry.items()}
-
-
-def _rng_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _contiguous(tensors: Part) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}

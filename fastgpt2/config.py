@@ -10,17 +10,23 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fastgpt2.fields import ConfigError, Count, Fraction, Name, Natural, NonNegative, Place, check_fields
+from fastgpt2.optim import OPTIMIZERS
+from fastgpt2.optim.schedules import SCHEDULES
 
 Attention = Literal["auto", "naive", "sdpa", "cudnn", "flex", "triton"]
 Mlp = Literal["auto", "torch", "triton"]
 Norm = Literal["auto", "torch", "triton"]
 Loss = Literal["auto", "torch", "chunked", "triton"]
 Dtype = Literal["float64", "float32", "tf32", "bfloat16", "float16"]
-Optimizer = Literal["adam", "adamw"]
-Schedule = Literal["constant", "cosine", "linear"]
+if TYPE_CHECKING:
+    Optimizer: TypeAlias = str
+    Schedule: TypeAlias = str
+else:
+    Optimizer = Literal[tuple(OPTIMIZERS)]
+    Schedule = Literal[tuple(SCHEDULES)]
 
 VOCAB_PADDING = 128
 """The stored vocabulary is a multiple of this, so that the head's matmul is aligned."""
@@ -174,8 +180,11 @@ class TrainConfig:
         check_fields(self)
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ConfigError(f"--warmup-steps {self.warmup_steps} must be below --steps {self.steps}")
-        if self.weight_decay and self.optimizer == "adam":
-            raise ConfigError("--weight-decay needs --optimizer adamw: adam would mix the decay into its averages")
+        if self.weight_decay and not OPTIMIZERS[self.optimizer].decays:
+            able = " or ".join(name for name, known in OPTIMIZERS.items() if known.decays)
+            raise ConfigError(
+                f"--weight-decay needs --optimizer {able}: {self.optimizer} would mix the decay into the gradient"
+            )
         if self.cuda_graph and self.dtype == "float16":
             raise ConfigError("--cuda-graph can't skip a step as float16's gradient scaler does: use --dtype bfloat16")
         if self.cuda_graph and self.recompute and self.dropout:

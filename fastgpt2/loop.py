@@ -21,7 +21,7 @@ from fastgpt2.device import device_name, peak_flops, peak_memory_bytes
 from fastgpt2.evaluate import evaluate
 from fastgpt2.metrics import Meter, NonFiniteLossError
 from fastgpt2.model import FLOPS_PER_TOKEN
-from fastgpt2.optim import learning_rate
+from fastgpt2.optim.schedules import learning_rate
 from fastgpt2.outputs import Outputs
 from fastgpt2.reporter import Reporter
 from fastgpt2.run import Run
@@ -124,7 +124,7 @@ class Loop:
             "step": self.done,
             "loss": self._mean(),
             "last_loss": self.meter.losses[-1],
-            "lr": learning_rate(self.done - 1, self.run.config),
+            "lr": learning_rate(self.run.config.lr, self.done - 1, self.run.config),
             "grad_norm": None if norm is None else norm.item(),
             "step_ms": step_ms,
             "tokens_per_s": speed,
@@ -229,12 +229,7 @@ def _check_finite(run: Run, step: int, loss: float) -> None:
     Raises:
         NonFiniteLossError: which of them is not.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in run.model.named_parameters():
-        tensors[name] = parameter
-        for key, state in run.optimizer.state.get(parameter, {}).items():
-            if key != "step":  # a count, which may be on another device
-                tensors[f"the optimizer's {key} of {name}"] = state
+    tensors = dict(run.state.named_tensors())
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()])
     if not finite.all().item():
         first = next(name for name, good in zip(tensors, finite.tolist(), strict=True) if not good)

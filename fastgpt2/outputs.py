@@ -65,7 +65,7 @@ class Outputs:
         self._try_to_log(JsonLines.sync)
         try:
             self._check_folder()
-            checkpoint.save(self.out, step, run.config, run.model, run.optimizer, run.scaler, progress)
+            checkpoint.save(self.out, step, run.config, run.state, progress)
         except (OutputError, OSError) as error:
             self._save_error = str(error)
             self.warn(f"{error}; {otherwise}")

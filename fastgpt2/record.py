@@ -20,7 +20,7 @@ import torch
 from fastgpt2 import __version__
 from fastgpt2.device import device_name
 from fastgpt2.durable import JSON_BYTES, OutputError, open_regular
-from fastgpt2.state import config_as_json
+from fastgpt2.state_json import config_as_json
 
 if TYPE_CHECKING:
     from fastgpt2.run import Run

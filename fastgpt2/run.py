@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,9 +27,9 @@ from fastgpt2.folder import Claim, claim
 from fastgpt2.memory import check_memory
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import ablation, make_ops
-from fastgpt2.optim import learning_rate, make_optimizer
 from fastgpt2.settings import Settled, resolve
-from fastgpt2.state import UNKNOWN, Progress, carried_over, changed_data, changed_settings, read_progress
+from fastgpt2.state import RunState
+from fastgpt2.state_json import UNKNOWN, Progress, carried_over, changed_data, changed_settings, read_progress
 
 
 @dataclass
@@ -39,9 +38,7 @@ class Run:
 
     config: Settled
     device: torch.device
-    model: GPT
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    state: RunState
     source: TokenSource
     val_source: TokenSource | None
     chosen: dict[str, str]
@@ -54,11 +51,14 @@ class Run:
     """Whether its data, or their contents, are not those of this one: their losses don't compare."""
     samples_before: int = 0
     """Sequences that those steps took from the data."""
-    parameters: list[torch.nn.Parameter] = field(default_factory=list)
     found: list[str] = field(default_factory=list)
     """What the user should know of the checkpoints that were found."""
     captured: CapturedStep | None = None
     """The step as a CUDA graph, where one is asked for."""
+
+    def __post_init__(self) -> None:
+        self.model = self.state.model
+        self.parameters = list(self.model.parameters())
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision: 16-bit matmuls over float32 weights; nothing in the other precisions."""
@@ -97,13 +97,7 @@ class Run:
         Returns:
             The loss (a scalar on the device, mean over micro-steps) and the gradients' norm before clipping.
         """
-        # In float32, which is what the optimizer reads from a graph's memory: the same bits with a graph and without.
-        rate = float(np.float32(learning_rate(step, self.config)))
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        self.state.set_learning_rates(step, self.config)
         if self.captured is None:
             return self._same_every_step(tokens, want_norm)
         loss, norm = self.captured(self._same_every_step, tokens)
@@ -112,22 +106,21 @@ class Run:
 
     def _same_every_step(self, tokens: Tensor, want_norm: bool = False) -> tuple[Tensor, Tensor | None]:
         """Everything of a step that is the same in every step: what a CUDA graph captures."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.state.zero_grad()
         total = torch.zeros((), device=self.device)
         for micro in tokens:
             inputs, targets = split(micro)
             with self.autocast():
                 loss = self.model(inputs, targets)
-            self.scaler.scale(loss / len(tokens)).backward()
+            self.state.backward(loss / len(tokens))
             total = total + loss.detach()
         norm = None
         if want_norm or self.config.grad_clip:
-            self.scaler.unscale_(self.optimizer)
+            self.state.unscale()
             norm = self._norm()
             if self.config.grad_clip:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.state.update()
         return total / len(tokens), norm
 
     def _norm(self) -> Tensor:
@@ -149,9 +142,8 @@ class Run:
 
     def skipped_steps(self, done: int) -> int:
         """Of the `done` steps, those that the gradient scaler left out: the fused optimizer didn't count them."""
-        if not self.scaler.is_enabled() or not self.optimizer.state:
-            return 0
-        return done - int(self.optimizer.state[self.parameters[0]]["step"].item())
+        updates = self.state.updates() if self.state.scaler.is_enabled() else None
+        return 0 if updates is None else done - updates
 
 
 def build(config: TrainConfig, held: contextlib.ExitStack | None = None) -> Run:
@@ -187,8 +179,8 @@ def _build(asked: TrainConfig, held: contextlib.ExitStack) -> Run:
     claimed = claim(config, held) if config.out is not None else Claim(None, [])
     notes = [*source.notes, *(val_source.notes if val_source else ()), *claimed.notes]
     if claimed.latest is not None:
-        state = checkpoint.check_shape(claimed.latest, model_config)
-        notes += changed_settings(state, config) + carried_over(state, config, device)
+        saved = checkpoint.check_shape(claimed.latest, model_config)
+        notes += changed_settings(saved, config) + carried_over(saved, config, device)
     torch.manual_seed(config.seed)
     model = GPT(model_config, ops, recompute=config.recompute)
     model.to(device=device, dtype=torch.promote_types(config.torch_dtype, torch.float32))
@@ -198,25 +190,13 @@ def _build(asked: TrainConfig, held: contextlib.ExitStack) -> Run:
         # Of a function torch.compile keeps eight forms in a process, and fails at the next: those of earlier runs go.
         torch.compiler.reset()
         model.compile(dynamic=False, fullgraph=True, backend=lean_inductor if lean else "inductor")
-    optimizer = make_optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    run = Run(
-        config,
-        device,
-        model,
-        optimizer,
-        scaler,
-        source,
-        val_source,
-        chosen,
-        parameters=list(model.parameters()),
-        found=notes,
-    )
+    state = RunState.begin(model, config)
+    run = Run(config, device, state, source, val_source, chosen, found=notes)
     if config.cuda_graph:
         run.captured = CapturedStep(device)
     if claimed.latest is not None:
-        run.start = checkpoint.restore(claimed.latest, model, optimizer, scaler, device)
-        _continue_data(run, state)
+        run.start = checkpoint.restore(claimed.latest, state)
+        _continue_data(run, saved)
     return run
 
 

@@ -1,216 +1,170 @@
-"""state.json: what a checkpoint keeps beside its tensors, and what may differ where a run is resumed from it."""
+"""What a run must keep to be resumed bit for bit: weights, optimizer, gradient scaler, generators.
+
+A checkpoint holds the parts that `RunState` names, whatever they are. To keep more, such as a second optimizer or an
+average of the weights, add it here.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import re
-import reprlib
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastgpt2.config import ConfigError, ModelConfig
+from fastgpt2.config import TrainConfig
+from fastgpt2.model import GPT
+from fastgpt2.optim import OPTIMIZERS
+from fastgpt2.optim.groups import make_optimizer, set_learning_rates
 from fastgpt2.settings import Settled
 
-FORMAT = 2
-"""1 had no checksums."""
-STATE = "state.json"
+TENSORS = ("model", "optimizer", "rng")
+"""The parts that hold tensors by name; a checkpoint has a file of each."""
+VALUES = ("scaler",)
+"""The parts that hold plain values; state.json has an entry of each."""
+
+Part = Mapping[str, Any]
+Shapes = dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, beside its tensors: what state.json keeps under "progress"."""
+class StateError(ValueError):
+    """A saved part can't be right. `part` names it."""
 
-    samples: int | None = None
-    """Sequences that all steps so far have taken from the data; None in a checkpoint older than this field."""
-    data: str | None = None
-    """What identifies the data's contents: TokenSource.fingerprint of the training's, and after a "+" of the
-    validation's where there is one; None where nothing does."""
-    loss: float | None = None
-    """The training loss, mean over the last logged interval."""
-    diverged: bool = False
-    """The loss has risen far over where it was (fastgpt2.loop): the newest checkpoint before that is kept, too."""
+    def __init__(self, part: str, problem: str) -> None:
+        self.part = part
+        super().__init__(problem)
 
 
-UNKNOWN = Progress()
+@dataclass
+class RunState:
+    """The state of a run between two steps."""
 
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    keeps: Mapping[str, float]
+    """What the optimizer keeps of each parameter: Implementation.keeps."""
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    """Where the tensors are, but for the generators' states, which are on the CPU."""
 
-def make_state(
-    step: int, config: Settled, scaler: torch.amp.GradScaler, progress: Progress, device: torch.device
-) -> dict[str, Any]:
-    """What state.json holds after `step` steps, the last of them on a device."""
-    kept = dataclasses.asdict(progress)
-    if progress.loss is not None and not math.isfinite(progress.loss):
-        kept["loss"] = None  # JSON has no infinity
-    return {
-        "format": FORMAT,
-        "step": step,
-        "config": config_as_json(config),
-        "model": dataclasses.asdict(config.model_config()),
-        "scaler": scaler.state_dict(),
-        "progress": kept,
-        "device": device.type,
-        "versions": {"torch": torch.__version__},
-    }
+    @classmethod
+    def begin(cls, model: GPT, config: TrainConfig) -> RunState:
+        """The state before the first step."""
+        device = model.wte.weight.device
+        return cls(
+            model,
+            make_optimizer(model, config),
+            OPTIMIZERS[config.optimizer].keeps,
+            torch.amp.GradScaler(device.type, enabled=config.dtype == "float16"),
+            device,
+        )
 
+    def state_dict(self) -> dict[str, Part]:
+        """The parts by name."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": dict(self._moments()),
+            "rng": self._generators(),
+            "scaler": self.scaler.state_dict(),
+        }
 
-def config_as_json(config: Settled) -> dict[str, Any]:
-    """A configuration by field name, as it comes back from a JSON file."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    def shapes(self, step: int) -> dict[str, Shapes]:
+        """What the tensors of each part are after `step` steps. The generators check theirs themselves."""
+        weights = {name: tuple(weight.shape) for name, weight in self.model.state_dict().items()}
+        kept = self.keeps if step else {}  # nothing is kept before the first step
+        moments = {
+            f"{name}/{key}": () if key == "step" else weights[name] for name in self._parameter_names() for key in kept
+        }
+        return {"model": weights, "optimizer": moments}
 
+    def load_state_dict(self, state: Mapping[str, Part], step: int) -> None:
+        """Restore all parts.
 
-# ------------------------------------------------------------------------------------------------- checking
+        Args:
+            state: as state_dict returned it after `step` steps, read part by part. A scaler without state is left as
+                it is.
 
+        Raises:
+            StateError: a part can't be right.
+        """
+        self.model.load_state_dict(dict(state["model"]))
+        self._load_moments(state["optimizer"], step)
+        if state["scaler"]:
+            self.scaler.load_state_dict(dict(state["scaler"]))
+        self._load_generators(state["rng"])
 
-class _Rule(NamedTuple):
-    holds: Callable[[Any], bool]
-    expected: str
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradients, scaled as float16 needs it, to those of the parameters."""
+        self.scaler.scale(loss).backward()
 
-def _integer(least: int, most: int = 2**63 - 1) -> _Rule:
-    bounds = f"at least {least}" if most == 2**63 - 1 else f"from {least} to {most}"
-    return _Rule(lambda x: type(x) is int and least <= x <= most, f"an integer {bounds}")
+    def unscale(self) -> None:
+        """Undo the scale of the gradients, before they are looked at."""
+        self.scaler.unscale_(self.optimizer)
 
+    def set_learning_rates(self, step: int, config: Settled) -> None:
+        """For a step counted from 0."""
+        set_learning_rates(self.optimizer, step, config)
 
-def _number(least: float, most: float = math.inf) -> _Rule:
-    bounds = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+    def update(self) -> None:
+        """Step the optimizer; float16's scaler leaves the step out if a gradient is not finite."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
-    def holds(x: Any) -> bool:  # not true of NaN, infinity, and integers that are no float
-        return type(x) in (int, float) and least <= x <= most and abs(x) < 1e300
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All that must stay finite, under the names that a message gives them."""
+        yield from self.model.named_parameters()
+        for name, tensor in self._moments():
+            parameter, _, key = name.rpartition("/")
+            if key != "step":  # a count, which may be on another device
+                yield f"the optimizer's {key} of {parameter}", tensor
 
-    return _Rule(holds, f"a number {bounds}")
+    def updates(self) -> int | None:
+        """The optimizer steps that changed the weights; None if it doesn't count them. Waits for the device."""
+        first: dict[str, Tensor] = next(iter(self.optimizer.state.values()), {})
+        return int(first["step"].item()) if "step" in first else None
 
+    def _parameter_names(self) -> list[str]:
+        """In the order in which the optimizer numbers the parameters."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
-def _or_null(rule: _Rule) -> _Rule:
-    return _Rule(lambda x: x is None or rule.holds(x), f"null or {rule.expected}")
+    def _moments(self) -> Iterator[tuple[str, Tensor]]:
+        names = self._parameter_names()
+        for index, entry in self.optimizer.state_dict()["state"].items():
+            for key, tensor in entry.items():
+                yield f"{names[index]}/{key}", tensor
 
+    def _load_moments(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        for name, tensor in tensors.items():
+            key = name.rpartition("/")[2]
+            # An average of squares below 0, or more steps than the run made, would diverge.
+            most = step if key == "step" else math.inf
+            if not ((tensor >= self.keeps[key]) & (tensor <= most)).all():
+                raise StateError("optimizer", f"{name} can't be right")
+        packed = self.optimizer.state_dict()
+        packed["state"] = {
+            index: {key: tensors[f"{name}/{key}"] for key in self.keeps if f"{name}/{key}" in tensors}
+            for index, name in enumerate(self._parameter_names())
+        }
+        self.optimizer.load_state_dict(packed)
 
-_SIZE = _integer(1, 2**31 - 1)
-_TEXT = _Rule(lambda x: isinstance(x, str), "a string")
-_FLAG = _Rule(lambda x: isinstance(x, bool), "true or false")
-_OBJECT = _Rule(lambda x: isinstance(x, dict), "an object")
+    def _generators(self) -> dict[str, Tensor]:
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
 
-_TOP = {"step": _integer(0), "config": _OBJECT, "model": _OBJECT, "scaler": _OBJECT}
-_SHAPE = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), _SIZE)
-_MODEL = _SHAPE | {"dropout": _number(0, 1), "end_of_text": _or_null(_integer(0))}
-_CONFIG = {
-    **dict.fromkeys((*_SHAPE, "batch_size", "grad_accum", "steps"), _SIZE),
-    "seed": _integer(0, 2**64 - 1),
-    "data": _TEXT,
-    "dtype": _TEXT,
-}
-_SCALER = {
-    "scale": _number(1e-300),
-    "growth_factor": _number(1),
-    "backoff_factor": _number(0, 1),
-    "growth_interval": _integer(1, 2**31 - 1),
-    "_growth_tracker": _integer(0, 2**31 - 1),
-}
-_PROGRESS = {
-    "samples": _or_null(_integer(0)),
-    "data": _or_null(_TEXT),
-    "loss": _or_null(_number(-math.inf)),
-    "diverged": _FLAG,
-}
-
-
-def check_state(state: dict[str, Any], path: Path) -> None:
-    """See that what is read of a state.json is there, of its type, and a value that it can have.
-
-    Raises:
-        ConfigError: it isn't; the message names the first such value.
-    """
-    if type(state.get("format")) is not int or state["format"] not in (1, FORMAT):
-        raise ConfigError(f"{path} is not a checkpoint of format 1 or {FORMAT}")
-    _check(state, _TOP, path)
-    _check({"end_of_text": None} | state["model"], _MODEL, path, "model.")
-    _check(state["config"], _CONFIG, path, "config.")
-    if state["scaler"]:  # empty where the run had none
-        _check(state["scaler"], _SCALER, path, "scaler.")
-    if not _OBJECT.holds(state.setdefault("progress", {})):
-        raise ConfigError(f"{path}: progress must be {_OBJECT.expected}, got {reprlib.repr(state['progress'])}")
-    _check(dataclasses.asdict(UNKNOWN) | state["progress"], _PROGRESS, path, "progress.")
-    try:
-        ModelConfig(**state["model"])
-    except (ConfigError, TypeError) as error:
-        raise ConfigError(f"{path} describes no model: {str(error).removeprefix('ModelConfig.__init__() ')}") from None
-    name = path.parent.name
-    if re.fullmatch(r"step-[0-9]+", name) and int(name.removeprefix("step-")) != state["step"]:
-        raise ConfigError(f"{path} is of step {state['step']}, not of the step that its folder is named for")
-
-
-def check_agreement(state: dict[str, Any], path: Path) -> None:
-    """See that the model in a checked state.json is the one that its configuration asked for.
-
-    Raises:
-        ConfigError: it isn't: some of its tensors may be of the sizes of both, and would compute something else.
-    """
-    for name in _SHAPE:
-        if state["model"][name] != state["config"][name]:
-            raise ConfigError(f"{path} contradicts itself: model.{name} is not config.{name}")
-
-
-def _check(values: dict[str, Any], rules: dict[str, _Rule], path: Path, prefix: str = "") -> None:
-    for name, rule in rules.items():
-        if name not in values:
-            raise ConfigError(f"{path} lacks {prefix}{name}")
-        if not rule.holds(values[name]):
-            given = reprlib.repr(values[name])  # short, however long the value
-            raise ConfigError(f"{path}: {prefix}{name} must be {rule.expected}, got {given}")
-
-
-def read_progress(state: dict[str, Any]) -> Progress:
-    """The progress in a state.json that has been checked."""
-    known = {field.name for field in dataclasses.fields(Progress)}
-    return Progress(**{name: value for name, value in state["progress"].items() if name in known})
-
-
-# ------------------------------------------------------------------------------------------------- resuming
-
-
-def changed_settings(state: dict[str, Any], config: Settled) -> list[str]:
-    """The settings that are not those of the checkpoint, in a line or none.
-
-    Left out are the model's name, as check_shape compares what it stands for, and the device, which carried_over does.
-    """
-    was, now = state["config"], config_as_json(config)
-    left_out = ("out", "resume", "model", "device")
-    names = [name for name in now if name in was and name not in left_out and now[name] != was[name]]
-    different = ", ".join(f"--{name.replace('_', '-')} {now[name]} (was {was[name]})" for name in names)
-    return [f"changed since the checkpoint: {different}"] if different else []
-
-
-def changed_data(was: str | None, now: str | None, data: str) -> list[str]:
-    """A line where the data under a name are not those that the checkpoint was trained on, by their fingerprints.
-
-    Args:
-        was: Progress.data of the checkpoint.
-        now: the run's; None where nothing identifies the data.
-        data: what --data names.
-    """
-    # The validation's is compared where both have one.
-    names = ("training", "validation")
-    pairs = zip(names, (was or "").split("+"), (now or "").split("+"), strict=False)
-    other = [name for name, before, after in pairs if before and after and before != after]
-    return [f"changed since the checkpoint: the {' and '.join(other)} data in {data}"] if other else []
-
-
-def carried_over(state: dict[str, Any], config: Settled, device: torch.device) -> list[str]:
-    """What of a checkpoint's state has no counterpart in a run with other settings, or the reverse; a line each."""
-    notes = []
-    float16 = config.dtype == "float16"
-    if float16 and not state["scaler"]:
-        notes.append("the checkpoint has no gradient scaler, as it was not trained in float16: a new one begins")
-    if not float16 and state["scaler"]:
-        notes.append(f"the checkpoint's gradient scaler is dropped: --dtype {config.dtype} has none")
-    # Older checkpoints have the device among the settings alone.
-    was = str(state.get("device") or state["config"].get("device") or device.type).partition(":")[0]
-    if was != device.type:
-        masks = "; dropout draws other masks, as the generators differ" if config.dropout else ""
-        notes.append(f"changed since the checkpoint: {device.type} (was {was}), the same up to rounding{masks}")
-    return notes
+    def _load_generators(self, states: Mapping[str, Tensor]) -> None:
+        try:
+            torch.set_rng_state(states["cpu"])
+            if self.device.type == "cuda" and "cuda" in states:
+                torch.cuda.set_rng_state(states["cuda"], self.device)
+        except KeyError:
+            raise StateError("rng", "it lacks the CPU's generator") from None
+        except (RuntimeError, TypeError) as error:
+            raise StateError("rng", f"it holds no state of a generator: {str(error).splitlines()[0]}") from None

@@ -42,9 +42,9 @@ from fastgpt2.flags import Parser
 from fastgpt2.kernels.specs import all_kernels
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import SLOTS, Ops, make_ops
-from fastgpt2.optim import make_optimizer
 from fastgpt2.run import Run, settle
 from fastgpt2.settings import TORCH_DTYPE
+from fastgpt2.state import RunState
 
 CHECKED_IN = Path(__file__).parent / "counts.json"
 B, T, H, D, V = 4, 1024, 12, 64, 50257
@@ -302,9 +302,7 @@ def _run(config: TrainConfig, choices: dict[str, str], ops: Ops | None) -> tuple
     size = config.model_config()
     ops = ops or make_ops(choices, dtype=config.torch_dtype, head_dim=size.head_dim)[0]
     model = GPT(size, ops, recompute=config.recompute)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    parameters = list(model.parameters())
-    run = Run(config, device, model, make_optimizer(model, config), scaler, None, None, {}, parameters=parameters)  # type: ignore[arg-type]
+    run = Run(config, device, RunState.begin(model, config), None, None, {})  # type: ignore[arg-type]
     return run, torch.zeros(1, config.batch_size, size.block_size + 1, dtype=torch.int64)
 
 

@@ -24,7 +24,7 @@ from bench.roofline import Work
 from bench.timing import REPLAY, Call
 from fastgpt2.config import PRESETS, ModelConfig, TrainConfig
 from fastgpt2.model import GPT
-from fastgpt2.optim import make_optimizer
+from fastgpt2.optim.groups import make_optimizer
 
 Made = tuple[torch.optim.Optimizer, Callable[[], object]]
 """An optimizer and its step."""

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -203,11 +202,11 @@ def test_the_generator_of_the_runs_gpu_is_saved_and_restored(tmp_path: Path, mon
     run.step(0, run.next_tokens(0))
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": torch.tensor([device == gpu, 7]).byte())
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device="cuda": generators.update({device: state}))
-    monkeypatch.setattr(run.model, "parameters", lambda: iter([mock.Mock(device=gpu)]))
+    monkeypatch.setattr(run.state, "device", gpu)
     read = checkpoint.read_tensors
     monkeypatch.setattr(checkpoint, "read_tensors", lambda path, device: read(path, "cpu"))
-    saved = checkpoint.save(tmp_path, 1, run.config, run.model, run.optimizer, run.scaler)
-    checkpoint.restore(saved, run.model, run.optimizer, run.scaler, gpu)
+    saved = checkpoint.save(tmp_path, 1, run.config, run.state)
+    checkpoint.restore(saved, run.state)
     assert {device: state.tolist() for device, state in generators.items()} == {gpu: [1, 7]}
 
 
@@ -215,7 +214,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(out: Path) -> None:
     run = build(with_(out.parent / "other"))
     run.step(0, run.next_tokens(0))
     before = (step(out, 6) / checkpoint.MODEL).read_bytes()
-    checkpoint.save(out, 6, run.config, run.model, run.optimizer, run.scaler)
+    checkpoint.save(out, 6, run.config, run.state)
     assert names(out) == ["step-00000004", "step-00000006"] and checkpoint.damage(step(out, 6)) is None
     assert (step(out, 6) / checkpoint.MODEL).read_bytes() != before
 
@@ -248,11 +247,11 @@ run = build(TrainConfig(**{**eval(CONFIG), "out": None, "keep": 1}))
 run.step(0, run.next_tokens(0))
 weights = {n: load_file(trained / f"checkpoints/step-0000000{n}/model.safetensors") for n in (4, 6)}
 weights[8] = run.model.state_dict()
-checkpoint.save(here / "first", 8, run.config, run.model, run.optimizer, run.scaler)  # imports what it needs
+checkpoint.save(here / "first", 8, run.config, run.state)  # imports what it needs
 
 
 def save():
-    checkpoint.save(out, 8, run.config, run.model, run.optimizer, run.scaler)
+    checkpoint.save(out, 8, run.config, run.state)
 
 
 def killed(action, moment=0, byte=None):
@@ -365,7 +364,7 @@ def test_leftovers_are_removed_by_a_resume_and_by_a_save(out: Path) -> None:
 def save_a_checkpoint(folder: Path) -> None:
     run = build(with_(folder / "run"))
     run.step(0, run.next_tokens(0))
-    checkpoint.save(folder / "run", 1, run.config, run.model, run.optimizer, run.scaler)
+    checkpoint.save(folder / "run", 1, run.config, run.state)
 
 
 def prepare_shards(folder: Path) -> None:
@@ -452,14 +451,14 @@ def test_a_save_without_room_is_one_line_and_leaves_everything_as_it_was(out: Pa
     largest = max(sizes.values())
     for size in (0, 1, 100, largest // 2, *(size - 1 for size in sizes.values())):
         with room_for(size), pytest.raises(OutputError) as error:
-            checkpoint.save(out, 7, run.config, run.model, run.optimizer, run.scaler)
+            checkpoint.save(out, 7, run.config, run.state)
         assert str(error.value).startswith(f"can't save the checkpoint of step 7 in {out / 'checkpoints'}: ")
         assert "File too large" in str(error.value) and "\n" not in str(error.value)
         assert str(error.value).endswith(f"; the last good one is {step(out, 6)}")
         assert names(out) == ["step-00000004", "step-00000006"]
         assert checkpoint.to_resume(out) == (step(out, 6), [])
     with room_for(largest + 4096):
-        checkpoint.save(out, 7, run.config, run.model, run.optimizer, run.scaler)
+        checkpoint.save(out, 7, run.config, run.state)
     assert checkpoint.to_resume(out) == (step(out, 7), [])
 
 

@@ -340,7 +340,7 @@ def test_an_average_of_the_optimizer_that_is_not_finite_is_not_saved(tmp_path: P
     class Poison(Watch):
         def stepped(self, done: int) -> None:
             if done == 4:
-                self.run.optimizer.state[self.run.parameters[0]][key][0, 0] = math.inf
+                self.run.state.optimizer.state[self.run.parameters[0]][key][0, 0] = math.inf
 
     with pytest.raises(NonFiniteLossError, match=rf"the optimizer's {key} of wte\.weight is not finite after step 4: "):
         train(small(tmp_path), Poison())

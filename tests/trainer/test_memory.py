@@ -65,7 +65,7 @@ def test_the_bound_is_under_what_a_step_holds(dtype: str, shape: dict[str, Any])
     kept = memory_of_a_forward(run, tokens[0])
     run.step(0, tokens)
     weights = list(run.model.parameters())
-    averages = [x for state in run.optimizer.state.values() for x in state.values() if x.dim()]
+    averages = [x for state in run.state.optimizer.state.values() for x in state.values() if x.dim()]
     stepping = size(*weights, *averages, *(w.grad for w in weights if w.grad is not None))
     bound, _ = least_bytes(run.config, run.model.config, whole_step=True)
     assert bound == size(tokens) + stepping or bound <= size(tokens, *weights) + kept

@@ -25,6 +25,7 @@ from fastgpt2.evaluate import evaluate_split
 from fastgpt2.ops import Ops
 from fastgpt2.pretrained import load_run
 from fastgpt2.settings import resolve
+from fastgpt2.state import RunState
 
 CPU = torch.device("cpu")
 
@@ -34,8 +35,7 @@ def save(out: Path, step: int, **changes: Any) -> GPT:
     config = resolve(TrainConfig(model="tiny", n_layer=1, data="nowhere", keep=0, **changes), cuda=False)
     torch.manual_seed(step)
     model = GPT(config.model_config()).to(torch.float64 if config.dtype == "float64" else torch.float32)
-    optimizer = torch.optim.Adam(model.parameters())
-    checkpoint.save(out, step, config, model, optimizer, torch.amp.GradScaler(enabled=False))
+    checkpoint.save(out, step, config, RunState.begin(model, config))
     return model.eval()
 
 

@@ -20,11 +20,11 @@ from fastgpt2.durable import OutputError, sha256
 from fastgpt2.folder import settings_of_run
 from fastgpt2.loop import Loop
 from fastgpt2.model import GPT
-from fastgpt2.optim import make_optimizer
 from fastgpt2.outputs import Outputs
 from fastgpt2.reporter import Reporter
 from fastgpt2.run import build
-from fastgpt2.state import Progress, carried_over, changed_data, read_progress
+from fastgpt2.state import RunState
+from fastgpt2.state_json import Progress, carried_over, changed_data, read_progress
 from tests.trainer.test_checkpoint import names, step
 
 pytest.importorskip("safetensors", reason="checkpoints need safetensors")
@@ -33,7 +33,8 @@ CONFIG = TrainConfig(
     n_layer=1, n_head=1, n_embd=16, block_size=8, vocab_size=33, batch_size=3, steps=4, lr=1e-2,
     device="cpu", save_every=2, log_every=1,
 )  # fmt: skip
-CPU = torch.device("cpu")
+OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
+OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
 
 
 class Notes(Reporter):
@@ -153,16 +154,16 @@ def test_saved_settings_are_those_of_the_newest_checkpoint_that_can_be_read(out:
 def restored(out: Path, scaler: torch.amp.GradScaler, **changes: Any) -> tuple[GPT, torch.optim.Optimizer]:
     config = build(with_(**changes)).config
     model = GPT(config.model_config())
-    optimizer = make_optimizer(model, config)
+    state = dataclasses.replace(RunState.begin(model, config), scaler=scaler)
     latest, _ = checkpoint.to_resume(out)
-    assert checkpoint.restore(latest, model, optimizer, scaler, CPU) == int(latest.name[5:])
-    return model, optimizer
+    assert checkpoint.restore(latest, state) == int(latest.name[5:])
+    return model, state.optimizer
 
 
 def save(out: Path, number: int, scaler: torch.amp.GradScaler, progress: Progress = Progress()) -> None:  # noqa: B008
     run = build(CONFIG)
     run.step(0, run.next_tokens(0))
-    checkpoint.save(out, number, run.config, run.model, run.optimizer, scaler, progress)
+    checkpoint.save(out, number, run.config, dataclasses.replace(run.state, scaler=scaler), progress)
 
 
 def test_a_scaler_is_kept_begun_or_dropped(out: Path) -> None:
@@ -504,17 +505,17 @@ TENSORS: dict[str, tuple[str, Edit, str]] = {
                   f"{WEIGHT} is [16, 64], not [64, 16]"),
     "integers": (checkpoint.MODEL, lambda t: t.update({WEIGHT: t[WEIGHT].int()}), f"{WEIGHT} is of type I32, not F32"),
     "NaN": (checkpoint.MODEL, lambda t: t[WEIGHT].fill_(math.nan), f"{WEIGHT} is not finite"),
-    "no moments": (checkpoint.OPTIMIZER, dict.clear, "(and 47 more)"),
-    "no count": (checkpoint.OPTIMIZER, drop(f"{WEIGHT}/step"), f"it lacks {WEIGHT}/step"),
-    "misshapen average": (checkpoint.OPTIMIZER, put(f"{WEIGHT}/exp_avg", value=torch.zeros(3)), "is [3], not [64, 1"),
-    "vector of counts": (checkpoint.OPTIMIZER, put(f"{WEIGHT}/step", value=torch.zeros(1)), "/step is [1], not []"),
-    "another's average": (checkpoint.OPTIMIZER, put("other/exp_avg", value=torch.zeros(3)), "it has other/exp_avg, w"),
-    "infinite average": (checkpoint.OPTIMIZER, lambda t: t[f"{WEIGHT}/exp_avg_sq"].fill_(math.inf),
+    "no moments": (OPTIMIZER, dict.clear, "(and 47 more)"),
+    "no count": (OPTIMIZER, drop(f"{WEIGHT}/step"), f"it lacks {WEIGHT}/step"),
+    "misshapen average": (OPTIMIZER, put(f"{WEIGHT}/exp_avg", value=torch.zeros(3)), "is [3], not [64, 1"),
+    "vector of counts": (OPTIMIZER, put(f"{WEIGHT}/step", value=torch.zeros(1)), "/step is [1], not []"),
+    "another's average": (OPTIMIZER, put("other/exp_avg", value=torch.zeros(3)), "it has other/exp_avg, w"),
+    "infinite average": (OPTIMIZER, lambda t: t[f"{WEIGHT}/exp_avg_sq"].fill_(math.inf),
                          f"{WEIGHT}/exp_avg_sq is not finite, the run had diverged; move "),
-    "short generator": (checkpoint.RNG, put("cpu", value=torch.zeros(5).byte()), "holds no state of a generator"),
-    "generator of floats": (checkpoint.RNG, put("cpu", value=torch.zeros(5056)), "holds no state of a generator"),
-    "zeros for a generator": (checkpoint.RNG, lambda t: t["cpu"].zero_(), "holds no state of a generator"),
-    "no generator": (checkpoint.RNG, lambda t: t.update(other=t.pop("cpu")), "lacks the CPU's generator"),
+    "short generator": (RNG, put("cpu", value=torch.zeros(5).byte()), "holds no state of a generator"),
+    "generator of floats": (RNG, put("cpu", value=torch.zeros(5056)), "holds no state of a generator"),
+    "zeros for a generator": (RNG, lambda t: t["cpu"].zero_(), "holds no state of a generator"),
+    "no generator": (RNG, lambda t: t.update(other=t.pop("cpu")), "lacks the CPU's generator"),
 }  # fmt: skip
 
 
@@ -526,7 +527,7 @@ def test_tensors_that_lie_are_one_line(out: Path, name: str) -> None:
     assert message in text and str(step(out, 4)) in text
 
 
-@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.RNG])
+@pytest.mark.parametrize("name", [checkpoint.MODEL, OPTIMIZER, RNG])
 @pytest.mark.parametrize("data", [b"", b"\xff" * 8, b"\x10\0\0\0\0\0\0\0" + b"[" * 16, b"text " * 100])
 def test_what_is_no_safetensors_file_is_one_line(out: Path, name: str, data: bytes) -> None:
     (step(out, 4) / name).write_bytes(data)
@@ -536,7 +537,7 @@ def test_what_is_no_safetensors_file_is_one_line(out: Path, name: str, data: byt
 
 def test_a_checkpoint_without_steps_has_no_moments(tmp_path: Path) -> None:
     run = build(CONFIG)
-    checkpoint.save(tmp_path, 0, run.config, run.model, run.optimizer, run.scaler)
+    checkpoint.save(tmp_path, 0, run.config, run.state)
     assert train(with_(out=tmp_path, resume=True)).losses == train(CONFIG).losses
 
 

@@ -25,6 +25,7 @@ from fastgpt2.evaluate import evaluate, evaluate_split
 from fastgpt2.model import GPT
 from fastgpt2.sample import SampleConfig, Sampling, draw, generate, pick_tokenizer, stream
 from fastgpt2.settings import resolve
+from fastgpt2.state import RunState
 from fastgpt2.tokenizer import ByteTokenizer
 
 SHAPE = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=257)
@@ -54,8 +55,7 @@ def make_run(tmp_path: Path, data: str | None = None, vocab_size: int = 257) -> 
         cuda=False,
     )
     model = make_model(vocab_size=vocab_size)
-    optimizer = torch.optim.Adam(model.parameters())
-    checkpoint.save(tmp_path / "run", 3, config, model, optimizer, torch.amp.GradScaler(enabled=False))
+    checkpoint.save(tmp_path / "run", 3, config, RunState.begin(model, config))
     return tmp_path / "run"
 
 

@@ -32,7 +32,7 @@ def of_model(name: str) -> Callable[[TrainConfig], Any]:
 
 def of_groups(name: str) -> Callable[[TrainConfig], Any]:
     """Of the parameters that are decayed and of those that aren't."""
-    return lambda config: [group[name] for group in build(config).optimizer.param_groups]
+    return lambda config: [group[name] for group in build(config).state.optimizer.param_groups]
 
 
 def asked_of_ops(name: str) -> Callable[[TrainConfig], Any]:
@@ -51,7 +51,7 @@ def rates(config: TrainConfig) -> list[float]:
     run, used = build(config), []
     for step in range(3):
         run.step(step, run.next_tokens(step))
-        used.append(run.optimizer.param_groups[0]["lr"])
+        used.append(run.state.optimizer.param_groups[0]["lr"])
     return used
 
 
@@ -136,7 +136,7 @@ ARRIVALS: list[tuple[str, Any, Callable[[TrainConfig], Any], Any, dict[str, Any]
     ("warmup_steps", 2, rates, [0.25, 0.5, 0.5], {"lr": 0.5}),
     ("schedule", "linear", rates, pytest.approx([0.5, 0.41, 0.32]), {"lr": 0.5}),
     ("schedule", "cosine", rates, pytest.approx([0.5, 0.4570288, 0.3445288]), {"lr": 0.5}),
-    ("optimizer", "adamw", lambda config: type(build(config).optimizer), torch.optim.AdamW, {}),
+    ("optimizer", "adamw", lambda config: type(build(config).state.optimizer), torch.optim.AdamW, {}),
     ("weight_decay", 0.5, of_groups("weight_decay"), [0.5, 0.0], {"optimizer": "adamw"}),
     ("beta1", 0.5, of_groups("betas"), [(0.5, 0.999)] * 2, {}),
     ("beta2", 0.5, of_groups("betas"), [(0.9, 0.5)] * 2, {}),

@@ -27,11 +27,11 @@ from fastgpt2.cuda_graph import WARM_UP_STEPS, CapturedStep
 from fastgpt2.device import keep_freed_memory
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import SLOTS, Ops, make_ops
-from fastgpt2.optim import make_optimizer
 from fastgpt2.pretrained import load_run
 from fastgpt2.reporter import Reporter
 from fastgpt2.run import Run, activation_bytes, build, lean_inductor, numerics, settle
 from fastgpt2.settings import resolve
+from fastgpt2.state import RunState
 from fastgpt2.training import _notes, train
 from tests.trainer.played_cuda import PlayedCuda
 
@@ -132,10 +132,7 @@ def fake_step(config: TrainConfig, ops: Ops) -> None:
     config, device = settle(config)
     with FakeTensorMode():
         model = GPT(config.model_config(), ops, recompute=config.recompute)
-        optimizer = make_optimizer(model, config)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        parameters = list(model.parameters())
-        run = Run(config, device, model, optimizer, scaler, None, None, {}, parameters=parameters)  # type: ignore[arg-type]
+        run = Run(config, device, RunState.begin(model, config), None, None, {})  # type: ignore[arg-type]
         tokens = torch.zeros(config.grad_accum, int(config.batch_size or 0), 25, dtype=torch.int64)
         for step in range(2):
             run.step(step, tokens, want_norm=True)
@@ -219,7 +216,7 @@ class Overflow(Reporter):
         self.bias.register_hook(lambda gradient: gradient * (math.inf if len(self.scales) + 1 == self.at else 1.0))
 
     def stepped(self, done: int) -> None:
-        self.scales.append(self.run.scaler.get_scale())
+        self.scales.append(self.run.state.scaler.get_scale())
         self.weights.append(self.bias.detach().clone())
 
 
@@ -239,7 +236,7 @@ def test_products_have_the_precision_asked_for_and_float16_alone_is_scaled(
     run = build(tiny(dtype=dtype))
     with run.autocast():
         assert run.model.h[0].attn.c_attn(run.model.wte.weight).dtype == products
-    assert run.scaler.get_scale() == scale
+    assert run.state.scaler.get_scale() == scale
 
 
 @pytest.mark.usefixtures("everything_on_a_cpu")
@@ -271,7 +268,7 @@ def test_a_resumed_float16_run_goes_on_with_its_scaler(tmp_path: Path) -> None:
     uncut = train(dataclasses.replace(config, out=tmp_path / "whole"), whole)
     train(dataclasses.replace(config, out=tmp_path / "cut", steps=3), Overflow(at=2))
     result = train(dataclasses.replace(config, out=tmp_path / "cut", resume=True), rest)
-    assert rest.run.scaler.state_dict() == whole.run.scaler.state_dict()
+    assert rest.run.state.scaler.state_dict() == whole.run.state.scaler.state_dict()
     assert result.losses == uncut.losses[3:]
     assert result.skipped_steps == uncut.skipped_steps == 1
 
@@ -378,12 +375,12 @@ def test_a_played_graph_gives_the_losses_and_norms_of_a_run_without(
 def test_a_played_graph_finds_what_changes_in_the_optimizers_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     PlayedCuda(monkeypatch)
     run, plain = build(tiny(cuda_graph=True)), build(tiny())
-    rates = [group["lr"] for group in run.optimizer.param_groups]
+    rates = [group["lr"] for group in run.state.optimizer.param_groups]
     for step in range(2):
         run.step(step, run.next_tokens(step))
-    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+    for group, rate in zip(run.state.optimizer.param_groups, rates, strict=True):
         assert isinstance(rate, torch.Tensor) and group["lr"] is rate and group["capturable"]
-    assert not any(group["capturable"] for group in plain.optimizer.param_groups)
+    assert not any(group["capturable"] for group in plain.state.optimizer.param_groups)
 
 
 def graphed(**changes: Any) -> TrainConfig:

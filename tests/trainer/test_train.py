@@ -30,7 +30,7 @@ from fastgpt2.data import split
 from fastgpt2.device import peak_flops, peak_memory_bytes
 from fastgpt2.metrics import Meter, NonFiniteLossError, read_json_lines
 from fastgpt2.model import FLOPS_PER_TOKEN
-from fastgpt2.optim import learning_rate
+from fastgpt2.optim.schedules import learning_rate
 from fastgpt2.reporter import Reporter
 from fastgpt2.run import Run, build, numerics
 from fastgpt2.settings import resolve
@@ -202,24 +202,33 @@ def test_defaults_suit_the_device() -> None:
 
 def test_learning_rates() -> None:
     config = tiny(steps=101, warmup_steps=1, lr=1.0, schedule="linear")
-    assert [round(learning_rate(s, config), 6) for s in (0, 1, 51, 100)] == [
+    assert [round(learning_rate(config.lr, s, config), 6) for s in (0, 1, 51, 100)] == [
         1.0,
         1.0,
         round(1 - 0.9 * 50 / 99, 6),
         0.1,
     ]
     config = dataclasses.replace(config, warmup_steps=10)
-    assert [learning_rate(s, config) for s in range(10)] == pytest.approx([0.1 * (s + 1) for s in range(10)])
+    assert [learning_rate(config.lr, s, config) for s in range(10)] == pytest.approx([0.1 * (s + 1) for s in range(10)])
     config = dataclasses.replace(config, schedule="cosine", steps=111)
-    assert learning_rate(60, config) == pytest.approx(0.55)
-    assert learning_rate(110, config) == pytest.approx(0.1)
-    assert {learning_rate(s, tiny()) for s in range(6)} == {1e-2}
+    assert learning_rate(config.lr, 60, config) == pytest.approx(0.55)
+    assert learning_rate(config.lr, 110, config) == pytest.approx(0.1)
+    assert {learning_rate(1e-2, s, tiny()) for s in range(6)} == {1e-2}
+
+
+def test_a_schedule_scales_each_groups_own_peak() -> None:
+    run = build(tiny(lr=1e-2, steps=11, schedule="linear"))
+    matrices, vectors = run.state.optimizer.param_groups
+    vectors["peak_lr"] = 4e-2
+    for step, fraction in ((0, 1.0), (5, 0.55), (10, 0.1)):
+        run.step(step, run.next_tokens(0))
+        assert [matrices["lr"], vectors["lr"]] == pytest.approx([1e-2 * fraction, 4e-2 * fraction])
 
 
 def test_a_rate_read_from_memory_gives_the_same_bits() -> None:
     """As a CUDA graph reads it: from a float32 tensor, where a run without has a number of 64 bits."""
     number, memory = (build(tiny(schedule="cosine", steps=50, lr=1e-3)) for _ in range(2))
-    for group in memory.optimizer.param_groups:
+    for group in memory.state.optimizer.param_groups:
         group["lr"] = torch.tensor(0.0)
     for step in range(50):
         losses = [run.step(step, run.next_tokens(step))[0] for run in (number, memory)]
@@ -229,11 +238,11 @@ def test_a_rate_read_from_memory_gives_the_same_bits() -> None:
 def test_the_rate_that_is_logged_is_the_one_that_the_step_had() -> None:
     class Rates(Watch):
         def logged(self, record: dict[str, Any]) -> None:
-            self.records.append(record | {"used": self.run.optimizer.param_groups[-1]["lr"]})
+            self.records.append(record | {"used": self.run.state.optimizer.param_groups[-1]["lr"]})
 
     watch = Rates()
     result = train(tiny(schedule="cosine", warmup_steps=2, log_every=1), watch)
-    expected = [learning_rate(step, result.config) for step in range(6)]
+    expected = [learning_rate(result.config.lr, step, result.config) for step in range(6)]
     assert [record["lr"] for record in watch.records] == expected
     assert [record["used"] for record in watch.records] == [float(np.float32(rate)) for rate in expected]
 
@@ -258,7 +267,7 @@ def test_adamw_decays_matrices_only() -> None:
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     for p in run.parameters:
         p.grad = torch.zeros_like(p)
-    run.optimizer.step()
+    run.state.optimizer.step()
     for name, p in run.model.named_parameters():
         factor = 1 - 0.1 * 0.5 if p.dim() == 2 else 1.0
         torch.testing.assert_close(p.detach(), before[name] * factor, rtol=1e-6, atol=0, msg=name)
@@ -279,7 +288,7 @@ def test_bfloat16_is_autocast_over_float32_weights() -> None:
     assert streams == [torch.float32] * 2
     assert loss.dtype == torch.float32
     assert {p.dtype for p in run.parameters} == {torch.float32}
-    assert {s["exp_avg"].dtype for s in run.optimizer.state.values()} == {torch.float32}
+    assert {s["exp_avg"].dtype for s in run.state.optimizer.state.values()} == {torch.float32}
 
 
 def test_validation_computes_in_the_runs_precision() -> None:
@@ -408,7 +417,8 @@ def test_metrics_are_complete(tmp_path: Path) -> None:
         assert r["memory_bytes"] > 50 << 20
     seconds = [r["seconds"] for r in read_json_lines(tmp_path / "run" / "metrics.jsonl")]
     assert seconds == sorted(seconds) and 0.0 < seconds[0] < seconds[-1] < result.seconds
-    assert parse(["--config", str(tmp_path / "run" / "config.toml")]) == result.config
+    saved = parse(["--config", str(tmp_path / "run" / "config.toml")])
+    assert dataclasses.asdict(saved) == dataclasses.asdict(result.config)
 
 
 def test_the_peak_of_memory_stays_when_memory_is_given_back() -> None:

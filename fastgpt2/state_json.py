@@ -1,0 +1,220 @@
+"""state.json: what a checkpoint keeps beside its tensors, and what may differ where a run is resumed from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastgpt2.config import ConfigError, ModelConfig
+from fastgpt2.settings import Settled
+
+FORMAT = 2
+"""1 had no checksums."""
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, beside its tensors: what state.json keeps under "progress"."""
+
+    samples: int | None = None
+    """Sequences that all steps so far have taken from the data; None in a checkpoint older than this field."""
+    data: str | None = None
+    """What identifies the data's contents: TokenSource.fingerprint of the training's, and after a "+" of the
+    validation's where there is one; None where nothing does."""
+    loss: float | None = None
+    """The training loss, mean over the last logged interval."""
+    diverged: bool = False
+    """The loss has risen far over where it was (fastgpt2.loop): the newest checkpoint before that is kept, too."""
+
+
+UNKNOWN = Progress()
+
+
+def make_state(
+    step: int, config: Settled, values: Mapping[str, Any], progress: Progress, device: torch.device
+) -> dict[str, Any]:
+    """What state.json holds after `step` steps, the last of them on a device.
+
+    Args:
+        values: the parts of the run's state that are no tensors.
+    """
+    kept = dataclasses.asdict(progress)
+    if progress.loss is not None and not math.isfinite(progress.loss):
+        kept["loss"] = None  # JSON has no infinity
+    return {
+        "format": FORMAT,
+        "step": step,
+        "config": config_as_json(config),
+        "model": dataclasses.asdict(config.model_config()),
+        **values,
+        "progress": kept,
+        "device": device.type,
+        "versions": {"torch": torch.__version__},
+    }
+
+
+def config_as_json(config: Settled) -> dict[str, Any]:
+    """A configuration by field name, as it comes back from a JSON file."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+# ------------------------------------------------------------------------------------------------- checking
+
+
+class _Rule(NamedTuple):
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+def _integer(least: int, most: int = 2**63 - 1) -> _Rule:
+    bounds = f"at least {least}" if most == 2**63 - 1 else f"from {least} to {most}"
+    return _Rule(lambda x: type(x) is int and least <= x <= most, f"an integer {bounds}")
+
+
+def _number(least: float, most: float = math.inf) -> _Rule:
+    bounds = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+
+    def holds(x: Any) -> bool:  # not true of NaN, infinity, and integers that are no float
+        return type(x) in (int, float) and least <= x <= most and abs(x) < 1e300
+
+    return _Rule(holds, f"a number {bounds}")
+
+
+def _or_null(rule: _Rule) -> _Rule:
+    return _Rule(lambda x: x is None or rule.holds(x), f"null or {rule.expected}")
+
+
+_SIZE = _integer(1, 2**31 - 1)
+_TEXT = _Rule(lambda x: isinstance(x, str), "a string")
+_FLAG = _Rule(lambda x: isinstance(x, bool), "true or false")
+_OBJECT = _Rule(lambda x: isinstance(x, dict), "an object")
+
+_TOP = {"step": _integer(0), "config": _OBJECT, "model": _OBJECT, "scaler": _OBJECT}
+_SHAPE = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), _SIZE)
+_MODEL = _SHAPE | {"dropout": _number(0, 1), "end_of_text": _or_null(_integer(0))}
+_CONFIG = {
+    **dict.fromkeys((*_SHAPE, "batch_size", "grad_accum", "steps"), _SIZE),
+    "seed": _integer(0, 2**64 - 1),
+    "data": _TEXT,
+    "dtype": _TEXT,
+}
+_SCALER = {
+    "scale": _number(1e-300),
+    "growth_factor": _number(1),
+    "backoff_factor": _number(0, 1),
+    "growth_interval": _integer(1, 2**31 - 1),
+    "_growth_tracker": _integer(0, 2**31 - 1),
+}
+_PROGRESS = {
+    "samples": _or_null(_integer(0)),
+    "data": _or_null(_TEXT),
+    "loss": _or_null(_number(-math.inf)),
+    "diverged": _FLAG,
+}
+
+
+def check_state(state: dict[str, Any], path: Path) -> None:
+    """See that what is read of a state.json is there, of its type, and a value that it can have.
+
+    Raises:
+        ConfigError: it isn't; the message names the first such value.
+    """
+    if type(state.get("format")) is not int or state["format"] not in (1, FORMAT):
+        raise ConfigError(f"{path} is not a checkpoint of format 1 or {FORMAT}")
+    _check(state, _TOP, path)
+    _check({"end_of_text": None} | state["model"], _MODEL, path, "model.")
+    _check(state["config"], _CONFIG, path, "config.")
+    if state["scaler"]:  # empty where the run had none
+        _check(state["scaler"], _SCALER, path, "scaler.")
+    if not _OBJECT.holds(state.setdefault("progress", {})):
+        raise ConfigError(f"{path}: progress must be {_OBJECT.expected}, got {reprlib.repr(state['progress'])}")
+    _check(dataclasses.asdict(UNKNOWN) | state["progress"], _PROGRESS, path, "progress.")
+    try:
+        ModelConfig(**state["model"])
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{path} describes no model: {str(error).removeprefix('ModelConfig.__init__() ')}") from None
+    name = path.parent.name
+    if re.fullmatch(r"step-[0-9]+", name) and int(name.removeprefix("step-")) != state["step"]:
+        raise ConfigError(f"{path} is of step {state['step']}, not of the step that its folder is named for")
+
+
+def check_agreement(state: dict[str, Any], path: Path) -> None:
+    """See that the model in a checked state.json is the one that its configuration asked for.
+
+    Raises:
+        ConfigError: it isn't: some of its tensors may be of the sizes of both, and would compute something else.
+    """
+    for name in _SHAPE:
+        if state["model"][name] != state["config"][name]:
+            raise ConfigError(f"{path} contradicts itself: model.{name} is not config.{name}")
+
+
+def _check(values: dict[str, Any], rules: dict[str, _Rule], path: Path, prefix: str = "") -> None:
+    for name, rule in rules.items():
+        if name not in values:
+            raise ConfigError(f"{path} lacks {prefix}{name}")
+        if not rule.holds(values[name]):
+            given = reprlib.repr(values[name])  # short, however long the value
+            raise ConfigError(f"{path}: {prefix}{name} must be {rule.expected}, got {given}")
+
+
+def read_progress(state: dict[str, Any]) -> Progress:
+    """The progress in a state.json that has been checked."""
+    known = {field.name for field in dataclasses.fields(Progress)}
+    return Progress(**{name: value for name, value in state["progress"].items() if name in known})
+
+
+# ------------------------------------------------------------------------------------------------- resuming
+
+
+def changed_settings(state: dict[str, Any], config: Settled) -> list[str]:
+    """The settings that are not those of the checkpoint, in a line or none.
+
+    Left out are the model's name, as check_shape compares what it stands for, and the device, which carried_over does.
+    """
+    was, now = state["config"], config_as_json(config)
+    left_out = ("out", "resume", "model", "device")
+    names = [name for name in now if name in was and name not in left_out and now[name] != was[name]]
+    different = ", ".join(f"--{name.replace('_', '-')} {now[name]} (was {was[name]})" for name in names)
+    return [f"changed since the checkpoint: {different}"] if different else []
+
+
+def changed_data(was: str | None, now: str | None, data: str) -> list[str]:
+    """A line where the data under a name are not those that the checkpoint was trained on, by their fingerprints.
+
+    Args:
+        was: Progress.data of the checkpoint.
+        now: the run's; None where nothing identifies the data.
+        data: what --data names.
+    """
+    # The validation's is compared where both have one.
+    names = ("training", "validation")
+    pairs = zip(names, (was or "").split("+"), (now or "").split("+"), strict=False)
+    other = [name for name, before, after in pairs if before and after and before != after]
+    return [f"changed since the checkpoint: the {' and '.join(other)} data in {data}"] if other else []
+
+
+def carried_over(state: dict[str, Any], config: Settled, device: torch.device) -> list[str]:
+    """What of a checkpoint's state has no counterpart in a run with other settings, or the reverse; a line each."""
+    notes = []
+    float16 = config.dtype == "float16"
+    if float16 and not state["scaler"]:
+        notes.append("the checkpoint has no gradient scaler, as it was not trained in float16: a new one begins")
+    if not float16 and state["scaler"]:
+        notes.append(f"the checkpoint's gradient scaler is dropped: --dtype {config.dtype} has none")
+    # Older checkpoints have the device among the settings alone.
+    was = str(state.get("device") or state["config"].get("device") or device.type).partition(":")[0]
+    if was != device.type:
+        masks = "; dropout draws other masks, as the generators differ" if config.dropout else ""
+        notes.append(f"changed since the checkpoint: {device.type} (was {was}), the same up to rounding{masks}")
+    return notes
