@@ -12,10 +12,10 @@ import torch
 from fastgpt2.arguments import naming_files, read_command_line
 from fastgpt2.data import DataError
 from fastgpt2.device import is_out_of_memory
-from fastgpt2.display import TrainDisplay
 from fastgpt2.durable import OutputError
 from fastgpt2.folder import new_folder
 from fastgpt2.metrics import NonFiniteLossError
+from fastgpt2.reporters.display import TrainDisplay
 from fastgpt2.run import refuse_several_processes
 from fastgpt2.training import train
 

@@ -41,6 +41,26 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+class SameFolder:
+    """A folder that must stay the one that it was at the start: another of its name would lack what was written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._was = self._identity()
+
+    def check(self) -> None:
+        """Raises OutputError: it was moved, deleted or replaced."""
+        if self._identity() != self._was:
+            raise OutputError(f"{self.path} was moved or deleted while the run was under way: put it back")
+
+    def _identity(self) -> tuple[int, int] | None:
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a small file: whatever happens there is the old one or the new one, whole.
 

@@ -23,7 +23,7 @@ from fastgpt2.metrics import Meter, NonFiniteLossError
 from fastgpt2.model import FLOPS_PER_TOKEN
 from fastgpt2.optim.schedules import learning_rate
 from fastgpt2.outputs import Outputs
-from fastgpt2.reporter import Reporter
+from fastgpt2.reporter import Reporters
 from fastgpt2.run import Run
 from fastgpt2.settings import Settled
 
@@ -55,7 +55,7 @@ def _due(config: Settled, step: int, *, first: bool) -> _Due:
 class Loop:
     """The steps of a run, and what follows each: first its record, then a checkpoint, then what is optional."""
 
-    def __init__(self, run: Run, reporter: Reporter, outputs: Outputs, began: float) -> None:
+    def __init__(self, run: Run, reporter: Reporters, outputs: Outputs, began: float) -> None:
         config = run.config
         self.run, self.reporter, self.outputs, self.began = run, reporter, outputs, began
         self.steps, self.block_size = config.steps, config.block_size
@@ -134,7 +134,6 @@ class Loop:
             "epoch": self.run.epoch(self.done),
             **self._position(),
         }
-        self.outputs.record(record)
         self.reporter.logged(record)
         self._watch()
 
@@ -142,7 +141,7 @@ class Loop:
         """How far the run is, over all its starts: what each record ends with."""
         return {
             "tokens": self.run.samples_done(self.done) * self.block_size,
-            "seconds": self.outputs.seconds_before + time.perf_counter() - self.began,
+            "seconds": time.perf_counter() - self.began,
         }
 
     def _mean(self) -> float:
@@ -181,6 +180,7 @@ class Loop:
         _check_finite(self.run, self.done, self.meter.losses[-1])
         self.run.check_data()
         progress = self.run.progress(self.done, self._mean(), self.diverged)
+        self.reporter.saving()
         saved = self.outputs.save(self.done, progress, otherwise)
         if saved and not self.diverged:
             self.good_loss = self._mean()
@@ -206,7 +206,6 @@ class Loop:
             return
         self.val_losses.append((self.done, loss))
         record = {"step": self.done, "val_loss": loss, **self._position()}
-        self.outputs.record(record)
         reporter.validated(record)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -17,59 +17,79 @@ from fastgpt2.loop import MFU_FORMULA, Loop, advice, mfu
 from fastgpt2.metrics import NonFiniteLossError
 from fastgpt2.model import FLOPS_PER_TOKEN, recompute_flops
 from fastgpt2.outputs import Outputs
-from fastgpt2.reporter import Reporter, TrainResult
+from fastgpt2.reporter import Reporter, Reporters, TrainResult
+from fastgpt2.reporters.metrics_file import MetricsFile
 from fastgpt2.run import Run, activation_bytes, build, kept_from_cudnn, numerics
 
 
-def train(config: TrainConfig, reporter: Reporter | None = None) -> TrainResult:
+def train(config: TrainConfig, *reporters: Reporter) -> TrainResult:
     """Train a GPT-2 as published: seed first, random tokens or shards, mean cross-entropy, Adam.
 
     Args:
         config: fields left at None are settled for this machine. Without `out` nothing is written.
-        reporter: is told what happens.
+        reporters: are told what happens. Without one, warnings are Python's.
 
     Raises:
         ConfigError: before any work, where the request can't be carried out.
         NonFiniteLossError: the loss, a weight or the optimizer's state became infinite or NaN; the message names
             the step and what to try.
-        OutputError: `out` can't be written at the start. What can't be written later doesn't end the run: the reporter
-            is warned, it is tried again, and what is still missing at the end is in the result.
+        OutputError: `out` can't be written at the start. What can't be written later doesn't end the run: the reporters
+            are warned, it is tried again, and what is still missing at the end is in the result.
         DataError: the data can't be read any more, or was found damaged; the steps before that are saved.
     """
     device = pick_device(config.device)
     config = as_saved(config)
     try:
         with numerics(config), contextlib.ExitStack() as held:
-            return _train(config, reporter, held)
+            return _train(config, reporters, held)
     finally:
         if device.type == "cpu":
             give_back_freed_memory()
 
 
-def _train(config: TrainConfig, listening: Reporter | None, held: contextlib.ExitStack) -> TrainResult:
+def _train(config: TrainConfig, reporters: Sequence[Reporter], held: contextlib.ExitStack) -> TrainResult:
     began = time.perf_counter()
     run = build(config, held)
-    reporter = listening or Reporter()
-    if listening is None:  # what was found, such as settings that are not the checkpoint's, is told all the same
+    if not reporters:  # what was found, such as settings that are not the checkpoint's, is told all the same
         for text in run.found:
             warnings.warn(text, RuntimeWarning, stacklevel=3)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
+    reporter = Reporters(reporters)
     outputs = Outputs(run, reporter.warn)
+    seconds_before = 0.0
+    if outputs.folder is not None:
+        metrics = MetricsFile(outputs.folder, run.start if run.config.resume else None, reporter.warn)
+        reporter.add_first(metrics)
+        seconds_before = metrics.seconds_before
+    loop = Loop(run, reporter, outputs, began - seconds_before)
+    missing: list[str] = []
+    try:
+        try:
+            _tell_and_go(run, reporter, loop)
+        finally:
+            missing += [*outputs.missing(loop.done), *reporter.close()]
+    except BaseException as error:
+        reporter.failed(error)
+        raise
+    result = _result(loop, time.perf_counter() - began, missing)
+    reporter.finished(result)
+    return result
+
+
+def _tell_and_go(run: Run, reporter: Reporters, loop: Loop) -> None:
     reporter.started(run)
     for text in _notes(run):
         reporter.note(text)
-
-    loop = Loop(run, reporter, outputs, began)
     try:
         loop.go()
     except NonFiniteLossError as error:
         raise NonFiniteLossError(error.step, error.loss, advice(run), error.what) from None
-    finally:
-        missing = outputs.close(loop.done)
 
-    speed = loop.meter.tokens_per_s()
-    result = TrainResult(
+
+def _result(loop: Loop, seconds: float, missing: list[str]) -> TrainResult:
+    run, speed = loop.run, loop.meter.tokens_per_s()
+    return TrainResult(
         losses=loop.meter.losses,
         val_losses=loop.val_losses,
         config=run.config,
@@ -78,13 +98,11 @@ def _train(config: TrainConfig, listening: Reporter | None, held: contextlib.Exi
         tokens_per_s=speed,
         mfu=mfu(run, speed),
         peak_memory_bytes=peak_memory_bytes(run.device),
-        seconds=time.perf_counter() - began,
+        seconds=seconds,
         skipped_steps=run.skipped_steps(loop.done),
         out=run.config.out,
         missing=missing,
     )
-    reporter.finished(result)
-    return result
 
 
 def _notes(run: Run) -> Iterator[str]:

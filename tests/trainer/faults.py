@@ -29,7 +29,7 @@ from importlib import import_module
 from pathlib import Path
 
 import fastgpt2.command
-import fastgpt2.display
+import fastgpt2.reporters.display
 from fastgpt2 import checkpoint
 from fastgpt2.console import run_command
 from fastgpt2.metrics import read_json_lines

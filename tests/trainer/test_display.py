@@ -16,15 +16,15 @@ import pytest
 from fastgpt2 import TrainConfig, console, train
 from fastgpt2.command import main
 from fastgpt2.console import discard_unwritten, printable, shell_word, unfailing
-from fastgpt2.display import TrainDisplay, plot_losses
 from fastgpt2.reporter import TrainResult
+from fastgpt2.reporters.display import TrainDisplay, plot_losses
 
 RUN = ["--model", "tiny", "--batch-size", "2", "--block-size", "8", "--device", "cpu", "--steps", "4"]
 NAMES = ["[lr=0.1,wd=0]", "x[/dim]", "[bold]x[/bold]", "[/]", ":smile:", "a\\[b", "$x$ $", "a  b", "ü" * 90]
 
 
 def without_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastgpt2.display.plot_losses", lambda out, result: out / "loss.png")
+    monkeypatch.setattr("fastgpt2.reporters.display.plot_losses", lambda out, result: out / "loss.png")
 
 
 # ------------------------------------------------------------------------------------- output that goes away
@@ -147,7 +147,8 @@ def test_a_terminal_may_go_away_under_the_progress_bar(tmp_path: Path, monkeypat
 ENDINGS = """
 import contextlib, io, os, sys
 from pathlib import Path
-from fastgpt2 import console, display
+from fastgpt2 import console
+from fastgpt2.reporters import display
 from fastgpt2.command import main
 display.plot_losses = lambda out, result: out / "loss.png"
 

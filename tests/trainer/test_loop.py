@@ -227,7 +227,7 @@ def test_a_run_outlives_records_that_can_not_be_written(
             disks.append(Full(self._file))
             self._file = disks[0]  # type: ignore[assignment]
 
-    monkeypatch.setattr("fastgpt2.outputs.JsonLines", OnFull)
+    monkeypatch.setattr("fastgpt2.reporters.metrics_file.JsonLines", OnFull)
     watch = Watches()
     result = train(small(tmp_path), watch)
     assert saved(tmp_path) == [2, 4, 6]  # the records are no reason not to save

@@ -21,7 +21,7 @@ from fastgpt2.folder import settings_of_run
 from fastgpt2.loop import Loop
 from fastgpt2.model import GPT
 from fastgpt2.outputs import Outputs
-from fastgpt2.reporter import Reporter
+from fastgpt2.reporter import Reporter, Reporters
 from fastgpt2.run import build
 from fastgpt2.state import RunState
 from fastgpt2.state_json import Progress, carried_over, changed_data, read_progress
@@ -297,7 +297,7 @@ def test_a_run_that_diverged_is_good_again_when_its_loss_is_near_the_last_good_o
     save(tmp_path, 2, scaler, Progress(loss=9.0, diverged=True))
     for loss, keeps in ((2.9, [1, 3]), (1.9, [4])):
         run = build(with_(out=tmp_path, resume=True, keep=1))
-        loop = Loop(run, Reporter(), Outputs(run, print), 0.0)
+        loop = Loop(run, Reporters(), Outputs(run, print), 0.0)
         assert (loop.diverged, loop.good_loss) == (True, 1.0)
         loop.done += 1
         loop.meter.losses, loop.meter.interval = [loss], [loss]

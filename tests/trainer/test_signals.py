@@ -17,8 +17,8 @@ from torch import Tensor
 from fastgpt2 import checkpoint, signals
 from fastgpt2.command import main
 from fastgpt2.data import DummyTokens
-from fastgpt2.display import TrainDisplay
 from fastgpt2.metrics import read_json_lines
+from fastgpt2.reporters.display import TrainDisplay
 
 RUN = ["--model", "tiny", "--batch-size", "2", "--block-size", "8", "--device", "cpu", "--steps", "9"]
 RUN += ["--save-every", "100", "--log-every", "1"]
@@ -27,7 +27,7 @@ EVERY = pytest.mark.parametrize("number", signals.STOPPING, ids=lambda number: n
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastgpt2.display.plot_losses", lambda out, result: out / "loss.png")
+    monkeypatch.setattr("fastgpt2.reporters.display.plot_losses", lambda out, result: out / "loss.png")
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], Any]) -> None:

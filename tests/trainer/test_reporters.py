@@ -1,0 +1,105 @@
+"""Any number of reporters, and those that fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgpt2 import TrainConfig, train
+from fastgpt2.metrics import NonFiniteLossError, read_json_lines
+from fastgpt2.reporter import Reporter, TrainResult
+from fastgpt2.run import Run
+
+SMALL: dict[str, Any] = {"model": "tiny", "batch_size": 1, "device": "cpu", "steps": 3, "log_every": 1}
+
+
+class Watch(Reporter):
+    def __init__(self, out: Path | None = None) -> None:
+        self.out = out
+        self.events: list[str] = []
+        self.warnings: list[str] = []
+
+    def started(self, run: Run) -> None:
+        self.events.append("started")
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def logged(self, record: dict[str, Any]) -> None:
+        self.events.append(f"logged {record['step']}")
+        if self.out is not None and read_json_lines(self.out / "metrics.jsonl")[-1] != record:
+            self.events.append("before it was written")
+
+    def saving(self) -> None:
+        self.events.append("saving")
+        if self.out is not None and (self.out / "checkpoints").exists():
+            self.events.append("after it was saved")
+
+    def close(self) -> list[str]:
+        self.events.append("close")
+        return ["one line"]
+
+    def finished(self, result: TrainResult) -> None:
+        self.events.append(f"finished, missing {result.missing}")
+
+    def failed(self, error: BaseException) -> None:
+        self.events.append(f"failed {type(error).__name__}")
+
+
+class Broken(Reporter):
+    """Raises at its second record."""
+
+    def logged(self, record: dict[str, Any]) -> None:
+        if record["step"] == 2:
+            raise ValueError("no\nroom")
+
+
+EVENTS = ["started", "logged 1", "logged 2", "logged 3"]
+
+
+def test_all_are_told_the_metrics_file_first(tmp_path: Path) -> None:
+    watches = [Watch(tmp_path), Watch(tmp_path)]
+    train(TrainConfig(**SMALL, out=tmp_path), *watches)
+    for watch in watches:
+        assert watch.events == [*EVENTS, "saving", "close", "finished, missing ['one line', 'one line']"]
+        assert watch.warnings == []
+
+
+def test_one_that_raises_is_dropped_and_named_once(tmp_path: Path) -> None:
+    watch = Watch()
+    result = train(TrainConfig(**SMALL, out=tmp_path), Broken(), watch)
+    assert watch.events == [*EVENTS, "saving", "close", "finished, missing ['one line']"]
+    assert watch.warnings == ["Broken is told no more, it raised ValueError: no room"]
+    assert [record["step"] for record in read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert result.losses == train(TrainConfig(**SMALL)).losses
+
+
+def test_where_all_were_dropped_warnings_are_pythons() -> None:
+    with pytest.warns(RuntimeWarning, match=r"^Broken is told no more, it raised ValueError: no room$"):
+        assert train(TrainConfig(**SMALL), Broken()).steps_done == 3
+
+
+def test_a_dropped_reporter_may_still_stop_the_run() -> None:
+    class Stops(Broken):
+        def logged(self, record: dict[str, Any]) -> None:
+            self.stop_requested = True
+            raise ValueError
+
+    assert train(TrainConfig(**SMALL), Stops(), Watch()).steps_done == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, NonFiniteLossError])
+def test_all_are_told_of_a_run_that_fails(error: type[BaseException]) -> None:
+    class Interrupts(Reporter):
+        def logged(self, record: dict[str, Any]) -> None:
+            if error is KeyboardInterrupt:
+                raise KeyboardInterrupt
+
+    watch = Watch()
+    huge = {"lr": 1e30} if error is NonFiniteLossError else {}
+    with pytest.raises(error):
+        train(TrainConfig(**SMALL, **huge), watch, Interrupts())
+    assert watch.events[0] == "started"
+    assert watch.events[-2:] == ["close", f"failed {error.__name__}"]
