@@ -118,7 +118,7 @@ class TrainConfig:
     lr: NonNegative = 3e-4
     """Peak learning rate."""
     optimizer: Optimizer = "adam"
-    """adam (as published) or adamw (weight decay applied apart from the gradient, to matrices only)."""
+    """What steps the weights: adam is as published, adamw decays matrices apart from the gradient."""
     weight_decay: NonNegative = 0.0
     """adamw's decay of the matrices; biases, LayerNorm weights and the like are never decayed."""
     beta1: Fraction = 0.9
