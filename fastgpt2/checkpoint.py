@@ -9,9 +9,9 @@
 
 The position in the data is a number of samples: a batch is a function of (seed, samples before it, rank).
 
-A checkpoint is written aside, brought to the disk, and only then renamed: one that has its name is complete, whenever
-the process is killed. Every read is checked first. A run is resumed from the newest checkpoint that is intact, since
-nobody may be there to be asked, and it computes the same bits from an older one; a damaged one is set aside.
+A checkpoint is written under another name, synced, and only then renamed: whenever the process is killed, a checkpoint
+with its final name is complete. Every read is checked first. A run resumes from the newest intact checkpoint and sets
+damaged ones aside without asking: nobody may be there, and an older checkpoint leads to the same bits.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def checkpoints(out: Path) -> list[Path]:
     folder = out / "checkpoints"
     try:
         with os.scandir(folder) as entries:
-            # A link that leads nowhere is one that can't be read, rather than none.
+            # A dangling link is a checkpoint that can't be read, not a missing one.
             names = [e.name for e in entries if re.fullmatch(r"step-[0-9]+", e.name) and (e.is_symlink() or e.is_dir())]
     except FileNotFoundError:
         return []
@@ -140,7 +140,7 @@ def _sum_line(path: Path) -> str:
 
 
 def _remove_old(out: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep`, and the newest of those that had not diverged."""
+    """Delete all checkpoints except the newest `keep` and the newest one that had not diverged."""
     with contextlib.suppress(ConfigError):  # the new one is saved, whatever can't be deleted
         saved, good = checkpoints(out), newest_good(out)
         for old in saved[:-keep]:
@@ -149,7 +149,7 @@ def _remove_old(out: Path, keep: int) -> None:
 
 
 def newest_good(out: Path) -> Path | None:
-    """The newest checkpoint of a run that had not diverged, None without one. The sums are not looked at.
+    """The newest checkpoint of a run that had not diverged, or None. Doesn't check the sums.
 
     Raises:
         ConfigError: the folder of the checkpoints is there and can't be read.
@@ -158,7 +158,7 @@ def newest_good(out: Path) -> Path | None:
 
 
 def progress_of(checkpoint: Path) -> Progress | None:
-    """Where the run of a checkpoint stood, None where state.json can't be used. The sums are not looked at."""
+    """The progress in a checkpoint, or None if state.json can't be used. Doesn't check the sums."""
     try:
         state = read_json(checkpoint / STATE)
         check_state(state, checkpoint / STATE)
@@ -168,7 +168,7 @@ def progress_of(checkpoint: Path) -> Progress | None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; killed in the midst of it, it leaves none that lacks a file."""
+    """Delete a checkpoint. Renamed first, so that a kill leaves no checkpoint that lacks a file."""
     doomed = checkpoint.with_name(f"{_REMOVING}{checkpoint.name}")
     with contextlib.suppress(OSError):
         os.replace(checkpoint, doomed)
@@ -176,7 +176,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """What a killed process was writing or deleting."""
+    """Delete what a killed process was writing or deleting."""
     for prefix in (_WRITING, _REMOVING):
         for leftover in folder.glob(f"{prefix}*"):
             with contextlib.suppress(OSError):
@@ -184,7 +184,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """A folder and all that is in it; of a link the link alone."""
+    """Delete a folder and its contents; delete only the link if it is one."""
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -226,7 +226,7 @@ def damage(checkpoint: Path, files: tuple[str, ...] = FILES) -> str | None:
 
 
 def _sums(checkpoint: Path) -> list[bytes] | None:
-    """The lines of SHA256SUMS, None in a checkpoint that was written before there was one."""
+    """The lines of SHA256SUMS, or None for a checkpoint of format 1, which has none."""
     try:
         with open_regular(checkpoint / SUMS) as file:
             return file.read(1 << 20).split(b"\n")
@@ -269,7 +269,7 @@ def to_resume(out: Path) -> tuple[Path, list[str]]:
 
 
 def _set_aside(checkpoint: Path) -> str:
-    """Take a checkpoint out of the run's, and keep it for whoever wants to look; returns what was done."""
+    """Rename a damaged checkpoint so that the run skips it; returns what was done."""
     name = f"{_DAMAGED}{checkpoint.name}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     place = next(p for name in names if not os.path.lexists(p := checkpoint.with_name(name)))
@@ -379,7 +379,7 @@ def load_model(
 
 
 def restore(checkpoint: Path, state: RunState) -> int:
-    """Load everything that `save` wrote; returns the number of steps done. The sums are not looked at.
+    """Load everything that `save` wrote; returns the number of steps done. Doesn't check the sums.
 
     Raises:
         ConfigError: a file can't be read, or its tensors are not those of this model and this optimizer.

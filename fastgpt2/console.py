@@ -15,7 +15,7 @@ from fastgpt2.device import is_out_of_memory
 from fastgpt2.signals import can_write
 
 STALLED_S = 1.0
-"""What is waited for a reader who has stopped reading, before what is printed is dropped."""
+"""How long to wait for a reader that has stopped reading before output is dropped."""
 _CONTROLS = (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)
 _BIDIRECTIONAL = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _ESCAPES = {code: f"\\u{code:04x}" for code in (*_CONTROLS, *_BIDIRECTIONAL)} | {
@@ -49,15 +49,15 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         _say(f"error: {error.strerror or error}")
         status = 1
     finally:
-        # Else the interpreter fails once more at its end, with a status of its own.
+        # Otherwise the interpreter fails again at exit, with its own status.
         discard_unwritten(sys.stdout)
         discard_unwritten(sys.stderr)
     sys.exit(status)
 
 
 def unfailing(stream: TextIO | None) -> TextIO:
-    """A stream that drops what can't be written (a pipe without a reader or with one that doesn't read, a full disk, a
-    terminal that is gone or stopped) and escapes what its encoding doesn't have."""
+    """Wrap a stream so that writing never fails: it drops what can't be written (a pipe whose reader is gone or has
+    stopped, a full disk, a terminal that is gone or stopped) and escapes what its encoding lacks."""
     return cast(TextIO, _Unfailing(stream))
 
 
@@ -76,7 +76,7 @@ class _Unfailing:
         return len(text)
 
     def _write_bytes(self, data: bytes) -> None:
-        """In parts that a pipe takes at once or not at all. A reader that has stopped reading is waited for once."""
+        """Write in parts that a pipe takes whole or not at all. Wait once for a reader that has stopped reading."""
         assert self._stream is not None and self._descriptor is not None
         self._stream.flush()
         for begin in range(0, len(data), select.PIPE_BUF):
@@ -102,20 +102,20 @@ class _Unfailing:
 
 
 def _descriptor(stream: TextIO | None) -> int | None:
-    """The stream's file descriptor, None where it has none, as one of a notebook or of a test."""
+    """The stream's file descriptor, or None if it has none, as in a notebook or a test."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return stream.fileno() if stream is not None else None
     return None
 
 
 def printable(text: object) -> str:
-    """A user's text, such as a path, as part of a line: what would steer a terminal, end the line or turn the order of
-    its letters is escaped, and so are the bytes of a path that is not UTF-8."""
+    """A user's text, such as a path, made safe for a line of output: escapes control characters, line ends, characters
+    that change the direction of text, and the bytes of a path that is not UTF-8."""
     return str(text).translate(_ESCAPES).encode(errors="backslashreplace").decode()
 
 
 def shell_word(path: object) -> str:
-    """A path as a word to paste into a shell; one with control characters as bash and zsh read it."""
+    """A path quoted for a shell; one with control characters in the form that bash and zsh read."""
     text = str(path)
     if printable(text) == text:
         return shlex.quote(text)

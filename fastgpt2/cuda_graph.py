@@ -1,9 +1,9 @@
 """The whole training step as one CUDA graph: forward, backward, clip and optimizer, replayed with new tokens.
 
-A step of a small batch is some hundred kernels that take less time to run than to launch; a graph launches them
-at once. The first steps run as usual, on the stream that will be captured, so that libraries and allocator have
-done their first-time work; the next one is captured, which computes nothing, and replayed from then on. Every
-step is a step of the run: nothing is computed for the warm-up alone, and the losses are those of a run without.
+A step of a small batch is a few hundred kernels that take longer to launch than to run; a graph launches them at
+once. The first steps run as usual on the stream to be captured, so that libraries and the allocator finish their
+first-time work. The next step is captured, which computes nothing, and replayed from then on. Every step counts: none
+is computed for the warm-up alone, and the losses equal those of a run without a graph.
 
 What changes from step to step is in device memory that the graph reads: the tokens, the learning rate, the
 optimizer's step count, and the generator's offset, which a replay advances as the step would have.
@@ -20,16 +20,17 @@ from torch import Tensor
 WARM_UP_STEPS = 3
 
 Work = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""(grad_accum, B, T + 1) tokens -> the loss and the gradients' norm, both on the device; the weights are updated. It
-reads nothing that changes but the tokens, the weights and what the optimizer keeps on the device, and waits for
-nothing. It must leave the gradients' memory to the graph: no gradients at its start."""
+"""(grad_accum, B, T + 1) tokens -> the loss and the gradients' norm, both on the device; updates the weights.
+
+Only the tokens, the weights and the optimizer's state on the device may change between calls. It never waits for the
+device. It sets the gradients to None first, so that the graph owns their memory."""
 
 
 class CapturedStep:
     """Calls the work for the first steps and replays its graph from then on.
 
-    It is handed the work rather than keep it: were the run in a cycle with its graph, their memory would be held until
-    the garbage collector comes by.
+    The work is passed to each call, not stored: a reference cycle would keep the run and its graph alive until the
+    garbage collector runs.
 
     Args:
         device: the CUDA device that is worked on.
@@ -43,7 +44,7 @@ class CapturedStep:
         self.results: tuple[Tensor, Tensor | None]
 
     def __call__(self, work: Work, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One step of the work, the same in every call; returns the loss and the norm in memory of their own."""
+        """One step of the work, the same in every call. Returns copies of the loss and the norm."""
         if self.warm_up:
             self.warm_up -= 1
             return self._on_stream(work, tokens)
@@ -65,8 +66,8 @@ class CapturedStep:
 
     def _capture(self, work: Work, tokens: Tensor) -> None:
         self.tokens = torch.empty_like(tokens)
-        # Were the collector to find the graph of an earlier run during the capture, destroying it would end the capture
-        # with an error (pytorch #161037); torch.cuda.graph collects nothing by itself since 2.9.
+        # Collect now: if the collector destroys an earlier run's graph during the capture, the capture fails
+        # (pytorch #161037), and torch.cuda.graph no longer collects by itself since 2.9.
         gc.collect()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):

@@ -19,7 +19,7 @@ from fastgpt2.config import ConfigError
 
 LOCK_NAME = ".lock"
 JSON_BYTES = 16 << 20
-"""The most that a JSON file of ours may have: the meta.json of 100,000 shards has 12 MB."""
+"""The largest JSON file that is read: the meta.json of 100,000 shards has 12 MB."""
 
 
 class OutputError(RuntimeError):
@@ -62,7 +62,7 @@ class SameFolder:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file: whatever happens there is the old one or the new one, whole.
+    """Replace a small file atomically: whatever happens, either the old or the new one is there, whole.
 
     Raises:
         OutputError: it can't be written; the old one is as it was.
@@ -80,7 +80,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file to read its bytes. A pipe or a device, which could wait or go on for ever, is an error.
+    """Open a file to read its bytes. A pipe or a device is an error: it could block or never end.
 
     Raises:
         OSError: it can't be opened, or is no regular file (IsADirectoryError).
@@ -137,7 +137,7 @@ _held: set[int] = set()
 
 
 def _leave_locks_to_the_parent() -> None:
-    """A forked child shares the lock and would keep it after its parent's death. Closing its copy releases nothing."""
+    """Close a forked child's copies: it would keep the locks after its parent's death. Closing a copy releases none."""
     while _held:
         os.close(_held.pop())
 
@@ -146,7 +146,7 @@ os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
 
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
-"""What a file system says that has no locks, or (EBADF) none for a folder."""
+"""Errors of a file system without locks, or (EBADF) without locks on folders."""
 
 
 @contextlib.contextmanager
@@ -154,14 +154,14 @@ def locked(folder: Path) -> Iterator[bool]:
     """Hold a folder for this process alone. The lock ends with the process, however that ends.
 
     Yields:
-        True, or False where the file system knows no locks: then nothing keeps a second process out.
+        True, or False if the file system has no locks: then nothing keeps a second process out.
 
     Raises:
         InUseError: another process (or another caller in this one) holds it.
         OSError: the folder or the lock file can't be opened.
     """
-    # The folder itself is locked, which nobody deletes by mistake; the file says who holds it. Network file systems
-    # lock files alone.
+    # Lock the folder itself, which nobody deletes by mistake; the file names the holder. Network file systems lock only
+    # files.
     with _opened(folder, os.O_RDONLY | os.O_DIRECTORY) as itself, _opened(folder / LOCK_NAME, _LOCK_FILE) as file:
         held = _try_to_lock(itself, folder, file) or _try_to_lock(file, folder, file)
         if held:
@@ -198,7 +198,7 @@ def _try_to_lock(descriptor: int, folder: Path, holder: int) -> bool:
 
 
 def _write_holder(descriptor: int) -> None:
-    """Who holds a lock, for the message to whom it keeps out: a full disk is no reason to give the lock up."""
+    """Write who holds a lock, for the message to other processes. A full disk is no reason to give up the lock."""
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(errors="replace"), 0)

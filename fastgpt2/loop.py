@@ -1,7 +1,7 @@
-"""The loop of a run: steps, and what follows them, in the order in which a run that is killed loses least.
+"""The loop of a run: steps and what follows them, ordered so that a killed run loses least.
 
-It waits for the device at logging steps only: losses are kept there until then, and the next batch is drawn and copied
-while the device works.
+It waits for the device only at logging steps: losses stay on the device until then, and the next batch is drawn and
+copied while the device works.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ MFU_FORMULA = "llm.c"
 LAST_TRIES_S = (1.0, 2.0, 4.0)
 """Seconds between the tries to save a run's last state, where the first one fails."""
 RISE = 2.0
-"""A loss higher by so many nats has diverged: the text is 7 times as perplexing."""
+"""A loss this many nats higher has diverged: perplexity is 7 times as large."""
 
 
 @dataclass(frozen=True)
 class _Due:
-    """What is to be done after a step."""
+    """What to do after a step."""
 
     log: bool
     save: bool
@@ -44,7 +44,7 @@ class _Due:
 
 
 def _due(config: Settled, step: int, *, first: bool) -> _Due:
-    """The first step is logged by itself: it holds the warm-up and the compilation."""
+    """What to do after a step. The first is logged by itself: it includes warm-up and compilation."""
     last = step == config.steps
     save_now = bool(config.save_every) and (step % config.save_every == 0 or last)
     evaluate_now = bool(config.eval_every) and (step % config.eval_every == 0 or last)
@@ -53,7 +53,7 @@ def _due(config: Settled, step: int, *, first: bool) -> _Due:
 
 
 class Loop:
-    """The steps of a run, and what follows each: first its record, then a checkpoint, then what is optional."""
+    """The steps of a run and what follows each: first its record, then a checkpoint, then the validation."""
 
     def __init__(self, run: Run, reporter: Reporters, outputs: Outputs, began: float) -> None:
         config = run.config
@@ -63,7 +63,7 @@ class Loop:
         self.val_losses: list[tuple[int, float]] = []
         self.done = run.start
         self.uniform_loss = math.log(config.vocab_size)
-        """Of a guess that knows nothing, in nats: where a run begins."""
+        """The loss of a uniform guess in nats, where a run begins."""
         self.good_loss: float | None = None
         """The loss at the newest checkpoint that had not diverged."""
         self.diverged = run.resumed.diverged
@@ -75,7 +75,7 @@ class Loop:
         try:
             self._steps()
         except DataError as error:
-            # Raised again where the steps may have been trained on damaged data: then they are not saved.
+            # _end raises again if the steps may have been trained on damaged data: those are not saved.
             with contextlib.suppress(DataError):
                 self._end()
             raise DataError(f"{error}; {self._how_to_go_on()}") from None
@@ -102,7 +102,7 @@ class Loop:
         return self.run.next_tokens(self.done) if self.done < self.steps else None
 
     def _end(self) -> None:
-        """Log and save what the last step was not due for, or what could not be saved then."""
+        """Log and save what is still unlogged or unsaved after the last step."""
         if self.meter.unread:
             self._log(None)
         for seconds in (*LAST_TRIES_S, 0.0):
@@ -148,13 +148,13 @@ class Loop:
         return math.fsum(self.meter.interval) / len(self.meter.interval)
 
     def _worst(self) -> float:
-        """The mean loss since the last record, or the last step's where that is far higher: a run may have diverged in
-        the last steps, but a step's loss varies more than the mean."""
+        """The mean loss since the last record, or the last step's loss less a margin if that is higher: a run may have
+        diverged in the last steps, but one step's loss varies more than the mean."""
         return max(self._mean(), self.meter.losses[-1] - RISE / 2)
 
     def _watch(self) -> None:
-        """Say once that the loss is far over where the run began, or over where it was at the last good checkpoint. The
-        run is good again when half of that is left."""
+        """Warn once if the loss is far above where the run began or where it was at the last good checkpoint. The run is
+        good again once the excess has halved."""
         before = self.uniform_loss if self.good_loss is None else min(self.uniform_loss, self.good_loss)
         bound = before + (RISE / 2 if self.diverged else RISE)
         had_diverged, self.diverged = self.diverged, self._worst() > bound
@@ -171,7 +171,7 @@ class Loop:
         return f"after step {step}" if self.done < step else "at the end"
 
     def _save(self, otherwise: str) -> bool:
-        """Save a checkpoint that is known to be good: the losses have been read, and the rest is finite.
+        """Save a checkpoint known to be good: the losses have been read, and weights and optimizer state are finite.
 
         Args:
             otherwise: what happens if it can't be saved, for the warning.
@@ -188,7 +188,7 @@ class Loop:
         return saved
 
     def _evaluate(self) -> None:
-        """The validation loss; where a stop is asked for, none."""
+        """Compute the validation loss, unless a stop is requested."""
         run, reporter = self.run, self.reporter
         if run.val_source is None or reporter.stop_requested:
             return
@@ -216,14 +216,14 @@ def _loss_of_newest_good(run: Run) -> float | None:
 
 
 def mfu(run: Run, tokens_per_s: float) -> float | None:
-    """Model FLOPs over the device's dense peak in this precision; None where the peak is not known."""
+    """Model FLOPs over the device's dense peak in this precision; None if the peak is unknown."""
     peak = peak_flops(device_name(run.device), run.config.dtype)
     return peak and tokens_per_s * FLOPS_PER_TOKEN[MFU_FORMULA](run.model.config) / peak
 
 
 def _check_finite(run: Run, step: int, loss: float) -> None:
-    """See that all weights and the optimizer's averages are finite: a gradient of 1e30 leaves a loss that looks fine
-    and an average of squares that is infinite for ever. Waits for the device once.
+    """Check that all weights and the optimizer's averages are finite: after a gradient of 1e30 the loss looks fine, but
+    an average of squares stays infinite. Waits for the device once.
 
     Raises:
         NonFiniteLossError: which of them is not.

@@ -1,4 +1,4 @@
-"""Meters: where a run waits for the device, apart from evaluation, checkpoints and a logged gradient norm.
+"""Losses and time of a run, read without stalling the device, and the file of records.
 
 Losses stay on the device as they are computed; `Meter.read` fetches all of them at once at a logging
 step. Between two reads the host only launches work.

@@ -1,4 +1,4 @@
-"""Models that are already trained, ready for use."""
+"""Load a trained model from a checkpoint."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load_run(source: Path, device: torch.device, step: int | None = None) -> tup
 
 
 class _Undrawn(TorchFunctionMode):
-    """Skip torch.nn.init: on the meta device there is nothing to fill, and it would import the compiler for that."""
+    """Skip torch.nn.init: the meta device has nothing to fill, and torch would import the compiler for it."""
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         keywords = keywords or {}
@@ -56,10 +56,10 @@ class _Undrawn(TorchFunctionMode):
 
 
 def check_operations(source: Path, config: Mapping[str, Any]) -> None:
-    """See that this version knows every operation that a run was trained with.
+    """Check that this version knows every operation that a run was trained with.
 
-    All that a table holds compute the same function, so that any of them may evaluate any run. What is in none may have
-    computed another, which is not to be replaced in silence.
+    All implementations in a table compute the same function, so any of them may evaluate any run. An unknown one may
+    have computed another function, and must not be replaced silently.
 
     Raises:
         ConfigError: it doesn't.
@@ -74,7 +74,7 @@ def check_operations(source: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_vocabulary(what: str, vocab_size: int, model: ModelConfig) -> None:
-    """See that tokens of a vocabulary can be the model's: the sizes are equal, or the model's is the other padded.
+    """Check that a vocabulary fits the model: the sizes are equal, or the model's is the other one padded.
 
     Args:
         what: whose the vocabulary is, as the message begins.

@@ -105,7 +105,7 @@ class Run:
         return loss, self._norm() if norm is None and want_norm else norm
 
     def _same_every_step(self, tokens: Tensor, want_norm: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Everything of a step that is the same in every step: what a CUDA graph captures."""
+        """The part of a step that never changes: what a CUDA graph captures."""
         self.state.zero_grad()
         total = torch.zeros((), device=self.device)
         for micro in tokens:
@@ -271,9 +271,9 @@ def settle(config: TrainConfig) -> tuple[Settled, torch.device]:
 
 @contextlib.contextmanager
 def numerics(config: TrainConfig) -> Iterator[None]:
-    """Set torch's global numerics for a run and put them back: exact float32 products unless tf32 is asked for,
-    and, unless the configuration does without, algorithms that give the same bits every time. SDPA's flash and
-    memory-efficient backwards on CUDA add in any order otherwise, and do so still where torch is only told to warn."""
+    """Set torch's global numerics for a run and restore them: exact float32 products unless tf32 is asked for, and
+    deterministic algorithms unless --no-deterministic. Otherwise SDPA's flash and memory-efficient backwards on CUDA add
+    in any order; they still do if torch is only told to warn."""
     precision = torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -319,7 +319,7 @@ def _open_sources(config: Settled) -> tuple[TokenSource, TokenSource | None]:
 
 
 def _continue_data(run: Run, state: dict[str, Any]) -> None:
-    """Have a resumed run take the samples that follow its checkpoint's, and note where they are others."""
+    """Make a resumed run continue with the samples after its checkpoint's, and note if the data differ."""
     saved, run.resumed = state["config"], read_progress(state)
     samples = run.resumed.samples
     # A checkpoint older than the field: all its batches had one size.

@@ -22,10 +22,9 @@ STOPPING = [
 
 
 def handle(handler: Handler) -> dict[signal.Signals, Any]:
-    """Have a function called by each signal that asks to stop; returns the handlers before, for `put_back`.
+    """Call a function on each signal that asks to stop; returns the previous handlers, for `put_back`.
 
-    SIGHUP stays ignored where it was, which is what nohup asks for. Off the main thread nothing is changed: Python
-    allows it there alone.
+    An ignored SIGHUP stays ignored, as nohup asks. Off the main thread nothing changes: Python sets handlers only there.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
@@ -40,16 +39,16 @@ def put_back(handlers: dict[signal.Signals, Any]) -> None:
 
 
 def end_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
-    """A handler for a process that has nothing to save: one line, and the status 128 + the signal's number.
+    """Handle a signal in a process with nothing to save: print one line and exit with 128 + the signal's number.
 
-    It may interrupt an import, where an exception would be caught or would leave half a module: so none is raised.
+    It raises nothing: during an import an exception could be caught, or leave half a module.
     """
     say(f"stopped by {signal.Signals(number).name}: no step was being computed, so there is nothing to save")
     os._exit(128 + number)
 
 
 def say(line: str) -> None:
-    """Write a line to stderr from a handler, where `print` would fail if the handler had interrupted a `print`."""
+    """Write a line to stderr from a handler, where `print` fails if the signal interrupted a `print`."""
     if sys.stderr is not None:  # None: closed at the start, and another file may have its number
         with contextlib.suppress(OSError):
             if can_write(2, 0.0):
@@ -57,7 +56,7 @@ def say(line: str) -> None:
 
 
 def can_write(descriptor: int, seconds: float) -> bool:
-    """Whether a write would go through within a time: not so in a full pipe, or a terminal that Ctrl-S has stopped."""
+    """Whether a write would go through within a time: not to a full pipe, or a terminal stopped by Ctrl-S."""
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
     return bool(poll.poll(1e3 * seconds))

@@ -1,4 +1,4 @@
-"""state.json: what a checkpoint keeps beside its tensors, and what may differ where a run is resumed from it."""
+"""state.json: what a checkpoint keeps beside its tensors, and what may differ when a run resumes from it."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ _PROGRESS = {
 
 
 def check_state(state: dict[str, Any], path: Path) -> None:
-    """See that what is read of a state.json is there, of its type, and a value that it can have.
+    """Check that each value that is read from a state.json is present, of the right type, and possible.
 
     Raises:
         ConfigError: it isn't; the message names the first such value.
@@ -149,10 +149,10 @@ def check_state(state: dict[str, Any], path: Path) -> None:
 
 
 def check_agreement(state: dict[str, Any], path: Path) -> None:
-    """See that the model in a checked state.json is the one that its configuration asked for.
+    """Check that the model in a checked state.json is the one that its configuration asked for.
 
     Raises:
-        ConfigError: it isn't: some of its tensors may be of the sizes of both, and would compute something else.
+        ConfigError: it isn't. The tensors may fit both sizes and would compute something else.
     """
     for name in _SHAPE:
         if state["model"][name] != state["config"][name]:
@@ -178,9 +178,9 @@ def read_progress(state: dict[str, Any]) -> Progress:
 
 
 def changed_settings(state: dict[str, Any], config: Settled) -> list[str]:
-    """The settings that are not those of the checkpoint, in a line or none.
+    """The settings that differ from the checkpoint's, in one line or none.
 
-    Left out are the model's name, as check_shape compares what it stands for, and the device, which carried_over does.
+    Skips the model's name, since check_shape compares its shape, and the device, which carried_over compares.
     """
     was, now = state["config"], config_as_json(config)
     left_out = ("out", "resume", "model", "device")
@@ -190,7 +190,7 @@ def changed_settings(state: dict[str, Any], config: Settled) -> list[str]:
 
 
 def changed_data(was: str | None, now: str | None, data: str) -> list[str]:
-    """A line where the data under a name are not those that the checkpoint was trained on, by their fingerprints.
+    """A line if the data's fingerprints differ from those that the checkpoint was trained on.
 
     Args:
         was: Progress.data of the checkpoint.
@@ -205,7 +205,7 @@ def changed_data(was: str | None, now: str | None, data: str) -> list[str]:
 
 
 def carried_over(state: dict[str, Any], config: Settled, device: torch.device) -> list[str]:
-    """What of a checkpoint's state has no counterpart in a run with other settings, or the reverse; a line each."""
+    """What is in a checkpoint's state but not in a run with other settings, or the reverse; a line each."""
     notes = []
     float16 = config.dtype == "float16"
     if float16 and not state["scaler"]:

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files that anyone may have written: compared with what they are for before they are read."""
+"""Read safetensors files that anyone may have written: check names, shapes and types first."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def read_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """See that a file holds float32 or float64 tensors of these names and shapes, and no other.
+    """Check that a file holds exactly these names and shapes, in float32 or float64.
 
     Raises:
-        ConfigError: it doesn't, or can't be read; the message says what is the first difference.
+        ConfigError: it doesn't, or can't be read; the message names the first difference.
     """
     stored = read_shapes(path)
     problems = [f"it lacks {name}" for name in expected if name not in stored]
