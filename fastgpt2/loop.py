@@ -153,7 +153,7 @@ class Loop:
         return max(self._mean(), self.meter.losses[-1] - RISE / 2)
 
     def _watch(self) -> None:
-        """Warn once if the loss is far above where the run began or where it was at the last good checkpoint. The run is
+        """Warn once if the loss is far above where the run began or stood at the last good checkpoint. The run is
         good again once the excess has halved."""
         before = self.uniform_loss if self.good_loss is None else min(self.uniform_loss, self.good_loss)
         bound = before + (RISE / 2 if self.diverged else RISE)

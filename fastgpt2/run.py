@@ -272,8 +272,8 @@ def settle(config: TrainConfig) -> tuple[Settled, torch.device]:
 @contextlib.contextmanager
 def numerics(config: TrainConfig) -> Iterator[None]:
     """Set torch's global numerics for a run and restore them: exact float32 products unless tf32 is asked for, and
-    deterministic algorithms unless --no-deterministic. Otherwise SDPA's flash and memory-efficient backwards on CUDA add
-    in any order; they still do if torch is only told to warn."""
+    deterministic algorithms unless --no-deterministic. Otherwise SDPA's flash and memory-efficient backwards on CUDA
+    add in any order; they still do if torch is only told to warn."""
     precision = torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -24,7 +24,7 @@ STOPPING = [
 def handle(handler: Handler) -> dict[signal.Signals, Any]:
     """Call a function on each signal that asks to stop; returns the previous handlers, for `put_back`.
 
-    An ignored SIGHUP stays ignored, as nohup asks. Off the main thread nothing changes: Python sets handlers only there.
+    An ignored SIGHUP stays ignored, as nohup asks. Off the main thread nothing changes: Python sets none there.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}

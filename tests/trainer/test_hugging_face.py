@@ -10,7 +10,7 @@ from fastgpt2 import GPT, ModelConfig
 from fastgpt2.config import TrainConfig
 from fastgpt2.hugging_face import from_hugging_face, to_hugging_face
 from fastgpt2.ops import make_ops
-from fastgpt2.optim import make_optimizer
+from fastgpt2.optim.groups import make_optimizer
 from tests import seeds
 
 pytestmark = pytest.mark.numeric

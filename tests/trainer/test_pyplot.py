@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib import pyplot
 
 from fastgpt2 import TrainConfig, train
-from fastgpt2.display import plot_losses
+from fastgpt2.reporters.display import plot_losses
 
 
 def test_pyplot_is_left_alone(tmp_path: Path) -> None:
