@@ -48,10 +48,9 @@ from fastgpt2.state import RunState
 
 CHECKED_IN = Path(__file__).parent / "counts.json"
 B, T, H, D, V = 4, 1024, 12, 64, 50257
-OPERATIONS = {"attention": "attn", "gelu_mlp": "mlp", "layer_norm": "norm", "linear_cross_entropy": "loss"}
-"""By the beginning of an operator's name: the file of its kernels."""
-"""Our operators are fastgpt2::<operation>_forward and _backward, each launched by kernels.<operation>'s function of the
-same name; the embedding's is fastgpt2.embedding's."""
+OPERATIONS = {"attention": "attention", "gelu_mlp": "mlp", "layer_norm": "norm", "linear_cross_entropy": "loss"}
+"""File of the kernels, by operation. Operators are fastgpt2::<operation>_forward and _backward, each launched by the
+file's function of the same name; the embedding's is in fastgpt2.embedding."""
 SYNCHRONISING = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero", "aten::masked_select"}
 """Operators whose result the host has to wait for."""
 
