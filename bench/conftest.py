@@ -1,18 +1,18 @@
-"""Where and on what a benchmark ran, in its JSON; and a line a result as it is made, for runs that may be cut off."""
+"""Options of the benchmarks, and the fixture `compete`, which shows one candidate of a contest."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch
 
-from bench.ops import contests
-from bench.ops.contests import Contest, Measured, Missing, call_once, free_memory
-from bench.ops.shapes import DEVICE
+from bench.contest import CUDA, DEVICE, Contest, Missing, free_memory, hold
+from bench.ops.op_contest import KERNEL
+from bench.result import Result
 from bench.roofline import read_or_measure
 from bench.step.steps import STEPS, TUNED, Kernels
 from bench.timing import append_json_line, commit, environment, replay
@@ -20,20 +20,27 @@ from fastgpt2.kernels.tuning import use_table
 from fastgpt2.ops import SLOTS
 
 if not torch.cuda.is_available():
-    # A thread that waits for another spins; on cores shared with other work that costs a hundredfold, by chance.
+    # A waiting thread spins. On cores shared with other work that can cost a hundredfold.
     torch.set_num_threads(1)
 
-ENTERED = pytest.StashKey[dict[Any, dict[str, Measured | Missing]]]()
-"""What the contests of this session have shown."""
+Held = tuple[dict[str, Any], dict[str, Any]]
+HELD = pytest.StashKey[dict[str, Held]]()
+"""What the contests of this session returned."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastgpt2")
-    group.addoption("--bench-commit", help="commit that is measured, where there is no git repository to ask")
-    group.addoption("--bench-jsonl", type=Path, help="append each result to this file as soon as it is there")
-    group.addoption("--bench-without", action="append", choices=list(SLOTS), default=[], help="PyTorch's form there")
+    group.addoption("--bench-commit", help="commit that is measured, if there is no git repository to ask")
+    group.addoption("--bench-jsonl", type=Path, help="append each result to this file at once")
+    group.addoption(
+        "--bench-without", action="append", choices=list(SLOTS), default=[], help="use PyTorch's form there"
+    )
     group.addoption("--bench-table", type=Path, help="launch configurations, named by the architecture (sm_90.json)")
-    group.addoption("--bench-ceilings", type=Path, help="file of the device's ceilings; measured if it isn't there")
+    group.addoption("--bench-ceilings", type=Path, help="file of the device's ceilings; measured if it doesn't exist")
+    for slot in SLOTS:
+        group.addoption(
+            f"--{slot}", action="append", default=[], metavar="MODULE:FUNCTION", help=f"time this {slot}, too"
+        )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,27 +53,39 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--bench-table: {error}") from None
 
 
-SLOT = {
-    "bench_attention": "attn",
-    "bench_mlp": "mlp",
-    "bench_norm": "norm",
-    "bench_loss": "loss",
-}
-"""Whose kernel is the candidate "triton" of a file."""
+def _outside(config: pytest.Config, module: Any) -> list[str]:
+    """Implementations from outside to be timed by a module."""
+    contest = getattr(module, "CONTEST", None)
+    return [] if contest is None else config.getoption(f"--{contest.slot}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A slot's operation has a test for each candidate, those from outside included."""
+    contest = getattr(metafunc.module, "CONTEST", None)
+    if contest is not None and "name" in metafunc.fixturenames:
+        size = metafunc.module.SHAPES[0]
+        direction = next(iter(metafunc.module.FLOPS))
+        metafunc.parametrize(
+            "name", list(contest(size, direction, _outside(metafunc.config, metafunc.module)).candidates)
+        )
+
+
+@pytest.fixture
+def outside(request: pytest.FixtureRequest) -> Sequence[str]:
+    """Implementations from outside that the command line names for this module's slot."""
+    return _outside(request.config, request.module)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the candidates that can't run with these options.
-
-    A candidate is deselected if it is a kernel of --bench-without, if replacing such kernels makes it equal to another
-    candidate, or if it needs --bench-table and none was given.
-    """
+    """Deselect the candidates that can't run with these options: kernels of --bench-without, candidates that would then
+    equal another, and the one that needs --bench-table if there is none."""
     known = _kernels(config)
 
     def left_out(item: Any) -> bool:
         name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
-        if name == "triton":
-            return SLOT[item.path.stem] in known.without
+        if name == KERNEL:
+            return item.module.CONTEST.slot in known.without
         if name not in STEPS:
             return False
         same = STEPS[name].with_kernels(known).settings == STEPS["ours-torch"].settings and name != "ours-torch"
@@ -83,13 +102,13 @@ def _kernels(config: pytest.Config) -> Kernels:
 
 @pytest.fixture(scope="session")
 def kernels(pytestconfig: pytest.Config) -> Kernels:
-    """What --bench-without and --bench-table say of ours."""
+    """What --bench-without and --bench-table say of our kernels."""
     return _kernels(pytestconfig)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    # The machine's own name says nothing about the figures, and results are published.
+    # Results are published, and the machine's name says nothing about them.
     machine_info.pop("node", None)
     machine_info["fastgpt2"] = environment()
 
@@ -100,30 +119,30 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
 
 
 @pytest.fixture
-def record(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
-    """Keep what was measured: in pytest-benchmark's extra_info, and as a line of --bench-jsonl."""
+def record(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Result], None]:
+    """Keep a result in pytest-benchmark's extra_info, and as a line of --bench-jsonl."""
 
-    def keep(info: dict[str, Any]) -> None:
+    def keep(result: Result) -> None:
+        info = result.to_json() | {"name": request.node.name, "group": benchmark.group}
         benchmark.extra_info.update(info)
         path = request.config.getoption("--bench-jsonl")
         if path is not None:
-            append_json_line(path, {"kind": "benchmark", "name": request.node.name, "group": benchmark.group, **info})
+            append_json_line(path, {"kind": "benchmark", **info})
 
     return keep
 
 
 @pytest.fixture(scope="session")
 def measured_ceilings(pytestconfig: pytest.Config) -> Callable[[], dict[str, Any] | None]:
-    """The device's ceilings: of the file --bench-ceilings, else measured when first asked for, and written there.
+    """The device's ceilings, from the file --bench-ceilings, or measured on first use and written there.
 
-    None on a CPU unless there is such a file: what is timed there is small, and the caches that hold it are faster than
-    any ceiling of the memory's.
+    None on a CPU without such a file: the work timed there is small and fits in caches that are faster than memory.
     """
     path = pytestconfig.getoption("--bench-ceilings")
 
     @functools.cache
     def get() -> dict[str, Any] | None:
-        if DEVICE.type == "cpu" and path is None:
+        if not CUDA and path is None:
             return None
         found = read_or_measure(path, DEVICE)
         free_memory()
@@ -135,7 +154,6 @@ def measured_ceilings(pytestconfig: pytest.Config) -> Callable[[], dict[str, Any
 @pytest.fixture
 def selected(request: pytest.FixtureRequest) -> list[str]:
     """The candidates of this test's contest whose tests were selected: those that differ from it in `name` alone."""
-
     here = request.node
 
     def beside(item: Any) -> bool:
@@ -151,36 +169,39 @@ def selected(request: pytest.FixtureRequest) -> list[str]:
 def compete(
     request: pytest.FixtureRequest,
     benchmark: Any,
-    record: Callable[[dict[str, Any]], None],
+    record: Callable[[Result], None],
     selected: list[str],
     measured_ceilings: Callable[[], dict[str, Any] | None],
 ) -> Callable[[Contest, str], None]:
-    """Show a candidate's figures in a contest, which the first test of it that asks runs with all that are selected.
+    """Show a candidate's figures in a contest, which the first of its tests runs with all that are selected.
 
-    Under --benchmark-disable the candidate is checked and called once instead.
+    With --benchmark-disable the candidate is checked and called once instead.
     """
 
     def show(contest: Contest, name: str) -> None:
         benchmark.group = contest.group
+        if contest.candidates[name].needs_gpu and not CUDA:
+            pytest.skip(contest.candidates[name].needs_gpu)
         if not benchmark.enabled:
             benchmark.pedantic(lambda: None)
-            missing = call_once(contest, name)
-            if missing is not None:
-                _stop(missing)
+            if missing := contest.try_out(name):
+                stop(missing)
             return
-        entered = request.session.stash.setdefault(ENTERED, {})
-        if contest.group not in entered:
-            entered[contest.group] = contests.run(contest, selected)
-        outcome = entered[contest.group][name]
+        held = request.session.stash.setdefault(HELD, {})
+        if contest.group not in held:
+            able = [other for other in selected if CUDA or not contest.candidates[other].needs_gpu]
+            held[contest.group] = hold(contest, able)
+        outcomes, shared = held[contest.group]
+        outcome = outcomes[name]
         if isinstance(outcome, Missing):
-            _stop(outcome)
-        record(contests.result(contest, name, outcome, measured_ceilings()))
+            stop(outcome)
+        record(contest.result(name, outcome, measured_ceilings(), **shared))
         replay(benchmark, outcome.timed)
 
     return show
 
 
-def _stop(missing: Missing) -> NoReturn:
+def stop(missing: Missing) -> NoReturn:
     if missing.failed:
-        pytest.fail(missing.reason, pytrace=False)
+        pytest.fail(f"{missing.reason}\n{missing.output}".rstrip(), pytrace=False)
     pytest.skip(missing.reason)

@@ -1,12 +1,11 @@
 """`python -m bench.cpu`: the training step on a CPU, ours beside the peers, in speed and memory.
 
-Four contests: float32 and bfloat16, eager and compiled. In each, ours as it comes (every slot at auto) against plain
-PyTorch and transformers, each in a process of its own with as many threads, timed in turn for some rounds. The result
-is the median over the rounds of our speed over the fastest peer's, and our peak memory over the leanest peer's. The
-record is written after each contest. Tokens a second are this machine's, with whatever else it did; the ratios hold
-further.
+Four contests: float32 and bfloat16, eager and compiled. In each, ours by default (every slot at auto) against plain
+PyTorch and transformers, each in a process of its own with as many threads, timed in turn. The result is our speed
+over the fastest peer's, the median over the rounds, and our peak memory over the leanest peer's. The record is written
+after each contest. Tokens a second depend on this machine and its other work; the ratios much less.
 
-Exit status: 0; 1 where a candidate crashed, hung or is wrong. One that can't run here is listed and costs nothing.
+Exit status: 0, or 1 if a candidate crashed, hung or is wrong. One that can't run here is listed.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ import json
 import os
 import sys
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.contest import Missing, hold
 from bench.report.results import best_peer, gib, mode, number, ratio
 from bench.result import Result
 from bench.stages import new_record, record_file
-from bench.step.lockstep import Limits, Lost, contest
-from bench.step.steps import REFERENCES, STEPS, StepShape, agree_in, result
+from bench.step.lockstep import Limits
+from bench.step.steps import STEPS, StepContest, StepShape
 from bench.timing import ROOT, commit, environment
 from fastgpt2.config import PRESETS
 from fastgpt2.flags import Parser
@@ -69,40 +68,43 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run_cell(record: dict[str, Any], shape: StepShape, compiled: bool, given: Any, until: float) -> bool:
-    """Hold a contest and add what came of it to the record; whether a candidate failed."""
-    device = torch.device("cpu")
-    group = f"training step, {shape.model}, {shape.dtype}, {'compiled' if compiled else 'eager'}"
-    print(f"{group} ...", flush=True)
-    outcomes = contest(
-        {name: STEPS[name].on(shape, device, compiled=compiled, threads=given.threads) for name in given.candidates},
+    """Run one contest into the record; returns whether a candidate failed."""
+    contest = Cell(
+        "cpu",
+        shape,
+        compiled,
+        tuple(given.candidates),
         rounds=given.rounds,
-        seconds=ROUND_S * given.rounds,
+        round_s=ROUND_S,
+        at_once=1,
+        eager=False,
+        threads=given.threads,
         limits=Limits(build=900.0, round=300.0),
-        references=REFERENCES,
-        agree=agree_in(shape),
         until=until,
-        say=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
+        device=torch.device("cpu"),
     )
-    identity = uuid.uuid4().hex
+    print(f"{contest.group} ...", flush=True)
+    outcomes, shared = hold(contest, given.candidates)
+    done = []
     for name, outcome in outcomes.items():
-        title = f"{group}, {name}"
-        if isinstance(outcome, Lost):
+        title = f"{contest.group}, {name}"
+        if isinstance(outcome, Missing):
             record["not_done"].append({"name": title, "reason": outcome.reason})
             print(f"{title}: {outcome.reason}\n{outcome.output if outcome.failed else ''}".rstrip(), file=sys.stderr)
             continue
         record["environment"] = {**outcome.versions, "cpu_threads": given.threads}
-        record["results"].append(
-            {
-                "name": title,
-                "group": group,
-                "contest": identity,
-                **result(name, shape, compiled, outcome, device),
-                "seconds_to_build": outcome.seconds_to_build,
-                "device_state": {},
-            }
-        )
-    print(table([r for r in record["results"] if r["contest"] == identity]), flush=True)
-    return any(isinstance(outcome, Lost) and outcome.failed for outcome in outcomes.values())
+        done.append(contest.result(name, outcome, **shared).to_json() | {"name": title})
+    record["results"] += done
+    print(table(done), flush=True)
+    return any(isinstance(outcome, Missing) and outcome.failed for outcome in outcomes.values())
+
+
+class Cell(StepContest):
+    """A contest of this command."""
+
+    @property
+    def group(self) -> str:
+        return f"training step, {self.step.model}, {self.step.dtype}, {'compiled' if self.compiled else 'eager'}"
 
 
 def table(lines: list[dict[str, Any]]) -> str:

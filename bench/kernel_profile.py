@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +16,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from bench.ops.shapes import DEVICE
+from bench.contest import DEVICE
 from bench.report.results import align
 from bench.step.steps import STEPS, Kernels, StepShape
 from bench.timing import append_json_line
@@ -96,13 +95,12 @@ def main(arguments: list[str] | None = None) -> None:
             check_table(given.table)
         except ValueError as error:
             parser.error(f"--table: {error}")
-    if DEVICE.type == "cpu" and STEPS[given.step].cuda:
-        raise ConfigError(f"{given.step}: {STEPS[given.step].cuda}")
+    if DEVICE.type == "cpu" and STEPS[given.step].needs_gpu:
+        raise ConfigError(f"{given.step}: {STEPS[given.step].needs_gpu}")
     shape = StepShape(given.model, given.B, given.dtype, given.T, given.n_layer)
     kernels = Kernels(tuple(given.without), given.table)
     candidate = STEPS[given.step].on(shape, DEVICE, compiled=not given.eager, kernels=kernels)
-    module, function = candidate.make.split(":")
-    step = getattr(import_module(module), function)(**candidate.arguments)
+    step = candidate.loaded()
     if given.warm:
         step(0)
         synchronize(DEVICE)

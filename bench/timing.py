@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -23,7 +24,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -83,74 +84,113 @@ them fill the queue, and the host waits."""
 MOST_SPIN_MS = 50.0
 
 
+class Entrant(Protocol):
+    """A candidate that takes part in rounds."""
+
+    def round(self) -> float:
+        """Time some calls; returns milliseconds a call."""
+        ...
+
+
+def take_turns(
+    entrants: dict[str, Any],
+    rounds: int,
+    *,
+    lose: Callable[[str, Exception], None],
+    until: float = math.inf,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Time entrants in rounds whose order rotates, one at a time.
+
+    Args:
+        entrants: by name, each an Entrant; `lose` removes one that has failed.
+        lose: called with an entrant's name and the exception that its round raised.
+        until: time.monotonic() after which no round starts.
+        say: told of each step, for a log.
+    """
+    for number in range(rounds):
+        if time.monotonic() >= until:
+            say(f"out of time after {number} of {rounds} rounds")
+            return
+        names = list(entrants)
+        first = number % max(1, len(names))
+        for name in names[first:] + names[:first]:
+            try:
+                say(f"{name}: round {number + 1}/{rounds}: {entrants[name].round():.3f} ms")
+            except Exception as error:
+                lose(name, error)
+
+
 def contest(
     calls: Mapping[str, Call], device: torch.device, *, rounds: int = ROUNDS, seconds: float = 1.0
 ) -> dict[str, Timed | Exception]:
-    """Time calls against each other, in interleaved rounds.
+    """Time calls against each other, in interleaved rounds in this process.
 
     Args:
-        calls: by name; each waits for nothing.
-        rounds: how many; fewer, but FEWEST_ROUNDS at least, where two calls of each take too long for that many.
-        seconds: about how long the rounds take for each of the calls.
+        calls: by name; none waits for the device.
+        rounds: at most. Slow calls have fewer, at least FEWEST_ROUNDS.
+        seconds: about how long each call is timed in all rounds.
 
     Returns:
-        By name what was timed, or the exception that the call raised, after which it takes no further part.
+        By name what was timed, or the exception that the call raised, after which it is left out.
     """
-    entrants = {name: _Entrant(call, device) for name, call in calls.items()}
-    for entrant in entrants.values():
-        entrant.warm_up()
+    entrants: dict[str, _Calls] = {}
+    outcomes: dict[str, Timed | Exception] = {}
+
+    def lose(name: str, error: Exception) -> None:
+        traceback.clear_frames(error.__traceback__)  # its frames hold the device's memory
+        entrants.pop(name)
+        outcomes[name] = error
+
+    for name, call in calls.items():
+        entrants[name] = _Calls(call, device)
+        try:
+            entrants[name].warm_up()
+        except Exception as error:
+            lose(name, error)
     cost_ms = sum(entrant.cost_ms for entrant in entrants.values())
     rounds = max(FEWEST_ROUNDS, min(rounds, int(1e3 * seconds * len(calls) / max(2 * cost_ms, 1e-6))))
-    order = list(entrants.values())
-    for _ in range(rounds):
-        for entrant in order:
-            entrant.round(1e3 * seconds / rounds)
-        order = order[1:] + order[:1]
-    return {name: entrant.result() for name, entrant in entrants.items()}
+    for entrant in entrants.values():
+        entrant.budget_ms = 1e3 * seconds / rounds
+    take_turns(entrants, rounds, lose=lose)
+    return outcomes | {name: entrant.timed() for name, entrant in entrants.items()}
 
 
-class _Entrant:
-    """One candidate of a contest: its call, and what it has shown so far."""
+class _Calls:
+    """An entrant of this process: a call, and the times of its rounds."""
+
+    WARM_UPS = 3
 
     def __init__(self, call: Call, device: torch.device) -> None:
         indices = itertools.count()
         self._launch = lambda: call(next(indices))
         self._time_calls, self._clock = _CLOCKS[device.type]
         self._batches: list[_Batch] = []
-        self._error: Exception | None = None
+        self.budget_ms = 0.0
+        """Of a round."""
         self.cost_ms = 0.0
-        """What a call takes, launch and all."""
+        """Of a call, launch included."""
 
     def warm_up(self) -> None:
         """Compile, let the clocks rise, and see how long a call takes."""
-        for _ in range(3):
+        for _ in range(self.WARM_UPS):
             self._time(1)
-        if self._error is None:
-            last = self._batches[-1]
-            self.cost_ms = max(last.samples_ms[-1], last.host_ms, 1e-6)
+        last = self._batches[-1]
+        self.cost_ms = max(last.samples_ms[-1], last.host_ms, 1e-6)
 
-    def round(self, budget_ms: float) -> None:
-        """An untimed call and as many timed ones as the budget allows, one at the least."""
-        most = MOST_CALLS
-        if self._error is None and self._batches[-1].host_ms:
-            most = min(most, int(QUEUED_MS / self._batches[-1].host_ms))
-        self._time(max(1, min(most, int(budget_ms / max(self.cost_ms, 1e-6)) - 1)))
+    def round(self) -> float:
+        """An untimed call, and as many timed ones as the budget allows, at least one."""
+        most, host_ms = MOST_CALLS, self._batches[-1].host_ms
+        if host_ms:
+            most = min(most, int(QUEUED_MS / host_ms))
+        return statistics.median(self._time(max(1, min(most, int(self.budget_ms / self.cost_ms) - 1))).samples_ms)
 
-    def _time(self, count: int) -> None:
-        if self._error is not None:
-            return
-        host_ms = self._batches[-1].host_ms if self._batches else 0.0
-        try:
-            self._batches.append(self._time_calls(self._launch, count, host_ms))
-        except Exception as error:  # one candidate's failure is not to lose the others
-            # Nor is what its frames hold, which is the device's memory.
-            traceback.clear_frames(error.__traceback__)
-            self._error = error
+    def _time(self, count: int) -> _Batch:
+        self._batches.append(self._time_calls(self._launch, count, self._batches[-1].host_ms if self._batches else 0.0))
+        return self._batches[-1]
 
-    def result(self) -> Timed | Exception:
-        if self._error is not None:
-            return self._error
-        rounds = self._batches[3:]
+    def timed(self) -> Timed:
+        rounds = self._batches[self.WARM_UPS :]
         return Timed(
             round_ms=[statistics.median(batch.samples_ms) for batch in rounds],
             samples_ms=[ms for batch in rounds for ms in batch.samples_ms],

@@ -1,114 +1,125 @@
-"""The attention's forward and backward: ours beside the plain form, PyTorch's own kernels and other packages'.
-
-Every candidate is first compared with float64, in the very call that is timed: what is wrong is not timed. Inputs
-require gradients, so that the forward also saves what the backward needs. PyTorch's global numerics are at their
-defaults here, so its kernels may add in any order, which is fastest; `deterministic` records it.
-"""
+"""Benchmark of the attention, forward and backward."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from bench.contest import CUDA, DEVICE, Candidate, Contest, Function, Unavailable
 from bench.ops.budget import assert_within_budget
-from bench.ops.contests import Candidate, Contest, Function, backward_of, ours, peers, rotate
-from bench.ops.peers import PEERS, Unavailable
-from bench.ops.shapes import ATTENTION_SHAPES, DEVICE, AttentionShape
-from bench.timing import REPLAY, Call, input_sets
+from bench.ops.op_contest import ONCE, Drawn, SlotContest
+from bench.ops.peers import PEERS
+from bench.roofline import Work
+from bench.timing import REPLAY, Call
 from fastgpt2.accuracy import attention_problem, error_and_budget
-from fastgpt2.backends.attention import naive_attention, sdpa_attention
+from fastgpt2.backends.attention import naive_attention
 
 LONGEST_NAIVE = 2048
-"""The plain form keeps all scores: at 65,536 tokens of 12 heads and T = 2048 some 10 GB for the backward, and with T
-they double."""
+"""The plain form keeps all scores. At 65,536 tokens, 12 heads and T = 2048 they take 10 GB, and twice as much at 2 T."""
+FLOPS = {"forward": "4 B H T^2 D / 2 (causal)", "backward": "2.5 * 4 B H T^2 D / 2 (causal)"}
 
 
-def candidates(size: AttentionShape) -> dict[str, Candidate]:
-    """By name; those whose inputs are apart do without the copy that packs the gradient, and are a floor."""
-    table = {
-        "triton": Candidate(lambda: ours("attn", "triton", size.dtype, size.D), "ours"),
-        "naive": Candidate(lambda: naive_attention, "peer"),
-        "sdpa": Candidate(lambda: sdpa_attention, "peer"),
-        **peers("attention"),
-    }
-    if size.T > LONGEST_NAIVE:
-        for name in ("naive", "naive-compiled"):
-            table[name] = Candidate(too_long, "peer")
-    return table
+@dataclass(frozen=True)
+class AttentionShape:
+    """B sequences of T tokens, H heads of D channels."""
+
+    B: int
+    T: int
+    H: int
+    D: int
+    dtype: torch.dtype
+
+    def work(self, direction: str) -> Work:
+        """Forward: two matmuls, 4 B H T^2 D FLOPs, halved because half the pairs are masked. Backward: 2.5 times that.
+
+        One exponential a pair that is not masked, in each direction. Bytes: forward qkv, o and each row's log-sum-exp
+        (float32); backward these, do and dqkv.
+        """
+        pairs, rows = self.B * self.H * self.T**2 / 2, self.B * self.H * self.T
+        flops = {"forward": 4.0, "backward": 10.0}[direction] * pairs * self.D
+        moved = {"forward": 4, "backward": 8}[direction] * rows * self.D * self.dtype.itemsize + 4 * rows
+        return Work(self.B * self.T, flops, moved, pairs, FLOPS[direction], ONCE)
+
+
+if CUDA:
+    # The same 65,536 tokens at every length, so that only the attention's T^2 grows.
+    SHAPES = [AttentionShape(65536 // T, T, 12, 64, torch.bfloat16) for T in (1024, 2048, 4096, 8192)]
+    # The widths of the larger models, and few tokens, where launching takes longer than computing.
+    SHAPES += [AttentionShape(64, 1024, H, 64, torch.bfloat16) for H in (16, 20, 25)]
+    SHAPES += [AttentionShape(4, 1024, 12, 64, torch.bfloat16)]
+else:
+    SHAPES = [AttentionShape(2, 256, 4, 64, torch.float32)]
 
 
 def too_long() -> Function:
     raise Unavailable(f"keeps T^2 scores a head: timed up to T = {LONGEST_NAIVE}")
 
 
-NAMES = list(candidates(ATTENTION_SHAPES[0]))
+class AttentionContest(SlotContest):
+    slot, peers, plain = "attn", "attention", naive_attention
+    size: AttentionShape
 
+    def __init__(self, size: AttentionShape, direction: str, outside: Sequence[str] = ()) -> None:
+        super().__init__(size, direction, outside)
+        if size.T > LONGEST_NAIVE:
+            self.candidates = {
+                **self.candidates,
+                **dict.fromkeys(("naive", "naive-compiled"), Candidate("peer", too_long)),
+            }
 
-class AttentionContest(Contest):
-    def __init__(self, size: AttentionShape, direction: str) -> None:
-        self.size, self.direction = size, direction
-        self.op, self.dtype = f"attention {direction}", str(size.dtype).removeprefix("torch.")
-        self.work, self.retains = size.work(direction), True
-        self.candidates = candidates(size)
+    def draw_set(self, seed: int) -> Drawn:
+        """qkv (B, T, 3, H, D), and the gradient of the output (B, T, H, D)."""
+        B, T, H, D = self.size.B, self.size.T, self.size.H, self.size.D
+        generator = torch.Generator(DEVICE).manual_seed(seed)
+        draw = functools.partial(torch.randn, device=DEVICE, dtype=self.size.dtype, generator=generator)
+        return [draw(B, T, 3, H, D).requires_grad_()], [draw(B, T, H, D)]
 
-    def shape(self) -> dict[str, Any]:
-        return {"B": self.size.B, "T": self.size.T, "H": self.size.H, "D": self.size.D}
-
-    def draw(self) -> list[tuple[Tensor, Tensor]]:
-        """qkv (B, T, 3, H, D), which requires a gradient, and that of the output (B, T, H, D)."""
-        B, T, H, D, dtype = self.size.B, self.size.T, self.size.H, self.size.D, self.size.dtype
-        generator = torch.Generator(DEVICE).manual_seed(0)
-        draw = functools.partial(torch.randn, device=DEVICE, dtype=dtype, generator=generator)
-        count = input_sets(DEVICE, B * T * 3 * H * D * dtype.itemsize)
-        return [(draw(B, T, 3, H, D).requires_grad_(), draw(B, T, H, D)) for _ in range(count)]
-
-    def prepare(self, name: str, function: Function, sets: Sequence[tuple[Tensor, Tensor]]) -> Call:
-        given = [((qkv,) if packed(name) else unpack(qkv), do) for qkv, do in sets]
-        if self.direction == "forward":
-            return rotate([functools.partial(function, *inputs) for inputs, _ in given])
-        return rotate([backward_of(function, inputs, do) for inputs, do in given])
+    def prepare(self, name: str, function: Function, sets: Sequence[Drawn]) -> Call:
+        if apart(name):
+            sets = [(unpack(inputs[0]), gradients) for inputs, gradients in sets]
+        return super().prepare(name, function, sets)
 
     def check(self, name: str, function: Function) -> None:
-        op = function if packed(name) else lambda qkv: function(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
-        check_attention(name, op, self.size)
+        """Compare one head of one sequence, the last of each: all of them would not fit in float64.
+
+        The others hold other random numbers, so a kernel that reads the wrong rows is found out. The budget is
+        fastgpt2.accuracy's, relative to naive and sdpa.
+        """
+        B, T, H, D = self.size.B, self.size.T, self.size.H, self.size.D
+        rest = torch.randn(B, T, 3, H, D, device=DEVICE, dtype=self.size.dtype)
+
+        def last_head(qkv: Tensor) -> Tensor:
+            full = rest.clone()
+            full[-1:, :, :, -1:] = qkv
+            inputs = full.permute(2, 0, 3, 1, 4).unbind(0) if apart(name) else [full]
+            return function(*inputs)[-1:, :, -1:]
+
+        problem = attention_problem((1, T, 1, D))
+        assert_within_budget(error_and_budget(last_head, problem, self.size.dtype, DEVICE, once=True))
 
 
-def packed(name: str) -> bool:
-    """Whether a candidate takes the packed projection, as the model needs it; else q, k and v, each (B, H, T, D)."""
-    return name not in PEERS["attention"] or PEERS["attention"][name].packed
+def apart(name: str) -> bool:
+    """Whether a candidate takes q, k and v, each (B, H, T, D), and not the packed projection that the model has."""
+    return name in PEERS["attention"] and PEERS["attention"][name].role == "floor"
 
 
-def unpack(qkv: Tensor) -> tuple[Tensor, ...]:
-    """Views into the packed projection, each of which has a gradient of its own."""
-    return tuple(x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4).unbind(0))
+def unpack(qkv: Tensor) -> list[Tensor]:
+    """Views into the packed projection, each with a gradient of its own."""
+    return [x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4).unbind(0)]
+
+
+CONTEST = AttentionContest
 
 
 @pytest.mark.benchmark(timer=REPLAY)
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("size", ATTENTION_SHAPES, ids=lambda size: f"C{size.H * size.D}-T{size.T}-B{size.B}")
-def test_attention(compete: Callable[[Contest, str], None], size: AttentionShape, direction: str, name: str) -> None:
-    compete(AttentionContest(size, direction), name)
-
-
-def check_attention(name: str, op: Callable[..., Tensor], size: AttentionShape) -> None:
-    """Fail where the attention, called with the size that is timed, errs more than the budget allows.
-
-    One head of one sequence, the last of each, is compared; the others hold random numbers of their own, so a
-    kernel that reads the wrong rows is found out. The budget is fastgpt2.accuracy's, relative to naive and sdpa.
-    """
-    B, T, H, D = size.B, size.T, size.H, size.D
-    rest = torch.randn(B, T, 3, H, D, device=DEVICE, dtype=size.dtype)
-
-    def last_head(qkv: Tensor) -> Tensor:
-        full = rest.clone()
-        full[-1:, :, :, -1:] = qkv
-        return op(full)[-1:, :, -1:]
-
-    problem = attention_problem((1, T, 1, D))
-    assert_within_budget(error_and_budget(last_head, problem, size.dtype, DEVICE, once=True))
+@pytest.mark.parametrize("direction", list(FLOPS))
+@pytest.mark.parametrize("size", SHAPES, ids=lambda size: f"C{size.H * size.D}-T{size.T}-B{size.B}")
+def test_attention(
+    compete: Callable[[Contest, str], None], outside: list[str], size: AttentionShape, direction: str, name: str
+) -> None:
+    compete(AttentionContest(size, direction, outside), name)

@@ -1,8 +1,7 @@
-"""The optimizer's step over all parameters of a model: ours, one fused pass, beside PyTorch's other forms of AdamW.
+"""Benchmark of the optimizer's step over all parameters of a model: ours, one fused pass, beside PyTorch's AdamW.
 
-All candidates step the same parameters with the same gradients and moments, so that the largest model's fit. Before
-that each steps a small model of its own, which is compared with PyTorch's plain loop in float64: what is wrong is not
-timed.
+All candidates step the same parameters, gradients and moments, so that the largest model's fit. Before that each steps
+a small model of its own, which is compared with PyTorch's plain loop in float64.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.contest import CUDA, DEVICE, Candidate, Contest, Function, Unavailable
 from bench.ops.budget import Yardstick
-from bench.ops.contests import Candidate, Contest, Function
-from bench.ops.peers import Unavailable
-from bench.ops.shapes import CUDA, DEVICE
+from bench.ops.op_contest import OpContest
 from bench.roofline import Work
 from bench.timing import REPLAY, Call
 from fastgpt2.config import PRESETS, ModelConfig, TrainConfig
@@ -45,27 +43,17 @@ def fused(model: GPT) -> Made:
     return optimizer, optimizer.step
 
 
-def foreach(model: GPT) -> Made:
-    optimizer = _adamw(model, foreach=True)
-    return optimizer, optimizer.step
-
-
-def loop(model: GPT) -> Made:
-    optimizer = _adamw(model, foreach=False)
-    return optimizer, optimizer.step
-
-
-def foreach_compiled(model: GPT) -> Made:
-    """Of the two it is the form that the compiler makes one kernel of many tensors of."""
-    optimizer = _adamw(model, foreach=True)
-    return optimizer, torch.compile(lambda: optimizer.step())
-
-
-def _adamw(model: GPT, *, foreach: bool) -> torch.optim.Optimizer:
-    """With the groups and settings of ours."""
+def adamw(model: GPT, *, foreach: bool, compiled: bool = False) -> Made:
+    """PyTorch's, with the groups and settings of ours. torch.compile fuses the foreach form into few kernels."""
     kept = ("params", "lr", "betas", "weight_decay")
     groups = [{name: group[name] for name in kept} for group in make_optimizer(model, CONFIG).param_groups]
-    return torch.optim.AdamW(groups, foreach=foreach)
+    optimizer = torch.optim.AdamW(groups, foreach=foreach)
+    return optimizer, torch.compile(lambda: optimizer.step()) if compiled else optimizer.step
+
+
+foreach = functools.partial(adamw, foreach=True)
+loop = functools.partial(adamw, foreach=False)
+foreach_compiled = functools.partial(adamw, foreach=True, compiled=True)
 
 
 def _too_many_layers() -> Function:
@@ -75,13 +63,13 @@ def _too_many_layers() -> Function:
 def candidates(size: ModelConfig) -> dict[str, Candidate]:
     compiled = (lambda: foreach_compiled) if size.n_layer <= MOST_LAYERS_COMPILED else _too_many_layers
     return {
-        "fused": Candidate(lambda: fused, "ours"),
-        "foreach": Candidate(lambda: foreach, "peer"),
-        "foreach-compiled": Candidate(compiled, "peer"),
+        "fused": Candidate("ours", lambda: fused),
+        "foreach": Candidate("peer", lambda: foreach),
+        "foreach-compiled": Candidate("peer", compiled),
     }
 
 
-class OptimizerContest(Contest):
+class OptimizerContest(OpContest):
     op, dtype = "optimizer step", "float32"
 
     def __init__(self, model: str, size: ModelConfig) -> None:

@@ -1,15 +1,15 @@
-"""Who else computes what our operations compute: PyTorch's own forms, and packages where they are installed.
+"""Who else computes what our operations compute: PyTorch's own forms, and packages if they are installed.
 
-Each is called as our plain form is, so that one check and one clock serve all of them:
+Each is called as our plain form is, so that one check and one clock serve all:
 
     attention              (qkv (B, T, 3, H, D)) -> (B, T, H, D); "-apart": (q, k, v), each (B, H, T, D)
     mlp                    (x (..., C), w_fc (4C, C), b_fc (4C,), w_proj (C, 4C), b_proj (C,)) -> (..., C)
     add_layer_norm         (x (N, C), residual (N, C), weight (C,), bias (C,)) -> (y, the sum)
     linear_cross_entropy   (hidden (N, C), weight (V, C), targets (N,)) -> the mean loss
 
-What can't run raises Unavailable with the reason in one line: when it is loaded, or when it sees the inputs. Packages
-are called as their own modules call them, with no setting tuned by us; where a second setting is more exact it is a
-row of its own, because what errs more than the budget allows is not timed.
+A peer that can't run raises Unavailable: when it is loaded, or when it sees the inputs. Packages are called as their
+own modules call them, untuned. A second setting that is more exact is a row of its own, because a candidate over its
+error budget is not timed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import functools
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -28,37 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.step.worker import NO_KERNEL
+from bench.contest import CUDA, NO_KERNEL, Candidate, Unavailable
 from fastgpt2.backends.attention import flex_attention, naive_attention, sdpa_attention, unsupported
 from fastgpt2.backends.mlp import torch_mlp
 from fastgpt2.kernels import launch
 from fastgpt2.kernels.loss import linear_cross_entropy_reference
 
-CUDA = torch.cuda.is_available()
 AMPERE, HOPPER = (8, 0), (9, 0)
-
-
-class Unavailable(Exception):
-    """A peer can't run here; the message says why in one line."""
-
-
-@dataclass(frozen=True)
-class Peer:
-    """One other way to compute an operation.
-
-    Args:
-        op: a key of PEERS.
-        load: gives the function, or raises Unavailable.
-        needs: the package it comes from, by the name that pip knows; None for PyTorch's own.
-        packed: an attention's input and gradient are the packed projection, as the model needs them. Otherwise q, k, v
-            and their gradients are apart: the kernel alone, without the copy that packs the gradient.
-    """
-
-    name: str
-    op: str
-    load: Callable[[], Callable[..., Any]]
-    needs: str | None = None
-    packed: bool = True
 
 
 def torch_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,45 +227,44 @@ _SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-_LOADERS: dict[str, dict[str, tuple[Callable[[], Callable[..., Any]], str | None]]] = {
-    # operation: peer: how it is loaded, the package it comes from
+_LOADERS: dict[str, dict[str, Callable[[], Callable[..., Any]]]] = {
     "attention": {
-        **{f"sdpa-{name}": (functools.partial(_held, kernel), None) for name, kernel in _SDPA.items()},
-        **{
-            f"sdpa-{name}-apart": (functools.partial(_held, _SDPA[name], _sdpa_apart), None)
-            for name in ("cudnn", "flash")
-        },
-        "flex": (_flex, None),
-        "naive-compiled": (lambda: _compiled(naive_attention), None),
-        "flash-attn": (_flash_attn_2, "flash-attn"),
-        "flash-attn-3": (_flash_attn_3, "flash-attn-3"),
-        "flash-attn-4": (_flash_attn_4, "flash-attn-4"),
+        "naive": lambda: naive_attention,
+        "sdpa": lambda: sdpa_attention,
+        **{f"sdpa-{name}": functools.partial(_held, kernel) for name, kernel in _SDPA.items()},
+        **{f"sdpa-{name}-apart": functools.partial(_held, _SDPA[name], _sdpa_apart) for name in ("cudnn", "flash")},
+        "flex": _flex,
+        "naive-compiled": lambda: _compiled(naive_attention),
+        "flash-attn": _flash_attn_2,
+        "flash-attn-3": _flash_attn_3,
+        "flash-attn-4": _flash_attn_4,
     },
     "mlp": {
-        "torch": (lambda: torch_mlp, None),
-        "torch-compiled": (lambda: _compiled(torch_mlp), None),
-        "quack": (_quack_mlp, "quack-kernels"),
+        "torch": lambda: torch_mlp,
+        "torch-compiled": lambda: _compiled(torch_mlp),
+        "quack": _quack_mlp,
     },
     "add_layer_norm": {
-        "torch": (lambda: torch_add_layer_norm, None),
-        "torch-compiled": (lambda: _compiled(torch_add_layer_norm), None),
-        "liger": (_liger_add_layer_norm, "liger-kernel"),
-        "quack": (_quack_add_layer_norm, "quack-kernels"),
+        "torch": lambda: torch_add_layer_norm,
+        "torch-compiled": lambda: _compiled(torch_add_layer_norm),
+        "liger": _liger_add_layer_norm,
+        "quack": _quack_add_layer_norm,
     },
     "linear_cross_entropy": {
-        "torch": (lambda: linear_cross_entropy_reference, None),
-        "torch-compiled": (lambda: _compiled(linear_cross_entropy_reference), None),
-        "torch-linear-cross-entropy": (lambda: _torchs_linear_cross_entropy(chunks=False), None),
-        "torch-linear-cross-entropy-chunks": (lambda: _torchs_linear_cross_entropy(chunks=True), None),
-        "liger": (lambda: _liger_linear_cross_entropy(sums=None), "liger-kernel"),
-        "liger-float32-sums": (lambda: _liger_linear_cross_entropy(sums=torch.float32), "liger-kernel"),
-        "cut-cross-entropy": (lambda: _cut_cross_entropy(filter_eps="high"), "cut-cross-entropy"),
-        "cut-cross-entropy-unfiltered": (lambda: _cut_cross_entropy(filter_eps=None), "cut-cross-entropy"),
-        "quack": (_quack_linear_cross_entropy, "quack-kernels"),
+        "torch": lambda: linear_cross_entropy_reference,
+        "torch-compiled": lambda: _compiled(linear_cross_entropy_reference),
+        "torch-linear-cross-entropy": lambda: _torchs_linear_cross_entropy(chunks=False),
+        "torch-linear-cross-entropy-chunks": lambda: _torchs_linear_cross_entropy(chunks=True),
+        "liger": lambda: _liger_linear_cross_entropy(sums=None),
+        "liger-float32-sums": lambda: _liger_linear_cross_entropy(sums=torch.float32),
+        "cut-cross-entropy": lambda: _cut_cross_entropy(filter_eps="high"),
+        "cut-cross-entropy-unfiltered": lambda: _cut_cross_entropy(filter_eps=None),
+        "quack": _quack_linear_cross_entropy,
     },
 }
-PEERS: dict[str, dict[str, Peer]] = {
-    op: {name: Peer(name, op, load, needs, packed=not name.endswith("-apart")) for name, (load, needs) in table.items()}
-    for op, table in _LOADERS.items()
+PEERS = {
+    op: {name: Candidate("floor" if name.endswith("-apart") else "peer", load) for name, load in loaders.items()}
+    for op, loaders in _LOADERS.items()
 }
-"""By operation and name."""
+"""By operation and name. "-apart" is a floor: q, k, v and their gradients are separate tensors, and the copy that packs
+the gradient is left out."""

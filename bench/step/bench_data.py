@@ -1,8 +1,8 @@
-"""Drawing a batch: the trainer's sources of tokens beside the way of nanoGPT, on the host's clock.
+"""Benchmark of drawing a batch: the trainer's token sources beside nanoGPT's, on the host's clock.
 
-On a GPU the batch is also pinned and its copy to the device begun, as the trainer does. A step that trains on 600,000
-tokens a second must draw as many, and the same thread launches its work: what a batch takes here is the host's alone.
-The shards are in the system's page cache, as after their first epoch.
+On a GPU the batch is also pinned and its copy to the device started, as in the trainer. A step that trains on 600,000
+tokens a second must draw as many, on the thread that launches its work. The shards are in the system's page cache, as
+after the first epoch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.ops.contests import Candidate, Contest, Function
-from bench.ops.shapes import CUDA, DEVICE
+from bench.contest import CUDA, DEVICE, Candidate, Contest, Function
+from bench.ops.op_contest import OpContest
 from bench.roofline import Work
 from bench.timing import REPLAY, Call
 from fastgpt2.data import GPT2_VOCAB_SIZE, HEADER_BYTES, open_data, split, write_shard
@@ -58,15 +58,15 @@ def nanogpt(shard: Path, B: int, T: int) -> Function:
     return batch
 
 
-class DataContest(Contest):
+class DataContest(OpContest):
     op, dtype, clock = "data loading", "int64", torch.device("cpu")
 
     def __init__(self, B: int, T: int, folder: Path) -> None:
         self.B, self.T, self.folder = B, T, folder
         self.candidates = {
-            "shards": Candidate(lambda: draw_from(str(folder), B, T), "ours"),
-            "dummy": Candidate(lambda: draw_from("dummy", B, T), "floor"),
-            "nanogpt-memmap": Candidate(lambda: nanogpt(folder / SHARD, B, T), "peer"),
+            "shards": Candidate("ours", lambda: draw_from(str(folder), B, T)),
+            "dummy": Candidate("floor", lambda: draw_from("dummy", B, T)),
+            "nanogpt-memmap": Candidate("peer", lambda: nanogpt(folder / SHARD, B, T)),
         }
         self.work = Work(B * T, 0.0, 10.0 * B * (T + 1), 0, "none", "uint16 read, int64 written")
 

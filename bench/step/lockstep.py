@@ -20,11 +20,12 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from bench.contest import Candidate, Measured, Missing, Values
 from bench.step.worker import FAILED, OUT_OF_MEMORY, UNAVAILABLE
-from bench.timing import ROOT, Timed
+from bench.timing import ROOT, Timed, take_turns
 from fastgpt2.cuda_graph import WARM_UP_STEPS
 
 FIRST_CALLS = WARM_UP_STEPS + 2
@@ -46,62 +47,12 @@ CLOCK = {
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A worker's work.
-
-    Args:
-        make: "module:function", called in the worker with `arguments`, which JSON must be able to hold; gives a
-            bench.step.worker.Contestant.
-        environment: beside the parent's variables.
-    """
-
-    make: str
-    arguments: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Limits:
     """Seconds that a worker may take to answer."""
 
     build: float = 600.0
     """To be built, and for the first calls, which compile: each."""
     round: float = 120.0
-
-
-@dataclass
-class Finished:
-    """A candidate that came through.
-
-    Args:
-        values: what each of the first calls came to, by name.
-        seconds_to_build, seconds_to_first: from the start of the process until it was built, and until the first
-            call was done. Others may have been built at the same time.
-    """
-
-    timed: Timed
-    values: Values
-    facts: dict[str, Any]
-    versions: dict[str, Any]
-    seconds_to_build: float
-    seconds_to_first: float
-    peak_memory_bytes: int
-    peak_memory_meaning: str
-
-
-@dataclass(frozen=True)
-class Lost:
-    """A candidate that did not, and why.
-
-    Args:
-        failed: whether something is amiss: it crashed, hung or is wrong. Otherwise it can't run here, memory is too
-            small, or the time was up.
-        output: the end of what its worker printed.
-    """
-
-    reason: str
-    failed: bool
-    output: str = ""
 
 
 class WorkerError(Exception):
@@ -112,7 +63,6 @@ class WorkerError(Exception):
         self.kind = kind
 
 
-Values = list[dict[str, float]]
 Agree = Callable[[str, Values, str, Values], str | None]
 """(name, its values, the reference's name, its values) -> what is wrong with the former, None where nothing is."""
 
@@ -130,7 +80,7 @@ def contest(
     built_by: float = float("inf"),
     until: float = float("inf"),
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Finished | Lost]:
+) -> dict[str, Measured | Missing]:
     """Time candidates against each other.
 
     Args:
@@ -151,7 +101,7 @@ def contest(
         Every candidate's outcome but for those in `untimed`, in the order given.
     """
     limits = limits or Limits()
-    outcomes: dict[str, Finished | Lost] = {}
+    outcomes: dict[str, Measured | Missing] = {}
     with contextlib.ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(name, candidate)) for name, candidate in candidates.items()}
         lose = _Lose(workers, outcomes, say)
@@ -159,10 +109,14 @@ def contest(
         _check(workers, lose, references, agree)
         for name in untimed:
             workers.pop(name, None)
-        _rounds(workers, lose, limits, rounds, seconds, until, say)
+        for worker in workers.values():
+            worker.round_s, worker.round_limit_s = seconds / rounds, limits.round
+        take_turns(workers, rounds, lose=lose, until=until, say=say)
         for name, worker in list(workers.items()):
-            with lose.instead(name):
+            try:
                 outcomes[name] = worker.finish(limits.round)
+            except WorkerError as error:
+                lose(name, error)
     return {name: outcomes[name] for name in candidates if name not in untimed}
 
 
@@ -170,23 +124,17 @@ class _Lose:
     """Takes a candidate out of the contest."""
 
     def __init__(
-        self, workers: dict[str, Worker], outcomes: dict[str, Finished | Lost], say: Callable[[str], None]
+        self, workers: dict[str, Worker], outcomes: dict[str, Measured | Missing], say: Callable[[str], None]
     ) -> None:
         self._workers, self._outcomes, self._say = workers, outcomes, say
 
-    def __call__(self, name: str, error: WorkerError) -> None:
+    def __call__(self, name: str, error: Exception) -> None:
+        if not isinstance(error, WorkerError):
+            raise error
         worker = self._workers.pop(name)
         worker.close()
-        self._outcomes[name] = Lost(str(error), error.kind == FAILED, worker.output())
+        self._outcomes[name] = Missing(str(error), error.kind == FAILED, worker.output())
         self._say(f"{name}: lost: {error}")
-
-    @contextlib.contextmanager
-    def instead(self, name: str) -> Any:
-        """Lose the candidate if its worker errs."""
-        try:
-            yield
-        except WorkerError as error:
-            self(name, error)
 
 
 def _build(
@@ -229,30 +177,6 @@ def _check(workers: dict[str, Worker], lose: _Lose, references: Sequence[str], a
             lose(name, WorkerError(f"not timed: {problem}"))
 
 
-def _rounds(
-    workers: dict[str, Worker],
-    lose: _Lose,
-    limits: Limits,
-    rounds: int,
-    seconds: float,
-    until: float,
-    say: Callable[[str], None],
-) -> None:
-    for number in range(rounds):
-        if time.monotonic() >= until:
-            say(f"out of time after {number} of {rounds} rounds")
-            return
-        for name in _rotated(list(workers), number):
-            with lose.instead(name):
-                workers[name].round(seconds / rounds, limits.round)
-                say(f"{name}: round {number + 1}/{rounds}: {workers[name].round_ms[-1]:.3f} ms")
-
-
-def _rotated(names: list[str], by: int) -> list[str]:
-    by %= max(1, len(names))
-    return names[by:] + names[:by]
-
-
 class Worker:
     """A worker process, seen from the parent. Used as a context manager: at its end the process is gone.
 
@@ -264,6 +188,7 @@ class Worker:
         self.values: Values = []
         self.round_ms: list[float] = []
         self.samples_ms: list[float] = []
+        self.round_s, self.round_limit_s = 0.0, Limits.round
         self.seconds_to_build = self.seconds_to_first = self._began = 0.0
         self._host_ms: list[float] = []
         self._built: dict[str, Any] = {}
@@ -318,26 +243,26 @@ class Worker:
             start_new_session=True,  # its compilers are ended with it
         )
         self._unread = b""
-        self._built = self.ask("build", limit, make=self._candidate.make, arguments=self._candidate.arguments)
+        self._built = self.ask("build", limit, make=self._candidate.load, arguments=self._candidate.arguments)
         self.seconds_to_build = time.monotonic() - self._began
 
-    def round(self, seconds: float, limit: float) -> None:
-        """Time about as many calls as fit into the seconds, one at least."""
-        calls = max(1, int(seconds / self._call_s))
-        limit += 2 * seconds
+    def round(self) -> float:
+        """Time about as many calls as fit into round_s seconds, at least one."""
+        calls = max(1, int(self.round_s / self._call_s))
         untimed = int(self._call_s < UNTIMED_BELOW_S[self._built["device"]])
-        answer = self.ask("round", limit, calls=calls, untimed=untimed)
+        answer = self.ask("round", self.round_limit_s + 2 * self.round_s, calls=calls, untimed=untimed)
         self.round_ms.append(answer["ms"])
         self.samples_ms += answer["samples_ms"]
         if answer["host_ms"] is not None:
             self._host_ms.append(answer["host_ms"])
         self._call_s = min(self._call_s, answer["ms"] / 1e3)
+        return answer["ms"]
 
-    def finish(self, limit: float) -> Finished:
-        """What there is to say of it, and the end of the process.
+    def finish(self, limit: float) -> Measured:
+        """What was measured; ends the process.
 
         Raises:
-            WorkerError: also where it was in no round.
+            WorkerError: as `ask`; also if it was in no round.
         """
         last = self.ask("finish", limit)
         self.close()
@@ -345,16 +270,15 @@ class Worker:
             raise WorkerError("the time was up before its first round", UNAVAILABLE)
         host_ms = statistics.median(self._host_ms) if self._host_ms else None
         kind = self._built["device"]
-        return Finished(
-            timed=Timed(self.round_ms, self.samples_ms, host_ms, CLOCK[kind]),
-            values=self.values,
-            facts=self._built["facts"],
-            versions=last["versions"],
-            seconds_to_build=self.seconds_to_build,
-            seconds_to_first=self.seconds_to_first,
-            peak_memory_bytes=last["peak_memory_bytes"],
-            peak_memory_meaning=MEMORY_MEANING[kind],
-        )
+        facts = {
+            **self._built["facts"],
+            "peak_memory_bytes": last["peak_memory_bytes"],
+            "peak_memory_meaning": MEMORY_MEANING[kind],
+            "first_losses": [values["loss"] for values in self.values if "loss" in values],
+            "seconds_to_build": self.seconds_to_build,
+        }
+        timed = Timed(self.round_ms, self.samples_ms, host_ms, CLOCK[kind])
+        return Measured(timed, facts, self.values, last["versions"], self.seconds_to_first)
 
     def ask(self, command: str, limit: float, **arguments: Any) -> dict[str, Any]:
         """Send a command and wait for the answer.

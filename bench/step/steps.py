@@ -1,11 +1,11 @@
-"""The candidates of a training step, ours and the peers: how each is built in its worker, and what a result says.
+"""The candidates of a training step, ours and the peers, and their contests.
 
 All train the same GPT-2 from the same weights on the same tokens with the same fused Adam, and draw the next batch
-while the device works. Ours runs as the trainer does, under its numerics, which ask PyTorch for deterministic
-algorithms; the peers run without that request, which is PyTorch at its fastest. Peers:
+while the device works. Ours runs as the trainer does, with its numerics, which ask PyTorch for deterministic
+algorithms. The peers run without, which is PyTorch at its fastest. Peers:
 
     plain                   bench.step.plain_gpt2: PyTorch alone, as nanoGPT does it, SDPA's choice of kernel
-    plain-cudnn, -flash, -efficient      the same with SDPA held to one kernel
+    plain-cudnn, -flash, -efficient      the same with SDPA restricted to one kernel
     plain-reduce-overhead   the same with PyTorch's own CUDA graphs (torch.compile's mode)
     transformers            GPT2LMHeadModel with attn_implementation="sdpa" and the one-kernel form of its GELU; logits,
                             then F.cross_entropy (its `labels=` path takes as long, within 1% on a CPU)
@@ -13,32 +13,29 @@ algorithms; the peers run without that request, which is PyTorch at its fastest.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import dataclasses
 import math
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.roofline import Work, figures
-from bench.step.lockstep import Candidate, Finished, Values
-from bench.step.plain_gpt2 import PlainGPT2
-from fastgpt2.config import PRESETS, ConfigError, ModelConfig, TrainConfig
-from fastgpt2.data import open_data, split
-from fastgpt2.hugging_face import to_hugging_face
-from fastgpt2.kernels.tuning import use_table
-from fastgpt2.model import FLOPS_PER_TOKEN, GPT
+from bench.contest import CUDA, DEVICE, Candidate, Contest, Measured, Missing, Values
+from bench.roofline import Work
+from bench.step import lockstep
+from bench.step.lockstep import Limits
+from bench.timing import stage_ends
+from fastgpt2.config import PRESETS, ModelConfig
+from fastgpt2.model import FLOPS_PER_TOKEN
 from fastgpt2.ops import SLOTS
-from fastgpt2.run import build, numerics, settle
-from fastgpt2.settings import Settled
+
+AT_ONCE = min(8, max(1, len(os.sched_getaffinity(0)) // 2)) if CUDA else 1
+"""Candidates that are built at the same time: each is traced by one thread, and compiled by processes of its own."""
 
 # ------------------------------------------------------------------------------------------------ candidates
 
@@ -76,30 +73,22 @@ class Kernels:
     table: Path | None = None
 
 
-@dataclass(frozen=True)
-class StepCandidate:
-    """One way to train.
+class StepCandidate(Candidate):
+    """One way to train: its worker builds it from the settings of a TrainConfig and maybe more arguments."""
 
-    Args:
-        make: builds it in the worker, from the settings of a TrainConfig and `options`.
-        settings: of the TrainConfig, beside the shape's.
-        cuda: why it can't run without a CUDA GPU; "" where it can.
-    """
-
-    role: str
-    make: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-    cuda: str = ""
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the TrainConfig, beside the shape's."""
+        return self.arguments["settings"]
 
     def with_kernels(self, kernels: Kernels) -> StepCandidate:
-        """Ours with what is known of our kernels: also a slot left at auto might become one that is not to run."""
+        """Ours with what is known of our kernels. A slot at auto might choose one that is not to run."""
         if self.role != "ours":
             return self
         flags = {slot: TORCH[slot] for slot in kernels.without}
         plain = {flag: form for flag, form in flags.items() if self.settings.get(flag, "auto") in ("auto", "triton")}
         table = {} if kernels.table is None else {"table": str(kernels.table)}
-        return dataclasses.replace(self, settings=self.settings | plain, options=self.options | table)
+        return dataclasses.replace(self, arguments={**self.arguments, "settings": self.settings | plain, **table})
 
     def on(
         self,
@@ -110,7 +99,7 @@ class StepCandidate:
         threads: int | None = None,
         kernels: Kernels | None = None,
     ) -> Candidate:
-        """As a worker's work.
+        """The candidate at a shape.
 
         Args:
             threads: of PyTorch on a CPU; None leaves them as they are.
@@ -128,7 +117,7 @@ class StepCandidate:
             **self.settings,
         }
         environment = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-        return Candidate(self.make, {"settings": settings, **self.options}, environment)
+        return dataclasses.replace(self, arguments=self.arguments | {"settings": settings}, environment=environment)
 
 
 TORCH = {"attn": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
@@ -150,11 +139,11 @@ def _ours(choices: dict[str, str] | None, **settings: Any) -> StepCandidate:
     if settings.get("attn") == "cudnn":
         settings["deterministic"] = False  # there is no deterministic form of it
     cuda = next((why for why, yes in needs.items() if yes), "")
-    return StepCandidate("ours", "bench.step.steps:make_ours", settings, cuda=cuda)
+    return StepCandidate("ours", "bench.step.build:make_ours", {"settings": settings}, needs_gpu=cuda)
 
 
 def _plain(cuda: str = "", **options: Any) -> StepCandidate:
-    return StepCandidate("peer", "bench.step.steps:make_plain", options=options, cuda=cuda)
+    return StepCandidate("peer", "bench.step.build:make_plain", {"settings": {}, **options}, needs_gpu=cuda)
 
 
 _ALL = dict.fromkeys(SLOTS, "triton")
@@ -182,193 +171,14 @@ STEPS: dict[str, StepCandidate] = {
     "plain": _plain(),
     **{f"plain-{kernel}": _plain(_KERNELS, kernel=kernel) for kernel in ("cudnn", "flash", "efficient")},
     "plain-reduce-overhead": _plain(_GRAPH, mode="reduce-overhead"),
-    "transformers": StepCandidate("peer", "bench.step.steps:make_transformers"),
+    "transformers": StepCandidate("peer", "bench.step.build:make_transformers", {"settings": {}}),
 }
 """By name. `ours-auto` is what the trainer does by default, `ours-auto-attn` what it does with `--attn triton`;
 `ours-<slot>-<implementation>` has PyTorch's forms but for one slot."""
 REFERENCES = ("plain", "plain-efficient", "plain-flash", "plain-cudnn", "transformers")
 """Whose losses the others' must agree with, by preference: there is nothing of ours in them."""
 
-# ---------------------------------------------------------------------------------------------- in the worker
-
-
-class Step:
-    """A training step that draws its own tokens: what a worker times.
-
-    Args:
-        model: whose gradients the work leaves behind; its parameters have the names of fastgpt2.model.GPT's, maybe
-            with something before them.
-        work: (index, tokens (grad_accum, B, T + 1)) -> the loss, on the device.
-        draw: index -> the tokens of a step, on their way to the device.
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        model: nn.Module,
-        work: Callable[[int, Tensor], Tensor],
-        draw: Callable[[int], Tensor],
-        facts: dict[str, Any],
-        *,
-        keeps_memory: bool = False,
-    ) -> None:
-        self.device, self.facts, self.keeps_memory = device, facts, keeps_memory
-        self._model, self._work, self._draw = model, work, draw
-        self._tokens = draw(0)
-        self._loss: Tensor
-
-    def __call__(self, index: int) -> None:
-        self._loss = self._work(index, self._tokens)
-        self._tokens = self._draw(index + 1)
-
-    def check(self) -> dict[str, float]:
-        """The loss of the last step, and the norm of the gradient of each parameter; of q, k and v apart, since at the
-        beginning nearly all of the three is v's."""
-        values = {"loss": self._loss.item()}
-        for name, parameter in self._model.named_parameters():
-            name, grad = re.sub(r".*\btransformer\.", "", name), parameter.grad
-            if grad is None:
-                continue
-            if name.endswith("c_attn.weight"):
-                parts = grad.chunk(3, dim=0 if grad.size(0) > grad.size(1) else 1)
-                values |= {f"{name} of {part}": g.norm().item() for part, g in zip("qkv", parts, strict=True)}
-            else:
-                values[name] = grad.norm().item()
-        return values
-
-
-def make_ours(settings: dict[str, Any], table: str | None = None) -> Step:
-    """The trainer's step. Its numerics, and a table of launch configurations, hold to the end of the process."""
-    if table is not None:
-        use_table(Path(table))
-    config, device = settle(TrainConfig(**settings))
-    _for_good(numerics(config))
-    run = build(config)
-    facts = {
-        "slots": run.chosen,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "recompute": config.recompute,
-        "cuda_graph": config.cuda_graph,
-    }
-    return Step(
-        device,
-        run.model,
-        lambda index, tokens: run.step(index, tokens)[0],
-        run.next_tokens,
-        facts,
-        keeps_memory=config.cuda_graph,
-    )
-
-
-def make_plain(settings: dict[str, Any], kernel: str | None = None, mode: str | None = None) -> Step:
-    """bench.step.plain_gpt2, with SDPA held to a kernel and torch.compile in a mode where they are given."""
-    if kernel is not None:
-        _for_good(sdpa_kernel(getattr(SDPBackend, f"{kernel.upper()}_ATTENTION")))
-        # The compiler's caches on disk don't know what SDPA is held to: one candidate would run another's code.
-        torch.compiler.config.cache_key_tag = kernel
-
-    def model(size: ModelConfig, weights: dict[str, Tensor]) -> nn.Module:
-        with torch.device("meta"):
-            plain = PlainGPT2(size)
-        plain.load_state_dict(weights, assign=True)
-        return plain
-
-    return _peer(settings, model, mode)
-
-
-def make_transformers(settings: dict[str, Any]) -> Step:
-    return _peer(settings, HuggingFace)
-
-
-class HuggingFace(nn.Module):
-    """The mean cross-entropy of transformers' GPT2LMHeadModel with our weights."""
-
-    def __init__(self, size: ModelConfig, weights: dict[str, Tensor]) -> None:
-        try:
-            from transformers import GPT2Config, GPT2LMHeadModel
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"{error.name} is not installed") from None
-        super().__init__()
-        config = GPT2Config(  # type: ignore[call-arg]
-            vocab_size=size.vocab_size,
-            n_positions=size.block_size,
-            n_embd=size.n_embd,
-            n_layer=size.n_layer,
-            n_head=size.n_head,
-            activation_function="gelu_pytorch_tanh",
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
-        self.model = GPT2LMHeadModel(config)
-        self.to(next(iter(weights.values())).dtype)
-        with torch.no_grad():
-            for name, parameter in self.model.transformer.named_parameters():
-                parameter.copy_(to_hugging_face(name, weights[name], size))
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.model(tokens).logits.flatten(0, 1), targets.flatten())
-
-
-def _peer(
-    settings: dict[str, Any], make_model: Callable[[ModelConfig, dict[str, Tensor]], nn.Module], mode: str | None = None
-) -> Step:
-    """A training loop's body with PyTorch alone."""
-    config, device = settle(TrainConfig(**settings))
-    dtype = config.torch_dtype
-    torch.set_float32_matmul_precision("high" if config.dtype == "tf32" else "highest")
-    model = make_model(config.model_config(), initial_weights(config)).to(device)
-    model.train()
-    if config.compile:
-        model.compile(mode=mode)
-    optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(config.beta1, config.beta2), fused=True)
-    mixed = torch.autocast(device.type, dtype) if dtype.itemsize == 2 else contextlib.nullcontext()
-    source = open_data(
-        config.data,
-        split="train",
-        vocab_size=config.vocab_size,
-        batch_size=config.batch_size,
-        block_size=config.block_size,
-        grad_accum=1,
-        seed=config.seed,
-    )
-
-    def draw(index: int) -> Tensor:
-        tokens = source.tokens(index)
-        return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
-
-    def work(index: int, tokens: Tensor) -> Tensor:
-        inputs, targets = split(tokens[0])
-        optimizer.zero_grad(set_to_none=True)
-        with mixed:
-            loss = model(inputs, targets)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    facts = {"deterministic": torch.are_deterministic_algorithms_enabled()}
-    return Step(device, model, work, draw, facts, keeps_memory=mode is not None)
-
-
-def initial_weights(config: Settled) -> dict[str, Tensor]:
-    """What the trainer begins with; float64 in that precision, else float32."""
-    torch.manual_seed(config.seed)
-    dtype = torch.promote_types(config.torch_dtype, torch.float32)
-    return GPT(config.model_config()).to(dtype).state_dict()
-
-
-_entered = contextlib.ExitStack()
-atexit.register(_entered.close)  # while what they put back is still there
-
-
-def _for_good(context: contextlib.AbstractContextManager) -> None:
-    """Enter a context that a worker never leaves."""
-    _entered.enter_context(context)
-
-
-# ------------------------------------------------------------------------------------------------- the result
+# -------------------------------------------------------------------------------------------------- contests
 
 LOSS_TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "tf32": 1e-3, "bfloat16": 1e-3}
 """Of the first losses between candidates, relative."""
@@ -377,10 +187,10 @@ GRADIENT_TOLERANCE = {"float64": 1e-8, "float32": 1e-3, "tf32": 2e-2, "bfloat16"
 
 
 def agree_in(shape: StepShape) -> Callable[[str, Values, str, Values], str | None]:
-    """What bench.step.lockstep checks before it times: the first losses, and the norms of the first step's gradients, since
-    on random tokens a loss hardly feels what is wrong.
+    """Make the check before timing: the first losses, and the norms of the first step's gradients, because the loss on
+    random tokens hardly changes with a fault.
 
-    A vocabulary that is predicted with its padding, as nanoGPT's is, adds up to log(padded / V) to the loss.
+    Predicting a vocabulary with its padding, as nanoGPT does, adds up to log(padded / V) to the loss.
     """
     size = shape.size()
 
@@ -410,31 +220,91 @@ def agree_in(shape: StepShape) -> Callable[[str, Values, str, Values], str | Non
     return agree
 
 
-def result(
-    name: str,
-    shape: StepShape,
-    compiled: bool,
-    finished: Finished,
-    device: torch.device,
-    ceilings: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """A result of format 2 but for name, group, contest and device_state."""
-    size = shape.size()
-    tokens = shape.B * size.block_size
-    flops = {formula: float(tokens * FLOPS_PER_TOKEN[formula](size)) for formula in ("llm.c", "nanogpt")}
-    work = Work(tokens, flops["llm.c"], None, None, "llm.c", "not counted")
-    return {
-        "op": "training step",
-        "backend": name,
-        "role": STEPS[name].role,
-        "compiled": compiled,
-        "dtype": shape.dtype,
-        "shape": shape.info(),
-        **finished.facts,
-        **finished.timed.info(),
-        **figures(work, finished.timed.ms_median, shape.dtype, device, ceilings, {"nanogpt": flops["nanogpt"]}),
-        "peak_memory_bytes": finished.peak_memory_bytes,
-        "peak_memory_meaning": finished.peak_memory_meaning,
-        "held_before_bytes": None,
-        "first_losses": [values["loss"] for values in finished.values],
-    }
+@dataclass(eq=False)
+class StepContest(Contest):
+    """One shape, compiled or not, and who takes part, each in a process of its own.
+
+    Args:
+        kind: why they are compared.
+        round_s: about how long a candidate is timed in a round.
+        at_once: candidates that are built at the same time.
+        eager: also compare the losses with those of an eager step of plain PyTorch, which takes time and memory.
+        threads: of PyTorch on a CPU.
+        until: time.monotonic() after which no round starts; by default CONTEST_S from the start, or as the stage ends.
+    """
+
+    kind: str
+    step: StepShape
+    compiled: bool
+    names: tuple[str, ...]
+    rounds: int = 10 if CUDA else 3
+    round_s: float = 0.4 if CUDA else 0.05
+    at_once: int = AT_ONCE
+    eager: bool = True
+    threads: int | None = None if CUDA else 1
+    kernels: Kernels | None = None
+    limits: Limits = Limits(build=240.0, round=30.0)
+    until: float | None = None
+    device: torch.device = DEVICE
+    op = "training step"
+
+    @property
+    def title(self) -> str:
+        return f"{self.step.model}-B{self.step.B}-{'compiled' if self.compiled else 'eager'}-{self.kind}"
+
+    @property
+    def group(self) -> str:
+        return f"training step, {self.title}, {self.step.dtype}"
+
+    def __post_init__(self) -> None:
+        size = self.step.size()
+        tokens = self.step.B * size.block_size
+        flops = {formula: float(tokens * FLOPS_PER_TOKEN[formula](size)) for formula in ("llm.c", "nanogpt")}
+        self.dtype, self.clock = self.step.dtype, self.device
+        self.candidates: dict[str, Candidate] = {name: STEPS[name] for name in self.names}
+        self.work = Work(tokens, flops.pop("llm.c"), None, None, "llm.c", "not counted")
+        self.more_flops = flops
+
+    def shape(self) -> dict[str, Any]:
+        return self.step.info()
+
+    def try_out(self, name: str) -> Missing | None:
+        (outcome,) = dataclasses.replace(self, rounds=1).run([name]).values()
+        return outcome if isinstance(outcome, Missing) else None
+
+    def run(self, names: Sequence[str]) -> dict[str, Measured | Missing]:
+        # Nothing of ours and no compiler is in it. It comes first: it is done with the device while the others compile.
+        reference = f"{REFERENCES[0]}, eager"
+        eager = {reference: self.place(REFERENCES[0], False)} if self.eager else {}
+        now = time.monotonic()
+        until = self.until or (now + CONTEST_S if math.isinf(stage_ends()) else stage_ends() - ENDING_S)
+        return lockstep.contest(
+            {**eager, **{name: self.place(name, self.compiled) for name in names}},
+            rounds=self.rounds,
+            seconds=self.rounds * self.round_s,
+            limits=self.limits,
+            references=(reference, *REFERENCES),
+            agree=agree_in(self.step),
+            at_once=self.at_once,
+            untimed=[reference],
+            built_by=now + BUILT_WITHIN * (until - now),
+            until=until,
+            say=lambda text: print(f"{self.title}: {text}", file=sys.stderr, flush=True),
+        )
+
+    def place(self, name: str, compiled: bool) -> Candidate:
+        return STEPS[name].on(
+            self.step,
+            self.device,
+            compiled=compiled,
+            threads=self.threads,
+            kernels=self.kernels,
+        )
+
+
+CONTEST_S = 300.0
+"""No round starts when a contest has taken this long, or as its stage ends; what was timed until then is kept."""
+BUILT_WITHIN = 0.75
+"""Of a contest's time. A candidate built later takes no part, and costs the others no round."""
+ENDING_S = 15.0
+"""Kept for a contest's last round, the workers' ends and the results, before its stage is stopped."""

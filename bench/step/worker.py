@@ -19,22 +19,13 @@ from typing import Any, Protocol
 
 import torch
 
+from bench.contest import NO_KERNEL, lacked_memory
 from bench.timing import environment
 from fastgpt2.config import ConfigError
 from fastgpt2.device import peak_memory_bytes, synchronize
 
 OUT_OF_MEMORY, UNAVAILABLE, FAILED = "out of memory", "unavailable", "failed"
 """Kinds of error; with the first two nothing is amiss with the candidate."""
-
-NO_KERNEL = ("No available kernel", "No viable backend")
-"""In the text of SDPA's errors where the kernel that it is held to can't take the inputs."""
-LACKED_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
-"""In the text of errors of PyTorch, of its compiler, and of a library that found the device full."""
-
-
-def lacked_memory(error: Exception) -> bool:
-    """Whether the device's memory was too small; the compiler wraps errors in its own, text and all."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or any(sign in str(error) for sign in LACKED_MEMORY)
 
 
 class Contestant(Protocol):

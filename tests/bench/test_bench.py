@@ -9,21 +9,20 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench.ops.bench_attention import AttentionContest
+from bench.contest import Function, Missing
+from bench.ops.bench_attention import AttentionContest, AttentionShape
 from bench.ops.bench_loss import HeadContest, HeadShape
 from bench.ops.bench_mlp import MlpContest, MlpShape
 from bench.ops.bench_norm import NormContest, NormShape
 from bench.ops.bench_optimizer import ONE_BLOCK, OptimizerContest, fused
-from bench.ops.contests import Contest, Function, Missing
+from bench.ops.op_contest import OpContest
 from bench.ops.peers import torch_add_layer_norm
-from bench.ops.shapes import AttentionShape
 from bench.report.results import table
 from bench.result import Result
 from bench.step.bench_data import NEEDED_TOKENS_PER_S, TOKENS, DataContest, nanogpt, write_counting_shard
@@ -215,8 +214,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.ops.contests import Candidate, Contest
-from bench.ops.peers import Unavailable
+from bench.contest import Candidate, Unavailable
+from bench.ops.op_contest import OpContest
 from bench.roofline import Work
 from bench.timing import REPLAY
 
@@ -227,15 +226,15 @@ def absent():
     raise Unavailable("sleepless is not installed: pip install sleepless")
 
 
-class Sleep(Contest):
+class Sleep(OpContest):
     op, dtype, work = "sleep", "float32", Work(10, 1e9, 4e6, 2e6, "FLOPs", "bytes")
     candidates = {
-        "quick": Candidate(lambda: 0.001, "ours"),
-        "slow": Candidate(lambda: 0.003, "peer"),
-        "wrong": Candidate(lambda: 0.001, "peer"),
-        "breaks": Candidate(lambda: 0.001, "peer"),
-        "absent": Candidate(absent, "peer"),
-        "left-out": Candidate(lambda: 0.001, "peer"),
+        "quick": Candidate("ours", lambda: 0.001),
+        "slow": Candidate("peer", lambda: 0.003),
+        "wrong": Candidate("peer", lambda: 0.001),
+        "breaks": Candidate("peer", lambda: 0.001),
+        "absent": Candidate("peer", absent),
+        "left-out": Candidate("peer", lambda: 0.001),
     }
 
     def __init__(self, size):
@@ -361,7 +360,7 @@ def exact_gelu(x: torch.Tensor, w_fc: Any, b_fc: Any, w_proj: Any, b_proj: Any) 
     return torch.nn.functional.linear(hidden, w_proj, b_proj)
 
 
-WRONG: dict[str, tuple[Contest, Function, Function]] = {
+WRONG: dict[str, tuple[OpContest, Function, Function]] = {
     "attention sees no past": (ATTENTION, sdpa_attention, lambda qkv: qkv[:, :, 2] * 1.0),
     "attention mixes heads up": (ATTENTION, sdpa_attention, lambda qkv: sdpa_attention(qkv.flip(3))),
     "mlp with the exact GELU": (MLP, torch_mlp, exact_gelu),
@@ -394,55 +393,36 @@ def test_what_is_wrong_is_not_timed(what: str) -> None:
 
 
 def _gradients(function: Function, inputs: Any, received: Any) -> tuple[torch.Tensor, ...]:
-    return torch.autograd.grad(function(*inputs), inputs, received)
+    wanted = [x for x in inputs if x.requires_grad]
+    return torch.autograd.grad(function(*inputs), wanted, received)
 
 
-PREPARED: dict[str, tuple[Contest, Function, Callable[[Any], Any]]] = {
-    # a contest, a candidate, and what a call on a set of inputs has to return
-    "attention": (ATTENTION, sdpa_attention, lambda drawn: sdpa_attention(drawn[0])),
-    "attention backward": (
-        AttentionContest(ATTENTION.size, "backward"),
-        sdpa_attention,
-        lambda drawn: _gradients(sdpa_attention, (drawn[0],), drawn[1]),
-    ),
-    "mlp": (MLP, torch_mlp, lambda drawn: torch_mlp(*drawn[0])),
-    "mlp backward": (
-        MlpContest(MLP.size, "backward"),
-        torch_mlp,
-        lambda drawn: _gradients(torch_mlp, drawn[0], drawn[1]),
-    ),
-    "mlp both": (
-        MlpContest(MLP.size, "forward+backward"),
-        torch_mlp,
-        lambda drawn: (torch_mlp(*drawn[0]), *_gradients(torch_mlp, drawn[0], drawn[1])),
-    ),
-    "norm": (NORM, torch_add_layer_norm, lambda drawn: torch_add_layer_norm(*drawn[0])),
-    "norm backward": (
-        NormContest(NORM.size, "backward"),
-        torch_add_layer_norm,
-        lambda drawn: _gradients(torch_add_layer_norm, drawn[0], drawn[1]),
-    ),
-    "head": (
-        HEAD,
-        linear_cross_entropy_reference,
-        lambda drawn: torch.autograd.grad(linear_cross_entropy_reference(*drawn), drawn[:2]),
-    ),
-    "head's evaluation": (
-        HeadContest(HEAD.size, "evaluation"),
-        linear_cross_entropy_reference,
-        lambda drawn: linear_cross_entropy_reference(*drawn),
-    ),
+PREPARED: dict[str, tuple[Any, Function]] = {
+    # a contest class with its size, and the plain form
+    "attention": (ATTENTION, sdpa_attention),
+    "mlp": (MLP, torch_mlp),
+    "norm": (NORM, torch_add_layer_norm),
+    "head": (HEAD, linear_cross_entropy_reference),
 }
+DIRECTIONS = [(what, direction) for what in PREPARED for direction in ("forward", "backward") if what != "head"]
+DIRECTIONS += [("mlp", "forward+backward"), ("head", "training"), ("head", "evaluation")]
 
 
-@pytest.mark.parametrize("what", PREPARED)
-def test_what_is_timed_is_the_work_on_inputs_that_rotate(what: str) -> None:
-    contest, function, expected = PREPARED[what]
+@pytest.mark.parametrize(("what", "direction"), DIRECTIONS)
+def test_what_is_timed_is_the_work_on_inputs_that_rotate(what: str, direction: str) -> None:
+    like, function = PREPARED[what]
+    contest = type(like)(like.size, direction)
     sets = contest.draw()
     call: Any = contest.prepare("any", function, sets)
     assert len(sets) > 1
     for i in (0, 1, 2, 3):  # a backward more than once, too
-        torch.testing.assert_close(call(i), expected(sets[i % len(sets)]), rtol=0, atol=0)
+        inputs, received = sets[i % len(sets)]
+        outputs, gradients = function(*inputs), _gradients(function, inputs, received)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        expected = {"forward": outputs, "evaluation": outputs, "backward": gradients}
+        got = call(i)
+        got = got if isinstance(got, tuple) else (got,)
+        torch.testing.assert_close(got, expected.get(direction, (*outputs, *gradients)), rtol=0, atol=0)
 
 
 def test_attention_of_inputs_apart_has_three_gradients() -> None:
@@ -455,7 +435,7 @@ def test_attention_of_inputs_apart_has_three_gradients() -> None:
         contest.check("sdpa-flash-apart", lambda q, k, v: apart(q, v, k))
     sets = contest.draw()
     call: Any = contest.prepare("sdpa-flash-apart", apart, sets)
-    (packed,) = _gradients(sdpa_attention, (sets[1][0],), sets[1][1])
+    (packed,) = _gradients(sdpa_attention, *sets[1])
     torch.testing.assert_close(torch.stack(call(1)), packed.permute(2, 0, 3, 1, 4))
 
 

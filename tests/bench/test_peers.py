@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.contest import Unavailable
 from bench.ops import peers
 from bench.ops.budget import Yardstick
-from bench.ops.peers import PEERS, Unavailable, torch_add_layer_norm
+from bench.ops.peers import PEERS, torch_add_layer_norm
+from bench.timing import PEER_PACKAGES
 from fastgpt2.backends.attention import naive_attention
 from fastgpt2.backends.mlp import torch_mlp
 from fastgpt2.kernels.loss import linear_cross_entropy_reference
@@ -37,7 +39,7 @@ PLAIN = {
 
 def load(op: str, name: str) -> Any:
     try:
-        return PEERS[op][name].load()
+        return PEERS[op][name].loaded()
     except Unavailable as reason:
         pytest.skip(str(reason))
 
@@ -103,7 +105,7 @@ def test_what_is_compiled_is_the_plain_form_in_one_graph(monkeypatch, op: str) -
     monkeypatch.setattr(peers, "CUDA", True)
     monkeypatch.setattr(torch, "compile", lambda function, **options: (function, options))
     name = "naive-compiled" if op == "attention" else "torch-compiled"
-    assert PEERS[op][name].load() == (PLAIN[op], {"fullgraph": True, "dynamic": False})
+    assert PEERS[op][name].loaded() == (PLAIN[op], {"fullgraph": True, "dynamic": False})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -180,7 +182,7 @@ def separate_4(
 )
 def test_flash_attention_is_asked_for_gpt2s_attention(monkeypatch, name: str, path: str, functions: dict) -> None:
     stand_in(monkeypatch, path, **functions)
-    function = PEERS["attention"][name].load()
+    function = PEERS["attention"][name].loaded()
     assert_right("attention", function, torch.float32)
     qkv = torch.randn(1, 5, 3, 2, 16, requires_grad=True)
     function(qkv).sum().backward()
@@ -254,7 +256,7 @@ LOSS = "linear_cross_entropy"
 )
 def test_packages_are_asked_for_gpt2s_operations(monkeypatch, op: str, name: str, path: str, functions: list) -> None:
     stand_in(monkeypatch, path, **{function.__name__: function for function in functions})
-    assert_right(op, PEERS[op][name].load(), torch.bfloat16 if "cut" in name else torch.float32)
+    assert_right(op, PEERS[op][name].loaded(), torch.bfloat16 if "cut" in name else torch.float32)
 
 
 def test_settings_that_are_rows_of_their_own(monkeypatch) -> None:
@@ -263,10 +265,10 @@ def test_settings_that_are_rows_of_their_own(monkeypatch) -> None:
     stand_in(monkeypatch, "cut_cross_entropy", linear_cross_entropy=lambda *_, **given: asked.append(given))
     half = torch.zeros(8, 4, dtype=torch.float16)
     for name in ("liger", "liger-float32-sums", "cut-cross-entropy", "cut-cross-entropy-unfiltered"):
-        PEERS[LOSS][name].load()(half, half, torch.zeros(8, dtype=torch.int64))
+        PEERS[LOSS][name].loaded()(half, half, torch.zeros(8, dtype=torch.int64))
     assert [given.get("accum_dtype", given.get("filter_eps")) for given in asked] == [None, torch.float32, "high", None]
     with pytest.raises(Unavailable, match=r"a backward in bfloat16 and float16 only, got torch\.float32"):
-        PEERS[LOSS]["cut-cross-entropy"].load()(half.float(), half.float(), torch.zeros(8, dtype=torch.int64))
+        PEERS[LOSS]["cut-cross-entropy"].loaded()(half.float(), half.float(), torch.zeros(8, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("name", ["liger", "cut-cross-entropy"])
@@ -281,9 +283,9 @@ def test_without_gradients_none_are_made(monkeypatch, name: str) -> None:
     stand_in(monkeypatch, "cut_cross_entropy", linear_cross_entropy=head)
     inputs, rest = draw(LOSS, torch.bfloat16, 0)
     given = [x.requires_grad_() for x in inputs]
-    PEERS[LOSS][name].load()(*given, *rest)
+    PEERS[LOSS][name].loaded()(*given, *rest)
     with torch.no_grad():
-        PEERS[LOSS][name].load()(*given, *rest)
+        PEERS[LOSS][name].loaded()(*given, *rest)
     assert needed == [True, False]
 
 
@@ -291,7 +293,7 @@ def test_a_stand_in_called_wrongly_is_out_of_budget(monkeypatch) -> None:
     wrong = {"flash_attn_qkvpacked_func": lambda qkv, causal: packed_2(qkv, causal=False)}
     stand_in(monkeypatch, "flash_attn.flash_attn_interface", **wrong)
     with pytest.raises(AssertionError, match="not timed: attention, tensor 0 by maximum is off"):
-        assert_right("attention", PEERS["attention"]["flash-attn"].load(), torch.float32)
+        assert_right("attention", PEERS["attention"]["flash-attn"].loaded(), torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------ why not
@@ -299,19 +301,21 @@ def test_a_stand_in_called_wrongly_is_out_of_budget(monkeypatch) -> None:
 
 def reason(op: str, name: str) -> str:
     with pytest.raises(Unavailable) as raised:
-        PEERS[op][name].load()
+        PEERS[op][name].loaded()
     return str(raised.value)
 
 
-def test_every_peer_loads_or_says_in_a_line_why_not() -> None:
-    for op, table in PEERS.items():
-        for name, peer in table.items():
-            assert (peer.op, peer.name) == (op, name)
-            assert peer.packed != name.endswith("-apart")
-            try:
-                assert callable(peer.load())
-            except Unavailable as error:
-                assert "\n" not in str(error) and len(str(error)) < 120
+@pytest.mark.parametrize("capability", [None, (9, 0)])
+def test_every_peer_loads_or_says_in_a_line_why_not(monkeypatch, capability: tuple[int, int] | None) -> None:
+    monkeypatch.setattr(peers, "_capability", lambda: capability)
+    for name, peer in ((name, peer) for table in PEERS.values() for name, peer in table.items()):
+        assert peer.role == ("floor" if name.endswith("-apart") else "peer")
+        try:
+            assert callable(peer.loaded())
+        except Unavailable as error:
+            assert "\n" not in str(error) and len(str(error)) < 120
+            if "is not installed" in str(error):
+                assert str(error).split()[0] in PEER_PACKAGES, "a record has its version"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("quack") is not None, reason="quack is installed")
@@ -357,8 +361,8 @@ def test_compiling_on_a_cpu_without_a_compiler(monkeypatch) -> None:
 def test_sdpa_is_held_to_a_kernel(monkeypatch) -> None:
     """A CPU has the flash kernel; where the GPU's has none PyTorch says so, in words that are repeated here."""
     monkeypatch.setattr(peers, "CUDA", True)
-    assert_right("attention", PEERS["attention"]["sdpa-flash"].load(), torch.float32)
-    apart = PEERS["attention"]["sdpa-flash-apart"].load()
+    assert_right("attention", PEERS["attention"]["sdpa-flash"].loaded(), torch.float32)
+    apart = PEERS["attention"]["sdpa-flash-apart"].loaded()
     assert_right("attention", lambda qkv: apart(*qkv.permute(2, 0, 3, 1, 4).unbind(0)), torch.float32)
 
     def enabled(*_: Any, **__: Any) -> Any:
@@ -369,4 +373,4 @@ def test_sdpa_is_held_to_a_kernel(monkeypatch) -> None:
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", enabled)
     with pytest.raises(Unavailable, match="PyTorch has no CUDNN_ATTENTION kernel for these inputs here"):
-        PEERS["attention"]["sdpa-cudnn"].load()(torch.randn(1, 5, 3, 2, 16))
+        PEERS["attention"]["sdpa-cudnn"].loaded()(torch.randn(1, 5, 3, 2, 16))

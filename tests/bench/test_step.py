@@ -20,19 +20,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench import cpu
+from bench.contest import Candidate, Measured, Missing
 from bench.report.results import load, ratio
 from bench.step.bench_train_step import ON_A_CPU, ON_A_GPU
-from bench.step.lockstep import FIRST_CALLS, Candidate, Finished, Limits, Lost, Worker, contest
+from bench.step.build import HuggingFace, initial_weights, make_plain
+from bench.step.lockstep import FIRST_CALLS, Limits, Worker, contest
 from bench.step.plain_gpt2 import PlainGPT2
-from bench.step.steps import (
-    STEPS,
-    HuggingFace,
-    StepShape,
-    agree_in,
-    initial_weights,
-    make_plain,
-    result,
-)
+from bench.step.steps import STEPS, StepContest, StepShape, agree_in
 from bench.step.worker import _Serving
 from bench.timing import ROOT, Timed
 from fastgpt2.config import PRESETS, ModelConfig, TrainConfig
@@ -47,11 +41,11 @@ MIB = 2**20
 
 
 def sleeper(name: str, log: Path, **arguments: Any) -> Candidate:
-    return Candidate("tests.bench.contestants:Sleeper", {"name": name, "log": str(log), **arguments})
+    return Candidate("peer", "tests.bench.contestants:Sleeper", {"name": name, "log": str(log), **arguments})
 
 
 def trouble(name: str, log: Path, what: str, at: int) -> Candidate:
-    return Candidate("tests.bench.contestants:Trouble", {"name": name, "log": str(log), "what": what, "at": at})
+    return Candidate("peer", "tests.bench.contestants:Trouble", {"name": name, "log": str(log), "what": what, "at": at})
 
 
 def equal(name: str, values: list[dict[str, float]], reference: str, right: list[dict[str, float]]) -> str | None:
@@ -89,7 +83,7 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_what_goes_wrong_in_one_worker_costs_only_that_one(troubled: dict[str, Any]) -> None:
     outcomes = troubled["outcomes"]
     assert list(outcomes) == ["lean", "fat", "wrong", "crashes", "hangs", "fails", "lacks-memory"]
-    assert {n for n, o in outcomes.items() if isinstance(o, Finished)} == {"lean", "fat", "lacks-memory"}
+    assert {n for n, o in outcomes.items() if isinstance(o, Measured)} == {"lean", "fat", "lacks-memory"}
     for name in ("lean", "fat", "lacks-memory"):
         assert len(outcomes[name].timed.round_ms) == 4
     reasons = {
@@ -100,7 +94,7 @@ def test_what_goes_wrong_in_one_worker_costs_only_that_one(troubled: dict[str, A
     }
     for name, reason in reasons.items():
         lost = outcomes[name]
-        assert isinstance(lost, Lost) and lost.reason == reason and lost.failed, lost
+        assert isinstance(lost, Missing) and lost.reason == reason and lost.failed, lost
     assert "about to crash" in outcomes["crashes"].output
     assert 'contestants.py", line' in outcomes["hangs"].output, "a hang says where it hung"
     assert "Traceback" in outcomes["fails"].output
@@ -129,10 +123,10 @@ def test_rounds_are_interleaved_rotated_and_one_at_a_time(troubled: dict[str, An
 def test_a_workers_time_and_memory_are_its_own(troubled: dict[str, Any]) -> None:
     lean, fat = (troubled["outcomes"][name] for name in ("lean", "fat"))
     assert all(ms >= 15.0 for ms in fat.timed.round_ms) and all(ms >= 5.0 for ms in lean.timed.round_ms)
-    held = (fat.peak_memory_bytes - lean.peak_memory_bytes) / MIB
+    held = (fat.facts["peak_memory_bytes"] - lean.facts["peak_memory_bytes"]) / MIB
     assert 150 < held < 250, held
     assert lean.versions["torch"] == torch.__version__
-    assert 0 < lean.seconds_to_build < lean.seconds_to_first
+    assert 0 < lean.facts["seconds_to_build"] < lean.seconds_to_first
     assert lean.timed.host_ms is None and lean.timed.info()["rounds"] == 4
 
 
@@ -146,7 +140,7 @@ def test_what_lacked_memory_beside_others_is_built_again_alone(troubled: dict[st
 
 def test_out_of_time_is_no_failure_and_keeps_whole_rounds(tmp_path: Path) -> None:
     lost = contest({"slow": sleeper("slow", tmp_path / "calls")}, rounds=3, seconds=0.0, until=time.monotonic())
-    assert lost == {"slow": Lost("the time was up before its first round", False, "")}
+    assert lost == {"slow": Missing("the time was up before its first round", False, "")}
 
 
 def test_a_candidate_that_hangs_while_it_is_built_costs_the_others_no_round(tmp_path: Path) -> None:
@@ -155,18 +149,19 @@ def test_a_candidate_that_hangs_while_it_is_built_costs_the_others_no_round(tmp_
     by = time.monotonic() + 20.0  # starting takes some seconds
     outcomes = contest(candidates, rounds=2, seconds=0.0, at_once=2, built_by=by, until=by + 60)
     hangs, fine = outcomes["hangs"], outcomes["fine"]
-    assert isinstance(fine, Finished) and len(fine.timed.round_ms) == 2
-    assert isinstance(hangs, Lost) and hangs.failed and "no answer to 'first'" in hangs.reason
+    assert isinstance(fine, Measured) and len(fine.timed.round_ms) == 2
+    assert isinstance(hangs, Missing) and hangs.failed and "no answer to 'first'" in hangs.reason
     assert 'contestants.py", line' in hangs.output, "a hang says where it hung"
     nothing = contest({"late": sleeper("late", log)}, rounds=1, seconds=0.0, built_by=time.monotonic())
-    assert nothing == {"late": Lost("the time was up before it was built", False, "")}
+    assert nothing == {"late": Missing("the time was up before it was built", False, "")}
 
 
 def test_a_worker_whose_parent_is_killed_goes_too(tmp_path: Path) -> None:
     program = f"""
-from bench.step.lockstep import Worker, Candidate
+from bench.contest import Candidate
+from bench.step.lockstep import Worker
 arguments = {{"name": "x", "log": {str(tmp_path / "calls")!r}, "what": "hang", "at": 0}}
-worker = Worker("x", Candidate("tests.bench.contestants:Trouble", arguments))
+worker = Worker("x", Candidate("peer", "tests.bench.contestants:Trouble", arguments))
 import threading
 threading.Thread(target=lambda: worker.build(600), daemon=True).start()
 while worker._process is None: pass
@@ -247,7 +242,8 @@ def test_a_round_on_a_gpu_begins_with_a_call_that_takes_back_its_memory(
 
     monkeypatch.setattr(worker, "ask", ask)
     worker._built, worker._call_s = {"device": kind}, call_s
-    worker.round(2.5, 10.0)
+    worker.round_s = 2.5
+    worker.round()
     assert asked == {"calls": int(2.5 / call_s), "untimed": untimed}
 
 
@@ -350,7 +346,7 @@ def test_the_padding_that_a_peer_predicts_is_allowed_for() -> None:
 HELD_APART = """
 import torch, torch.nn.functional as F
 from torch._dynamo.utils import counters
-from bench.step.steps import make_plain
+from bench.step.build import make_plain
 from tests.bench.test_step import SETTINGS
 
 def found(**held):
@@ -386,19 +382,20 @@ def test_every_contest_names_candidates_that_can_be_configured() -> None:
         assert len(set(ids)) == len(ids)
     for entered in (*ON_A_GPU, *ON_A_CPU):
         for name in entered.names:
-            arguments = STEPS[name].on(entered.shape, torch.device("cuda:0"), compiled=entered.compiled).arguments
+            arguments = STEPS[name].on(entered.step, torch.device("cuda:0"), compiled=entered.compiled).arguments
             config = resolve(TrainConfig(**arguments["settings"]), cuda=True)
-            assert config.batch_size == entered.shape.B and config.compile == entered.compiled
-            assert config.model_config() == entered.shape.size()
+            assert config.batch_size == entered.step.B and config.compile == entered.compiled
+            assert config.model_config() == entered.step.size()
     peers = [set(entered.names) for entered in ON_A_GPU if entered.kind == "peers"]
-    assert {entered.shape.model for entered in ON_A_GPU} == {name for name in PRESETS if name.startswith("gpt2")}
+    assert {entered.step.model for entered in ON_A_GPU} == {name for name in PRESETS if name.startswith("gpt2")}
     assert all("ours-auto" in names and names & {"plain", "plain-cudnn"} for names in peers)
 
 
 def test_a_result_follows_from_the_time() -> None:
     timed = Timed([20.0, 10.0, 30.0], [20.0, 10.0, 30.0], None, "a clock")
-    finished = Finished(timed, [{"loss": 11.0, "wpe.weight": 1.0}], {"deterministic": True}, {}, 1.0, 2.0, 123, "held")
-    found = result("plain", StepShape("gpt2", 4, "float32"), True, finished, CPU)
+    measured = Measured(timed, {"deterministic": True, "peak_memory_bytes": 123, "first_losses": [11.0]})
+    contest = StepContest("peers", StepShape("gpt2", 4, "float32"), True, ("plain",), device=CPU)
+    found = contest.result("plain", measured).to_json()
     assert found["tokens_per_s"] == pytest.approx(4 * 1024 / 0.020)
     assert found["flops"] == 4 * 1024 * 803_478_528 and found["flops_formula"] == "llm.c"
     assert found["mfu"] == {"llm.c": None, "nanogpt": None}, "no peak is known for a CPU"
@@ -438,8 +435,8 @@ def test_a_contest_on_a_gpu() -> None:
     candidates = {name: STEPS[name].on(shape, device, compiled=False) for name in names}
     outcomes = contest(candidates, rounds=3, seconds=0.3, references=["plain"], agree=agree_in(shape), at_once=3)
     for name, outcome in outcomes.items():
-        assert isinstance(outcome, Finished), (name, outcome)
+        assert isinstance(outcome, Measured), (name, outcome)
         assert outcome.timed.host_ms > 0 and len(outcome.timed.round_ms) == 3
         # The device's intervals between calls lie within the wall clock over them all.
         assert sum(outcome.timed.samples_ms) / len(outcome.timed.samples_ms) <= 1.01 * max(outcome.timed.round_ms)
-        assert outcome.peak_memory_bytes > 2**20
+        assert outcome.facts["peak_memory_bytes"] > 2**20

@@ -123,13 +123,13 @@ from bench.step import bench_train_step
 from bench.step.steps import STEPS
 
 directions = ("forward", "backward")
-contests = [bench_attention.AttentionContest(s, d) for s in bench_attention.ATTENTION_SHAPES for d in directions]
+contests = [bench_attention.AttentionContest(s, d) for s in bench_attention.SHAPES for d in directions]
 contests += [bench_mlp.MlpContest(s, d) for s in bench_mlp.SHAPES for d in bench_mlp.FLOPS]
 contests += [bench_loss.HeadContest(s, "training") for s in bench_loss.SHAPES]
 benched = [(c.op, c.shape(), c.dtype, None, {}, list(c.candidates)) for c in contests]
 for c in bench_train_step.ON_A_GPU:
     slots = {name: {"attn": STEPS[name].settings.get("attn", "sdpa"), "mlp": "torch"} for name in c.names}
-    benched.append(("training step", c.shape.info(), c.shape.dtype, c.compiled, slots, c.names))
+    benched.append(("training step", c.shape(), c.dtype, c.compiled, slots, c.names))
 print(json.dumps(benched))
 """
 

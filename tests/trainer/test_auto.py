@@ -164,6 +164,6 @@ def test_the_ablation_is_among_what_is_timed() -> None:
     contests = pytest.importorskip("bench.step.bench_train_step").ON_A_GPU
     (ablation,) = (contest for contest in contests if contest.kind == "ablation")
     decides = {auto.PLAIN, auto.PLAIN_ANY_ORDER, "ours-attn-triton", "ours-attn-cudnn"}
-    assert ablation.shape.B == 32 and ablation.compiled and decides <= set(ablation.names)
+    assert ablation.step.B == 32 and ablation.compiled and decides <= set(ablation.names)
     asked = {name: steps[name].settings.get("deterministic", True) for name in decides}
     assert {name for name, yes in asked.items() if not yes} == {auto.PLAIN_ANY_ORDER, "ours-attn-cudnn"}
