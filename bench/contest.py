@@ -63,11 +63,14 @@ class Candidate:
 
     def loaded(self) -> Any:
         """What `load` returns, in this process."""
-        load = self.load
-        if isinstance(load, str):
-            module, _, function = load.partition(":")
-            load = getattr(import_module(module), function)
+        load = imported(self.load) if isinstance(self.load, str) else self.load
         return load(**self.arguments)
+
+
+def imported(name: str) -> Function:
+    """The function "module:function"."""
+    module, _, function = name.partition(":")
+    return getattr(import_module(module), function)
 
 
 @dataclass(frozen=True)

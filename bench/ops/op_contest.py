@@ -19,7 +19,18 @@ import torch._functorch.config as functorch_config
 from torch import Tensor
 
 from bench import timing
-from bench.contest import CUDA, DEVICE, Candidate, Contest, Function, Measured, Missing, Unavailable, free_memory
+from bench.contest import (
+    CUDA,
+    DEVICE,
+    Candidate,
+    Contest,
+    Function,
+    Measured,
+    Missing,
+    Unavailable,
+    free_memory,
+    imported,
+)
 from bench.ops.budget import Yardstick
 from bench.ops.peers import PEERS
 from bench.roofline import Work
@@ -170,7 +181,9 @@ class SlotContest(OpContest):
         self.candidates = ours | PEERS[self.peers]
 
     def load_ours(self, name: str) -> Function:
-        """The trainer's implementation of the slot."""
+        """The trainer's implementation of the slot, or "module:function" from outside."""
+        if ":" in name:
+            return imported(name)
         if name == KERNEL and not CUDA:
             raise Unavailable("Triton on a CPU is interpreted: its time would say nothing about the kernel")
         head_dim = getattr(self.size, "D", 64)

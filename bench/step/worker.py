@@ -14,12 +14,11 @@ import statistics
 import sys
 import threading
 import time
-from importlib import import_module
 from typing import Any, Protocol
 
 import torch
 
-from bench.contest import NO_KERNEL, lacked_memory
+from bench.contest import NO_KERNEL, imported, lacked_memory
 from bench.timing import environment
 from fastgpt2.config import ConfigError
 from fastgpt2.device import peak_memory_bytes, synchronize
@@ -59,8 +58,7 @@ class _Serving:
         self.index += 1
 
     def build(self, make: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        module, function = make.split(":")
-        self.contestant = getattr(import_module(module), function)(**arguments)
+        self.contestant = imported(make)(**arguments)
         return {"device": self.contestant.device.type, "facts": self.contestant.facts}
 
     def first(self) -> dict[str, Any]:
