@@ -128,7 +128,7 @@ class Contest(ABC):
     dtype: str
     candidates: dict[str, Candidate]
     work: Work
-    more_flops: dict[str, float] = {}
+    more_flops: dict[str, float] | None = None
     """FLOPs by other formulas, for MFU by each."""
     compiled: bool | None
     clock = DEVICE
