@@ -13,7 +13,8 @@ from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.console import printable
 from fastgpt2.fields import checked, flag
 from fastgpt2.flags import given_flags, make_parser
-from fastgpt2.folder import settings_of_run
+from fastgpt2.folder import settings_of_run, without_compiler
+from fastgpt2.renamed import with_current_flags
 from fastgpt2.toml import read_toml
 
 PROGRAM = "python -m fastgpt2.train"
@@ -38,8 +39,11 @@ def read_command_line(arguments: list[str]) -> tuple[TrainConfig, dict[str, str]
         ConfigError: a flag, or a value in a file, that can't be carried out.
     """
     parser = make_parser(TrainConfig, PROGRAM)
-    about = "TOML file of settings by flag name; flags given as well win. Paths in it are relative to where you are."
+    about = "TOML file of settings, named as the flags; flags override it. Paths in it are relative to where you are."
     parser.add_argument("--config", metavar="FILE", help=about)
+    arguments, renamed = with_current_flags(arguments)
+    if renamed:
+        print(f"note: {', '.join(renamed)}; the next version drops the old flags", file=sys.stderr)
     flags = given_flags(parser, TrainConfig, arguments)
     layers: list[tuple[str, dict[str, Any]]] = [("", flags)]
     if "config" in flags:
@@ -48,7 +52,7 @@ def read_command_line(arguments: list[str]) -> tuple[TrainConfig, dict[str, str]
     asked = {name: value for _, layer in layers for name, value in layer.items()}
     if asked.get("resume") and "out" in asked:
         where, saved, problem = settings_of_run(asked["out"])
-        layers.insert(0, (where, saved))
+        layers.insert(0, (where, without_compiler(saved) if asked.get("compile") is False else saved))
         if problem:
             print(printable(problem), file=sys.stderr)
     settings, origins = _merged(layers)

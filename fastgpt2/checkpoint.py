@@ -80,7 +80,7 @@ def save(
     state: RunState,
     progress: Progress = UNKNOWN,
 ) -> Path:
-    """Write the checkpoint of a run after `step` steps and delete those that `config.keep` no longer covers.
+    """Write the checkpoint of a run after `step` steps and delete those that `config.keep_checkpoints` no longer covers.
 
     Raises:
         OutputError: it can't be written, as on a full disk; those before it are as they were.
@@ -106,8 +106,8 @@ def save(
             saved = checkpoints(out)
         last = f"the last good one is {saved[-1]}" if saved else "none had been saved"
         raise OutputError(f"can't save the checkpoint of step {step} in {folder}: {reason}; {last}") from None
-    if config.keep:
-        _remove_old(out, config.keep)
+    if config.keep_checkpoints:
+        _remove_old(out, config.keep_checkpoints)
     return final
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -21,6 +21,7 @@ Mlp = Literal["auto", "torch", "triton"]
 Norm = Literal["auto", "torch", "triton"]
 Loss = Literal["auto", "torch", "chunked", "triton"]
 Dtype = Literal["float64", "float32", "tf32", "bfloat16", "float16"]
+Recompute = Literal["none", "elementwise", "blocks"]
 if TYPE_CHECKING:
     Optimizer: TypeAlias = str
     Schedule: TypeAlias = str
@@ -87,7 +88,8 @@ PRESETS: dict[str, ModelConfig] = {
 class TrainConfig:
     """Train a GPT-2. Without arguments: a model that suits this machine, on dummy tokens."""
 
-    model: Name | None = None
+    # A group of --help starts at the field that names it.
+    model: Name | None = field(default=None, metadata={"group": "model"})
     """Preset: tiny, mini, small, gpt2, gpt2-medium, gpt2-large or gpt2-xl (default: gpt2 on a GPU, mini without)."""
     n_layer: Count | None = None
     """Transformer blocks (default: the preset's)."""
@@ -96,85 +98,86 @@ class TrainConfig:
     n_embd: Count | None = None
     """Channels (default: the preset's)."""
     block_size: Count | None = None
-    """Tokens in a sequence (default: the preset's, which is also the most a published size has positions for)."""
+    """Tokens in a sequence (default: the preset's, which is also the maximum of a published size)."""
     vocab_size: Count | None = None
     """Vocabulary; stored padded to a multiple of 128 (default: the data's, else the preset's)."""
     dropout: Fraction = 0.0
     """Dropout after the embeddings, on the attention weights and on each residual branch."""
     document_mask: bool = False
-    """Let a position attend within its own document alone, as GPT-2 did not; --end-of-text opens one."""
+    """Attend only within a position's own document, which GPT-2 did not do; --end-of-text starts a document."""
     end_of_text: Natural | None = None
-    """The token that opens a document, for --document-mask (default: the data's)."""
+    """Token that starts a document, for --document-mask (default: the data's)."""
 
-    data: Place = "dummy"
+    data: Place = field(default="dummy", metadata={"group": "data"})
     """dummy (uniform random tokens), dummy-fixed (one such batch, repeated), or a folder of token shards."""
-    batch_size: Count | None = None
+    seed: Natural = 0
+    """Determines the initial weights, the dummy tokens, the order of the data and the dropout."""
+    eval_every: Natural = 0
+    """Steps between validation losses; 0 turns them off."""
+    eval_sequences: Count = 160
+    """Sequences in a validation loss, the same ones at any batch size."""
+
+    batch_size: Count | None = field(default=None, metadata={"group": "step"})
     """Sequences in a micro-step (default: 8 without a GPU; with one, what its memory holds of 124M, at most 32)."""
     grad_accum: Count = 1
     """Micro-steps whose gradients are averaged before the optimizer steps."""
     steps: Count | None = None
-    """Optimizer steps (default: 200 on a GPU, 600 without, about a minute)."""
+    """Optimizer steps (default: 200 on a GPU; 600 without one, about a minute)."""
+    device: Name | None = None
+    """cpu, cuda or cuda:N (default: cuda if there is one)."""
+    dtype: Dtype | None = None
+    """Precision. The 16-bit ones are autocast over float32 weights (default: bfloat16 on a GPU that supports it, else
+    float32)."""
+    deterministic: bool = True
+    """Use only deterministic algorithms. --no-deterministic allows faster ones, and --attn cudnn."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    recompute: Recompute | None = None
+    """What the backward pass recomputes instead of storing. none; elementwise: GELU, norms and casts, which saves a
+    third of the activation memory in bfloat16 and needs --compile; blocks: all but the inputs of each block, which
+    saves most and adds a quarter more work (default: elementwise with --compile on a CPU, where a step took 1%
+    longer; else none)."""
+    cuda_graph: bool = False
+    """Replay the whole step (forward, backward, clip, optimizer) as one CUDA graph: for small batches, where launching
+    takes longer than computing."""
 
+    optimizer: Optimizer = field(default="adam", metadata={"group": "optimizer"})
+    """What steps the weights: adam as published, or adamw, which decays matrices apart from the gradient."""
     lr: NonNegative = 3e-4
     """Peak learning rate."""
-    optimizer: Optimizer = "adam"
-    """What steps the weights: adam is as published, adamw decays matrices apart from the gradient."""
+    schedule: Schedule = "constant"
+    """Learning rate after the warm-up: constant, or falling to a tenth along a cosine or a line."""
+    warmup_steps: Natural = 0
+    """Steps over which the learning rate rises from 0."""
     weight_decay: NonNegative = 0.0
-    """adamw's decay of the matrices; biases, LayerNorm weights and the like are never decayed."""
+    """Weight decay of adamw. Biases, LayerNorm weights and other vectors are never decayed."""
     beta1: Fraction = 0.9
     """Decay of Adam's mean of the gradients."""
     beta2: Fraction = 0.999
     """Decay of Adam's mean of their squares."""
     grad_clip: NonNegative = 0.0
-    """Scale gradients whose total norm is larger down to this norm; 0 turns it off."""
-    schedule: Schedule = "constant"
-    """Learning rate after the warm-up: constant, or falling to a tenth along a cosine or a line."""
-    warmup_steps: Natural = 0
-    """Steps over which the learning rate rises from 0."""
+    """Scale the gradients down to this total norm if it is larger; 0 turns it off."""
 
-    seed: Natural = 0
-    """Decides the weights, the dummy tokens, the order of the data and the dropout."""
-    dtype: Dtype | None = None
-    """Precision; the 16-bit ones are autocast over float32 weights (default: bfloat16 on a GPU that has it, else
-    float32)."""
-    device: Name | None = None
-    """cpu, cuda or cuda:N (default: cuda where there is one)."""
-    deterministic: bool = True
-    """Only algorithms that give the same bits every time; without it PyTorch may have faster ones, and --attn cudnn."""
-    attn: Attention = "auto"
-    """Which implementation computes the attention; one asked for by name runs or is an error."""
+    attn: Attention = field(default="auto", metadata={"group": "implementations"})
+    """What computes the attention. An implementation asked for by name runs or is an error."""
     mlp: Mlp = "auto"
-    """Which computes the MLP: torch, or triton with the GELU fused into the matmuls around it."""
+    """What computes the MLP: torch, or triton with the GELU fused into the matmuls around it."""
     norm: Norm = "auto"
-    """Which computes residual add and LayerNorm: torch, or triton in one pass."""
+    """What computes residual add and LayerNorm: torch, or triton in one pass."""
     loss: Loss = "auto"
-    """Which computes head and cross-entropy: torch (all logits at once), or chunked or triton (never all of them)."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
-    lean: bool = False
-    """With --compile: make GELU, norms and casts again in the backward rather than keep them, a third less activation
-    memory in bfloat16 for a few more passes over memory. Always so on a CPU, where a step took 1% longer."""
-    recompute: bool = False
-    """Keep a block's inputs alone and compute the rest again in the backward: less memory, a quarter more work."""
-    cuda_graph: bool = False
-    """Replay the whole step (forward, backward, clip, optimizer) as one CUDA graph: for small batches, where launching
-    takes longer than computing."""
+    """What computes head and cross-entropy: torch (all logits at once), or chunked or triton (never all of them)."""
 
-    out: Path | None = None
+    out: Path | None = field(default=None, metadata={"group": "run"})
     """Folder for config.toml, metrics.jsonl, loss.png and checkpoints (default: a new one under runs/)."""
-    eval_every: Natural = 0
-    """Steps between validation losses; 0 turns them off."""
-    eval_sequences: Count = 160
-    """Sequences in a validation loss, the same ones whatever the batch size."""
-    save_every: Natural = 1000
-    """Steps between checkpoints; one is also saved at the end. 0 saves none."""
-    keep: Natural = 2
-    """Checkpoints kept, the newest; older ones are deleted. 0 keeps all."""
-    log_every: Count = 10
-    """Steps between log lines; the host waits for the device only then."""
     resume: bool | Literal["auto"] = False
-    """Continue the run in --out from its newest checkpoint; its config.toml holds but for what --config and flags give.
-    --resume auto starts the run where there is no checkpoint yet."""
+    """Continue the run in --out from its newest checkpoint with the settings in its config.toml; --config and flags
+    override them. --resume auto starts the run if there is no checkpoint yet."""
+    save_every: Natural = 1000
+    """Steps between checkpoints; the last step also saves one. 0 saves none."""
+    keep_checkpoints: Natural = 2
+    """Number of newest checkpoints to keep; older ones are deleted. 0 keeps all."""
+    log_every: Count = 10
+    """Steps between log lines. The host waits for the device only then."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -187,12 +190,13 @@ class TrainConfig:
             )
         if self.cuda_graph and self.dtype == "float16":
             raise ConfigError("--cuda-graph can't skip a step as float16's gradient scaler does: use --dtype bfloat16")
-        if self.cuda_graph and self.recompute and self.dropout:
+        if self.cuda_graph and self.recompute == "blocks" and self.dropout:
             raise ConfigError(
-                "--cuda-graph can't rewind the generator, as --recompute with --dropout has to: leave one of them out"
+                "--recompute blocks with --dropout rewinds the random generator, which --cuda-graph can't: "
+                "leave one of them out"
             )
-        if self.lean and not self.compile:
-            raise ConfigError("--lean tells the compiler what to keep: give --compile, too, or use --recompute")
+        if self.recompute == "elementwise" and not self.compile:
+            raise ConfigError("--recompute elementwise is done by the compiler: add --compile, or use blocks or none")
         if self.resume and self.out is None:
             given = "--resume auto" if self.resume == "auto" else "--resume"
             raise ConfigError(f"{given} needs --out: the folder of the run to continue")

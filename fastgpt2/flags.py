@@ -64,8 +64,11 @@ def make_parser(kind: type, prog: str) -> Parser:
         description=inspect.getdoc(kind),
         argument_default=argparse.SUPPRESS,
     )
+    flags: argparse._ActionsContainer = parser
     for field, hint, text in _fields(kind):
-        _add(parser, field, hint, text)
+        if "group" in field.metadata:
+            flags = parser.add_argument_group(field.metadata["group"])
+        _add(flags, field, hint, text)
     return parser
 
 
@@ -110,7 +113,7 @@ def _make(kind: Any, given: dict[str, Any]) -> Any:
     return kind(**values)
 
 
-def _add(parser: Parser, field: dataclasses.Field[Any], hint: Any, text: str) -> None:
+def _add(parser: argparse._ActionsContainer, field: dataclasses.Field[Any], hint: Any, text: str) -> None:
     required = field.default is dataclasses.MISSING
     silent = required or field.default in ("", (), None) or field.default is False
     about = (text if silent else f"{text} (default: {field.default})").replace("%", "%%")

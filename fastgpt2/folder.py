@@ -15,12 +15,13 @@ from typing import Any
 from fastgpt2 import checkpoint, record
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.durable import InUseError, locked
+from fastgpt2.renamed import with_current_names
 from fastgpt2.settings import Settled
 from fastgpt2.toml import UnreadableError, check_settings, load_toml
 
 _SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
-_SETTLED = (*_SHAPE, "vocab_size", "end_of_text", "batch_size", "steps", "dtype")
-"""What a run settles for itself, and goes on with wherever it is resumed."""
+_SETTLED = (*_SHAPE, "vocab_size", "end_of_text", "batch_size", "steps", "dtype", "recompute")
+"""What a run settles for itself and is resumed with on any machine."""
 
 
 @contextlib.contextmanager
@@ -80,6 +81,7 @@ def settings_of_run(out: Path) -> tuple[str, dict[str, Any], str]:
             if os.path.exists(path):
                 raise
             return "", {}, ""
+        saved = with_current_names(saved)
         known = {f.name for f in dataclasses.fields(TrainConfig)} - {"out", "resume"}
         settings = check_settings({k: v for k, v in saved.items() if k in known and v is not None}, where)
         return where, settings, f"{error}; taking the settings from {where}"
@@ -100,8 +102,16 @@ def as_saved(config: TrainConfig) -> TrainConfig:
         _, saved, _ = settings_of_run(config.out)
     other_model = config.model is not None and config.model != saved.get("model")
     names = [name for name in _SETTLED if getattr(config, name) is None and not (other_model and name in _SHAPE)]
+    if not config.compile:
+        saved = without_compiler(saved)
     settled: dict[str, Any] = {name: saved.get(name) for name in names}
     return dataclasses.replace(config, **settled)
+
+
+def without_compiler(saved: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a compiled run, as one takes them that does not compile: only the compiler can recompute
+    elementwise."""
+    return {name: value for name, value in saved.items() if (name, value) != ("recompute", "elementwise")}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class GPT(nn.Module):
 
     Args:
         ops: what computes each slot.
-        recompute: in training keep a block's inputs alone, and compute it again in the backward.
+        recompute: in training store only the inputs of each block and recompute it in the backward pass.
     """
 
     def __init__(self, config: ModelConfig, ops: Ops | None = None, *, recompute: bool = False) -> None:
@@ -197,7 +197,7 @@ def _flops_matmul(config: ModelConfig) -> int:
 
 
 def recompute_flops(config: ModelConfig) -> int:
-    """What --recompute adds for one token: the blocks' forward, 2 a weight (24 L C^2) and 2 L C T (causal half)."""
+    """What --recompute blocks adds for one token: the blocks' forward, 2 a weight (24 L C^2) and 2 L C T (causal half)."""
     C, L = config.n_embd, config.n_layer
     return 24 * L * C * C + 2 * L * C * config.block_size
 

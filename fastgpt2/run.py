@@ -182,14 +182,15 @@ def _build(asked: TrainConfig, held: contextlib.ExitStack) -> Run:
         saved = checkpoint.check_shape(claimed.latest, model_config)
         notes += changed_settings(saved, config) + carried_over(saved, config, device)
     torch.manual_seed(config.seed)
-    model = GPT(model_config, ops, recompute=config.recompute)
+    model = GPT(model_config, ops, recompute=config.recompute == "blocks")
     model.to(device=device, dtype=torch.promote_types(config.torch_dtype, torch.float32))
     model.train()
     if config.compile:
-        lean = config.lean or device.type == "cpu"
-        # Of a function torch.compile keeps eight forms in a process, and fails at the next: those of earlier runs go.
+        # torch.compile caches at most eight variants of a function and raises on the ninth: forget earlier runs'.
         torch.compiler.reset()
-        model.compile(dynamic=False, fullgraph=True, backend=lean_inductor if lean else "inductor")
+        elementwise = config.recompute == "elementwise"
+        backend = inductor_recomputing_elementwise if elementwise else "inductor"
+        model.compile(dynamic=False, fullgraph=True, backend=backend)
     state = RunState.begin(model, config)
     run = Run(config, device, state, source, val_source, chosen, found=notes)
     if config.cuda_graph:
@@ -210,10 +211,12 @@ def refuse_several_processes() -> None:
         )
 
 
-def lean_inductor(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
-    """torch.compile's own backend, which may compute elementwise operations again in the backward although a matmul
-    there needs their result in memory: GELU, LayerNorm's output, weights cast to 16 bits. By itself it keeps these. In
-    bfloat16 that leaves 24 of the 36 bytes that a token keeps for each channel of a block."""
+def inductor_recomputing_elementwise(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
+    """torch.compile's own backend, allowed to recompute elementwise results that a matmul of the backward pass reads.
+
+    By default it stores these: GELU, LayerNorm's output, weights cast to 16 bits. Recomputing them leaves 24 of the 36
+    bytes that a token stores for each channel of a block in bfloat16.
+    """
     import torch._functorch.config as partitioning
     from torch._inductor.compile_fx import compile_fx
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastgpt2.config import PRESETS, ConfigError, Dtype, ModelConfig, TrainConfig
+from fastgpt2.config import PRESETS, ConfigError, Dtype, ModelConfig, Recompute, TrainConfig
 from fastgpt2.fields import Count, nearest
 
 TORCH_DTYPE = {
@@ -36,6 +36,7 @@ class Settled(TrainConfig):
     batch_size: Count
     steps: Count
     dtype: Dtype
+    recompute: Recompute
 
     def model_config(self) -> ModelConfig:
         """The shape of the model."""
@@ -77,6 +78,7 @@ def resolve(
         "batch_size": _sequences_that_fit(memory_bytes) if cuda else 8,
         "steps": 200 if cuda else 600,
         "dtype": "bfloat16" if cuda and bf16 else "float32",
+        "recompute": "elementwise" if config.compile and not cuda else "none",
         "end_of_text": data_end_of_text if config.document_mask else None,
     }
     asked: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}

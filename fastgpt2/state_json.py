@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastgpt2.config import ConfigError, ModelConfig
+from fastgpt2.renamed import with_current_names
 from fastgpt2.settings import Settled
 
 FORMAT = 2
@@ -132,6 +133,7 @@ def check_state(state: dict[str, Any], path: Path) -> None:
     if type(state.get("format")) is not int or state["format"] not in (1, FORMAT):
         raise ConfigError(f"{path} is not a checkpoint of format 1 or {FORMAT}")
     _check(state, _TOP, path)
+    state["config"] = with_current_names(state["config"])
     _check({"end_of_text": None} | state["model"], _MODEL, path, "model.")
     _check(state["config"], _CONFIG, path, "config.")
     if state["scaler"]:  # empty where the run had none

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastgpt2.config import FIRST_LINE, LAST_LINE, TrainConfig
 from fastgpt2.fields import ConfigError, checked, field_hints, nearest, shown
+from fastgpt2.renamed import RENAMED, with_current_names
 
 MOST_BYTES, MOST_DOTS = 64 << 10, 1000
 """Every setting with its help is 7 KiB. For a key of many dots tomllib takes quadratic time: 30 s for 32,000."""
@@ -22,8 +23,6 @@ QUOTED = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 """What holds text in TOML. One that isn't closed goes to its end, where tomllib gives up as well."""
-REPLACED = {"eval_batches": "eval_sequences"}
-"""Settings of earlier versions, and what they became."""
 
 
 class UnreadableError(ConfigError):
@@ -83,14 +82,17 @@ def check_settings(table: dict[str, Any], label: str) -> dict[str, Any]:
     Raises:
         ConfigError: as read_toml, for what is in the table.
     """
-    hints = field_hints(TrainConfig)
-    settings: dict[str, Any] = {}
+    names: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
-        if name not in hints:
-            instead = f"; it is {REPLACED[name]!r} now" if name in REPLACED else nearest(name, hints)
-            raise ConfigError(f"{label}: unknown key {shown(key)}{instead}")
-        if name in settings:
+        if name in names:
             raise ConfigError(f"{label}: {name!r} is given twice, with _ and with -")
+        names[name] = value
+    hints = field_hints(TrainConfig)
+    settings: dict[str, Any] = {}
+    for name, value in with_current_names(names).items():
+        if name not in hints:
+            instead = f"; it is {RENAMED[name].name!r} now" if name in RENAMED else nearest(name, hints)
+            raise ConfigError(f"{label}: unknown key {shown(name)}{instead}")
         settings[name] = checked(f"{label}: {name}", value, hints[name])
     return settings

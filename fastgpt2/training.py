@@ -117,11 +117,11 @@ def _notes(run: Run) -> Iterator[str]:
             "some 10 ms a step of GPT-2 124M with 64k tokens on an H100. --no-deterministic allows cuDNN; --attn "
             "triton is deterministic too, and not measured either"
         )
-    if config.recompute:
+    if config.recompute == "blocks":
         kept, instead = (activation_bytes(run, recompute=r) / 2**20 for r in (True, False))
         more = recompute_flops(run.model.config) / FLOPS_PER_TOKEN[MFU_FORMULA](run.model.config)
         yield (
-            f"--recompute keeps {kept:,.1f} MiB of activations rather than {instead:,.1f} "
+            f"--recompute blocks stores {kept:,.1f} MiB of activations instead of {instead:,.1f} "
             f"and computes the blocks' forward twice: {more:.0%} more FLOPs, which mfu does not count"
         )
     yield from run.found

@@ -300,7 +300,7 @@ def _run(config: TrainConfig, choices: dict[str, str], ops: Ops | None) -> tuple
     config, device = settle(dataclasses.replace(config, device="cpu", steps=3))
     size = config.model_config()
     ops = ops or make_ops(choices, dtype=config.torch_dtype, head_dim=size.head_dim)[0]
-    model = GPT(size, ops, recompute=config.recompute)
+    model = GPT(size, ops, recompute=config.recompute == "blocks")
     run = Run(config, device, RunState.begin(model, config), None, None, {})  # type: ignore[arg-type]
     return run, torch.zeros(1, config.batch_size, size.block_size + 1, dtype=torch.int64)
 
@@ -359,7 +359,7 @@ CASES: dict[str, Callable[[], Counts]] = {
         for name, choices in (("plain", _PLAIN), ("all-triton", _TRITON))
         for dtype in DTYPES
     },
-    "step all-triton-recompute bfloat16": functools.partial(step_counts, _TRITON, "bfloat16", recompute=True),
+    "step all-triton-recompute bfloat16": functools.partial(step_counts, _TRITON, "bfloat16", recompute="blocks"),
     **{
         f"{slot} {name} {dtype}": functools.partial(slot_counts, slot, name, dtype)
         for slot, table in SLOTS.items()

@@ -7,7 +7,7 @@ and gradients agree with those of plain PyTorch, eager:
     first       65,536 tokens, the first figures on a GPU; `tuned`: again with the table that was tuned there
     ablation    PyTorch's forms, one slot's implementation changed at a time, and all; the cost of determinism
     graph       small batches, where launching takes longer than computing: with CUDA graphs, ours and PyTorch's
-    recompute   what a block stores for the backward: less by the compiler's choice, or its inputs alone
+    recompute   what the backward recomputes: nothing, elementwise operations, or whole blocks
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ABLATION = (
     *("ours-triton", "ours-triton-any-order"),
 )
 GRAPH = ("ours-auto", "ours-auto-graph", "ours-triton-graph", "plain", "plain-reduce-overhead")
-RECOMPUTE = ("ours-auto", "ours-auto-lean", "ours-auto-recompute", "ours-triton-recompute")
+RECOMPUTE = ("ours-auto", "ours-auto-elementwise", "ours-auto-recompute", "ours-triton-recompute")
 
 
 def _gpt2(B: int) -> StepShape:

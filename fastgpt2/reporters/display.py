@@ -81,7 +81,11 @@ class TrainDisplay(Reporter):
             f"on {device_name(run.device)}, {config.dtype}"
         )
         parts = [f"{slot} {name}" for slot, name in run.chosen.items()]
-        switches = {"compiled": config.compile, "recomputed": config.recompute, "one CUDA graph": config.cuda_graph}
+        switches = {
+            "compiled": config.compile,
+            "blocks recomputed": config.recompute == "blocks",
+            "one CUDA graph": config.cuda_graph,
+        }
         self.console.print(", ".join(parts + [name for name, on in switches.items() if on]))
         tokens = run.samples_per_step * shape.block_size
         data, out = printable(config.data), printable(config.out)

@@ -63,7 +63,7 @@ RESULTS = [
     step(1, "ours-auto-graph", 6.0, compiled=False),
     step(4, "ours-auto", 10.0),
     step(4, "ours-auto-graph", 10.5),
-    step(4, "ours-auto-lean", 1.0),
+    step(4, "ours-auto-elementwise", 1.0),
 ]
 EXPECTED = {
     "step, compiled, our attention, best B: tokens/s": ("655,360", "yes", "ours-triton at B=64"),

@@ -264,7 +264,7 @@ def diverged(scene: Scene, expected: Expected) -> None:
     """The learning rate is far too high for a while: the checkpoint from before is kept all the same."""
     assert scene.start("--steps", str(STEPS // 2)).wait() == 0
     rate = scene.random.choice(("10", "30", "1e3"))
-    status = scene.start("--lr", rate, "--keep", "1", "--steps", str(STEPS)).wait()
+    status = scene.start("--lr", rate, "--keep-checkpoints", "1", "--steps", str(STEPS)).wait()
     assert status in (0, 1), f"diverging ended it with {status}"
     good = f"step-{STEPS // 2:08d}"
     assert good in [path.name for path in checkpoint.checkpoints(scene.out)], f"--lr {rate} took {good} away"

@@ -243,7 +243,7 @@ from fastgpt2.run import build
 
 trained, here = map(Path, sys.argv[1:])
 out = here / "run"
-run = build(TrainConfig(**{**eval(CONFIG), "out": None, "keep": 1}))
+run = build(TrainConfig(**{**eval(CONFIG), "out": None, "keep_checkpoints": 1}))
 run.step(0, run.next_tokens(0))
 weights = {n: load_file(trained / f"checkpoints/step-0000000{n}/model.safetensors") for n in (4, 6)}
 weights[8] = run.model.state_dict()

@@ -205,7 +205,7 @@ def values_of(name: str, hint: Any) -> list[Any]:
 HINTS = field_hints(TrainConfig)
 NEEDS: dict[str, dict[str, Any]] = {
     "weight_decay": {"optimizer": "adamw"},
-    "lean": {"compile": True},
+    "recompute": {"compile": True},
     "resume": {"out": "run"},
     "n_embd": {"n_head": 1},
 }

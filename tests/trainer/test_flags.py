@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from typing import Any, Literal
 
 import pytest
 
-from fastgpt2 import ConfigError, TrainConfig, checkpoint, toml, train
+from fastgpt2 import ConfigError, TrainConfig, checkpoint, train
 from fastgpt2.arguments import naming_files, parse, read_command_line
 from fastgpt2.command import main
 from fastgpt2.console import run_command
 from fastgpt2.flags import Parser, make_parser
+from fastgpt2.folder import as_saved
+from fastgpt2.renamed import RENAMED
 from fastgpt2.settings import resolve
 
 # --------------------------------------------------------------------------------------------------- layers
@@ -62,10 +65,10 @@ def test_resume_in_a_config_file(text: str, resume: bool | str, folder: Path) ->
 
 @pytest.mark.parametrize("resume", [["--resume"], ["--resume", "auto"]])
 def test_a_run_that_is_resumed_keeps_its_settings_under_the_file_and_the_flags(resume: list[str], folder: Path) -> None:
-    write("run/config.toml", "lr = 0.1\nbatch_size = 2\nsteps = 5\nkeep = 3\n")
+    write("run/config.toml", "lr = 0.1\nbatch_size = 2\nsteps = 5\nkeep_checkpoints = 3\n")
     write("c.toml", 'out = "run"\nbatch-size = 4\nsteps = 6\n')
     config = parse(["--config", "c.toml", *resume, "--steps", "7"])
-    assert (config.lr, config.keep, config.batch_size, config.steps) == (0.1, 3, 4, 7)
+    assert (config.lr, config.keep_checkpoints, config.batch_size, config.steps) == (0.1, 3, 4, 7)
     # Not resumed, the folder's settings are none of this run's.
     assert parse(["--config", "c.toml", "--steps", "7"]) == TrainConfig(out="run", batch_size=4, steps=7)
 
@@ -133,14 +136,14 @@ def test_a_checkpoint_has_the_settings_of_its_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at", [0.0, 0.3, 0.9, 0.99])
 def test_a_config_toml_that_was_cut_is_not_taken_for_whole(tmp_path: Path, at: float) -> None:
     """Without a checkpoint the record of the start has every setting; without that a cut file is refused."""
-    config = TrainConfig(model="tiny", steps=1, lr=0.5, keep=7, batch_size=1, device="cpu", save_every=0)
+    config = TrainConfig(model="tiny", steps=1, lr=0.5, keep_checkpoints=7, batch_size=1, device="cpu", save_every=0)
     result = train(dataclasses.replace(config, out=tmp_path))
     path = tmp_path / "config.toml"
     text = path.read_text()
     # At the end of a line, as what is left is TOML then.
     path.write_text(text[: text.rindex("\n", 0, max(1, int(at * len(text))) + 1) + 1] if at else "")
     again = parse(["--resume", "--out", str(tmp_path)])
-    assert (again.lr, again.keep, again.n_embd) == (0.5, 7, 64)
+    assert (again.lr, again.keep_checkpoints, again.n_embd) == (0.5, 7, 64)
     assert resolve(again, cuda=False).model_config() == result.config.model_config()
     (tmp_path / "starts.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"config\.toml was cut short: i"):
@@ -161,7 +164,10 @@ def test_a_config_toml_that_was_cut_is_not_taken_for_whole(tmp_path: Path, at: f
             ["--steps", "50"],
             r"^--warmup-steps 100 must be below --steps 50 \(--warmup-steps is from run/config\.toml\)$",
         ),
-        (["--lean"], r"^--lean tells the compiler .*\(--compile is from c\.toml\)$"),
+        (
+            ["--recompute", "elementwise"],
+            r"^--recompute elementwise is done by the compiler: .*\(--compile is from c\.toml\)$",
+        ),
         (["--weight-decay", "0.1", "--optimizer", "adam"], r"^--weight-decay needs --optimizer adamw: [^(]*$"),
         (["--data", "nowhere"], r"^--data nowhere: no such folder[^(]*$"),
         ([], r"^--data texts: no such folder.* \(--data is from run/config\.toml\)$"),
@@ -253,11 +259,96 @@ def test_what_an_editor_adds_is_read(folder: Path) -> None:
     assert parse(["--config", "c.toml"]).lr == 0.5
 
 
-def test_a_setting_of_an_earlier_version_names_the_new_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(toml.REPLACED, "minibatch", "batch_size")
-    write("run/config.toml", "minibatch = 3\n")
-    with pytest.raises(ConfigError, match=r"^run/config\.toml: unknown key 'minibatch'; it is 'batch_size' now$"):
+def test_a_setting_of_an_earlier_version_names_the_new_one(folder: Path) -> None:
+    write("run/config.toml", "eval_batches = 3\n")
+    with pytest.raises(
+        ConfigError, match=r"^run/config\.toml: unknown key 'eval_batches'; it is 'eval_sequences' now$"
+    ):
         parse(["--resume", "--out", "run"])
+
+
+# ------------------------------------------------------------------------------------------------ old names
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("--lean --compile", "--recompute elementwise --compile"),
+        ("--no-lean --compile", "--recompute none --compile"),
+        ("--recompute", "--recompute blocks"),
+        ("--recompute --steps 3", "--recompute blocks --steps 3"),
+        ("--steps 3 --no-recompute", "--steps 3 --recompute none"),
+        ("--keep 5", "--keep-checkpoints 5"),
+        ("--keep=0", "--keep-checkpoints=0"),
+    ],
+)
+def test_an_old_flag_is_the_new_one_and_says_so(old: str, new: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(old.split()) == parse(new.split())
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: --") and "the next version drops the old flags" in note
+
+
+def test_several_old_flags_are_one_note(capsys: pytest.CaptureFixture[str]) -> None:
+    parse(["--keep", "3", "--lean", "--compile"])
+    assert capsys.readouterr().err.startswith("note: --keep is now --keep-checkpoints, --lean is now --recompute e")
+
+
+@pytest.mark.parametrize("current", ["--recompute none", "--recompute=blocks", "--keep-checkpoints 3", "--compile"])
+def test_a_current_flag_needs_no_note(current: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parse(current.split())
+    assert capsys.readouterr().err == ""
+
+
+def test_help_shows_no_old_flag() -> None:
+    shown = make_parser(TrainConfig, "train").format_help()
+    assert "--lean" not in shown and "--keep " not in shown
+
+
+OLD: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"lean": False, "recompute": False, "keep": 2}, {"keep_checkpoints": 2}),
+    ({"lean": True, "recompute": False, "compile": True}, {"recompute": "elementwise", "compile": True}),
+    ({"lean": False, "recompute": True}, {"recompute": "blocks"}),
+    ({"lean": True, "recompute": True, "compile": True}, {"recompute": "blocks", "compile": True}),
+    ({"recompute": "none"}, {"recompute": "none"}),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), OLD)
+def test_a_file_with_old_names_is_read(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
+    write("c.toml", "".join(f"{name} = {json.dumps(value)}\n" for name, value in old.items()))
+    assert parse(["--config", "c.toml"]) == TrainConfig(**new)
+
+
+def test_a_run_with_old_names_is_resumed(folder: Path) -> None:
+    config = TrainConfig(model="tiny", steps=1, batch_size=1, device="cpu", dtype="float32", out=folder / "run")
+    train(config)
+    (saved,) = checkpoint.checkpoints(folder / "run")
+    state_file = saved / "state.json"
+    state = json.loads(state_file.read_text())
+    old = {"lean": False, "recompute": True, "keep": 5}
+    state["config"] = {n: v for n, v in state["config"].items() if n not in ("recompute", "keep_checkpoints")} | old
+    state_file.write_text(json.dumps(state | {"format": 1}))  # without checksums
+    (saved / "SHA256SUMS").unlink()
+    (folder / "run/config.toml").unlink()
+    resumed = parse(["--resume", "--out", "run", "--steps", "2"])
+    assert (resumed.recompute, resumed.keep_checkpoints) == ("blocks", 5)
+    again = train(dataclasses.replace(resumed, device="cpu"))
+    assert again.config.recompute == "blocks" and again.steps_done == 2
+
+
+def test_every_old_name_leads_to_a_setting() -> None:
+    current = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert {renamed.name for renamed in RENAMED.values()} <= current
+
+
+@pytest.mark.parametrize("resume", [["--resume"], ["--resume", "auto"]])
+def test_a_compiled_run_is_resumed_without_the_compiler(resume: list[str], folder: Path) -> None:
+    """What it settled for the compiler is not what anybody asked for."""
+    write("run/config.toml", 'compile = true\nrecompute = "elementwise"\n')
+    again = parse(["--out", "run", *resume, "--no-compile"])
+    assert (again.compile, again.recompute) == (False, None)
+    assert as_saved(dataclasses.replace(again, compile=True)).recompute == "elementwise"
+    assert as_saved(again).recompute is None
 
 
 # ------------------------------------------------------------------------------------------- every command
@@ -382,7 +473,7 @@ def test_help_says_what_a_flag_is_and_its_default() -> None:
     shown = " ".join(make_parser(TrainConfig, "train").format_help().split())
     for text in (
         "--resume [auto] Continue the run in --out",
-        "--keep N Checkpoints kept",
+        "--keep-checkpoints N Number of newest checkpoints to keep",
         "0 keeps all. (default: 2)",
         "--dropout X Dropout after",
         "(default: 0.0)",

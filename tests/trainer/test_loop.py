@@ -26,7 +26,7 @@ from fastgpt2.run import Run
 
 SMALL = TrainConfig(
     n_layer=1, n_head=1, n_embd=16, block_size=8, vocab_size=33, batch_size=2, steps=6, lr=1e-2, device="cpu",
-    dtype="float32", save_every=2, log_every=1, keep=0,
+    dtype="float32", save_every=2, log_every=1, keep_checkpoints=0,
 )  # fmt: skip
 
 

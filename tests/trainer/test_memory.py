@@ -39,7 +39,7 @@ def settled(**changes: Any) -> TrainConfig:
         ({"vocab_size": 9 * 10**18}, "--vocab-size or --n-embd"),
         ({"model": None, "block_size": 10**12}, "--batch-size or --block-size"),
         ({"model": None, "block_size": 10**14, "batch_size": 1, "n_layer": 1}, "--block-size or --n-embd"),
-        ({"batch_size": 10**8, "recompute": True}, "--batch-size or --block-size"),
+        ({"batch_size": 10**8, "recompute": "blocks"}, "--batch-size or --block-size"),
         ({"batch_size": 10**8, "compile": True}, "--batch-size or --block-size"),
     ],
     ids=str,
@@ -60,7 +60,7 @@ def test_what_no_machine_holds_is_one_line_before_anything_is_made(
 @pytest.mark.parametrize("shape", [{}, {"n_layer": 1, "batch_size": 1}, {"batch_size": 64, "grad_accum": 3}], ids=str)
 def test_the_bound_is_under_what_a_step_holds(dtype: str, shape: dict[str, Any]) -> None:
     """Counted: the weights and their gradients and averages after a step, or what a forward of blocks keeps."""
-    run = build(TrainConfig(model="tiny", device="cpu", dtype=dtype, recompute=True, **shape))
+    run = build(TrainConfig(model="tiny", device="cpu", dtype=dtype, recompute="blocks", **shape))
     tokens = run.next_tokens(0)
     kept = memory_of_a_forward(run, tokens[0])
     run.step(0, tokens)

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 def save(out: Path, step: int, **changes: Any) -> GPT:
     """A checkpoint of a model of this step's own weights."""
-    config = resolve(TrainConfig(model="tiny", n_layer=1, data="nowhere", keep=0, **changes), cuda=False)
+    config = resolve(TrainConfig(model="tiny", n_layer=1, data="nowhere", keep_checkpoints=0, **changes), cuda=False)
     torch.manual_seed(step)
     model = GPT(config.model_config()).to(torch.float64 if config.dtype == "float64" else torch.float32)
     checkpoint.save(out, step, config, RunState.begin(model, config))

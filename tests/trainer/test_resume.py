@@ -296,7 +296,7 @@ def test_a_run_that_diverged_is_good_again_when_its_loss_is_near_the_last_good_o
     save(tmp_path, 1, scaler, Progress(loss=1.0))
     save(tmp_path, 2, scaler, Progress(loss=9.0, diverged=True))
     for loss, keeps in ((2.9, [1, 3]), (1.9, [4])):
-        run = build(with_(out=tmp_path, resume=True, keep=1))
+        run = build(with_(out=tmp_path, resume=True, keep_checkpoints=1))
         loop = Loop(run, Reporters(), Outputs(run, print), 0.0)
         assert (loop.diverged, loop.good_loss) == (True, 1.0)
         loop.done += 1

@@ -17,8 +17,8 @@ from fastgpt2.config import preset_name
 from fastgpt2.data import DummyTokens
 from fastgpt2.ops import Ops
 from fastgpt2.reporter import Reporter
-from fastgpt2.run import Run, build, lean_inductor, settle
-from fastgpt2.settings import resolve
+from fastgpt2.run import Run, build, inductor_recomputing_elementwise, settle
+from fastgpt2.settings import Settled, resolve
 
 
 def tiny(**changes: Any) -> TrainConfig:
@@ -78,7 +78,7 @@ def deterministic(config: TrainConfig) -> bool:
 def compiler(config: TrainConfig) -> Any:
     """How a model on a GPU is compiled, played on the meta device; None where it isn't."""
     with (
-        mock.patch("fastgpt2.run.settle", lambda c: (resolve(c, cuda=False), torch.device("meta"))),
+        mock.patch("fastgpt2.run.settle", lambda c: (resolve(c, cuda=True), torch.device("meta"))),
         mock.patch("fastgpt2.model.GPT.compile") as compile_,
     ):
         build(config)
@@ -112,6 +112,7 @@ def validated_sequences(config: TrainConfig) -> int:
     return sum(source.shape[0] * source.shape[1] for source in sources if source.stream == "val")
 
 
+ELEMENTWISE = {"dynamic": False, "fullgraph": True, "backend": inductor_recomputing_elementwise}
 ONE_EVALUATION = {"eval_every": 6, "grad_accum": 2, "steps": 6}
 ARRIVALS: list[tuple[str, Any, Callable[[TrainConfig], Any], Any, dict[str, Any]]] = [
     # setting, value, where it must arrive, as what, other settings
@@ -151,16 +152,16 @@ ARRIVALS: list[tuple[str, Any, Callable[[TrainConfig], Any], Any, dict[str, Any]
     ("norm", "triton", asked_of_ops("norm"), "triton", {}),
     ("loss", "chunked", asked_of_ops("loss"), "chunked", {}),
     ("compile", True, compiler, {"dynamic": False, "fullgraph": True, "backend": "inductor"}, {}),
-    ("lean", True, compiler, {"dynamic": False, "fullgraph": True, "backend": lean_inductor}, {"compile": True}),
-    ("recompute", True, lambda config: build(config).model.recompute, True, {}),
+    ("recompute", "elementwise", compiler, ELEMENTWISE, {"compile": True}),
+    ("recompute", "blocks", lambda config: build(config).model.recompute, True, {}),
     ("eval_every", 2, lambda config: [step for step, _ in train(config).val_losses], [2, 4, 6], {}),
     ("eval_every", 4, logged_steps, [1, 4, 6], {}),
     ("eval_sequences", 9, validated_sequences, 9, ONE_EVALUATION),
     ("save_every", 2, saved_steps, [4, 6], {}),
     ("save_every", 4, logged_steps, [1, 4, 6], {}),
     ("save_every", 0, saved_steps, [], {}),
-    ("keep", 3, saved_steps, [4, 5, 6], {"save_every": 1}),
-    ("keep", 0, saved_steps, [1, 2, 3, 4, 5, 6], {"save_every": 1}),
+    ("keep_checkpoints", 3, saved_steps, [4, 5, 6], {"save_every": 1}),
+    ("keep_checkpoints", 0, saved_steps, [1, 2, 3, 4, 5, 6], {"save_every": 1}),
     ("log_every", 2, logged_steps, [1, 2, 4, 6], {}),
 ]
 
@@ -176,6 +177,30 @@ def test_every_setting_arrives(
     assert arrived(tiny(**others)) != expected
 
 
+@pytest.mark.parametrize(
+    ("asked", "compiled", "cuda", "settled"),
+    [
+        (None, True, False, "elementwise"),
+        (None, True, True, "none"),
+        (None, False, False, "none"),
+        ("none", True, False, "none"),
+        ("elementwise", True, True, "elementwise"),
+        ("blocks", True, False, "blocks"),
+    ],
+)
+def test_what_is_recomputed_is_settled_by_the_device_unless_asked_for(
+    asked: Any, compiled: bool, cuda: bool, settled: str
+) -> None:
+    assert resolve(tiny(recompute=asked, compile=compiled), cuda=cuda).recompute == settled
+
+
+@pytest.mark.parametrize(("asked", "backend"), [(None, inductor_recomputing_elementwise), ("none", "inductor")])
+def test_a_cpu_compiles_as_it_was_asked(asked: Any, backend: Any) -> None:
+    with mock.patch("fastgpt2.model.GPT.compile") as compile_, mock.patch("fastgpt2.run.shutil.which"):
+        build(tiny(compile=True, recompute=asked))
+    assert compile_.call_args.kwargs["backend"] == backend
+
+
 def test_no_setting_is_left_out() -> None:
     # settle, the tests of outputs and resuming, and test_step have these.
     elsewhere = {"device", "out", "resume", "cuda_graph"}
@@ -185,7 +210,7 @@ def test_no_setting_is_left_out() -> None:
 LEAST = [
     *((ModelConfig, name, 1) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")),
     *((TrainConfig, name, 1) for name in ("batch_size", "grad_accum", "steps", "eval_sequences", "log_every")),
-    *((TrainConfig, name, 0) for name in ("eval_every", "save_every", "keep", "warmup_steps", "seed")),
+    *((TrainConfig, name, 0) for name in ("eval_every", "save_every", "keep_checkpoints", "warmup_steps", "seed")),
     *((TrainConfig, name, 0) for name in ("lr", "weight_decay", "grad_clip")),
 ]
 
@@ -205,6 +230,12 @@ def test_a_decay_is_below_1(name: str) -> None:
     for bad in (-0.1, 1.0):
         with pytest.raises(ConfigError, match=rf"--{name} must be in \[0, 1\), got {bad}"):
             TrainConfig(**{name: bad})
+
+
+def test_nothing_that_decides_the_computation_is_left_open() -> None:
+    assert None not in [getattr(build(tiny()).config, name) for name in Settled.__annotations__]
+    with pytest.raises(ConfigError, match="--steps must be a whole number, got None"):
+        dataclasses.replace(build(tiny()).config, steps=None)
 
 
 # -------------------------------------------------------------------------------------------------- devices

@@ -29,7 +29,7 @@ from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import SLOTS, Ops, make_ops
 from fastgpt2.pretrained import load_run
 from fastgpt2.reporter import Reporter
-from fastgpt2.run import Run, activation_bytes, build, lean_inductor, numerics, settle
+from fastgpt2.run import Run, activation_bytes, build, inductor_recomputing_elementwise, numerics, settle
 from fastgpt2.settings import resolve
 from fastgpt2.state import RunState
 from fastgpt2.training import _notes, train
@@ -54,7 +54,7 @@ def tiny(**changes: Any) -> TrainConfig:
 )
 def test_recomputing_gives_the_same_bits(changes: dict[str, Any]) -> None:
     config = tiny(**changes)
-    plain, again = train(config), train(dataclasses.replace(config, recompute=True))
+    plain, again = train(config), train(dataclasses.replace(config, recompute="blocks"))
     assert again.losses == plain.losses
     for p, q in zip(plain.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -85,10 +85,10 @@ def test_the_log_says_what_recomputing_saves_and_costs() -> None:
 
     notes = Notes()
     train(tiny(model="gpt2", n_layer=None, n_head=None, n_embd=None, vocab_size=None, batch_size=1, steps=1,
-               block_size=8, recompute=True), notes)  # fmt: skip
-    (text,) = (t for t in notes.texts if t.startswith("--recompute"))
+               block_size=8, recompute="blocks"), notes)  # fmt: skip
+    (text,) = (t for t in notes.texts if t.startswith("--recompute blocks"))
     # Without attention the blocks are 85 of 124 million weights, and a forward is a third of their FLOPs: 23%.
-    assert "MiB of activations rather than" in text and "23% more FLOPs" in text
+    assert "MiB of activations instead of" in text and "23% more FLOPs" in text
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def fake_step(config: TrainConfig, ops: Ops) -> None:
     """Two steps on fake tensors, which have no values: whatever asks for one, as .item() does, raises."""
     config, device = settle(config)
     with FakeTensorMode():
-        model = GPT(config.model_config(), ops, recompute=config.recompute)
+        model = GPT(config.model_config(), ops, recompute=config.recompute == "blocks")
         run = Run(config, device, RunState.begin(model, config), None, None, {})  # type: ignore[arg-type]
         tokens = torch.zeros(config.grad_accum, int(config.batch_size or 0), 25, dtype=torch.int64)
         for step in range(2):
@@ -147,10 +147,10 @@ SLOT_CHOICES = {
 }
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("recompute", ["none", "blocks"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("slots", SLOT_CHOICES)
-def test_the_step_asks_the_device_for_no_value(slots: str, dtype: str, recompute: bool) -> None:
+def test_the_step_asks_the_device_for_no_value(slots: str, dtype: str, recompute: str) -> None:
     config = tiny(dtype=dtype, grad_clip=1.0, grad_accum=2, dropout=0.1, recompute=recompute, document_mask=True,
                   end_of_text=3)  # fmt: skip
     compute = torch.bfloat16 if dtype == "bfloat16" else torch.float32
@@ -302,7 +302,7 @@ def test_the_document_mask_takes_the_datas_end_of_text_token(tmp_path: Path) -> 
     assert train(dataclasses.replace(config, attn="naive")).losses == pytest.approx(masked, abs=1e-5)
     if not CUDA:
         assert train(dataclasses.replace(config, attn="triton")).losses == pytest.approx(masked, abs=1e-5)
-    assert train(dataclasses.replace(config, recompute=True)).losses == masked
+    assert train(dataclasses.replace(config, recompute="blocks")).losses == masked
 
 
 def test_a_document_mask_without_an_end_of_text_token_is_refused(tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_evaluation_of_a_masked_run_is_masked(tmp_path: Path) -> None:
     [
         ({"cuda_graph": True}, "--cuda-graph needs a CUDA GPU"),
         ({"cuda_graph": True, "dtype": "float16"}, "--cuda-graph can't skip a step"),
-        ({"cuda_graph": True, "recompute": True, "dropout": 0.1}, "--cuda-graph can't rewind the generator"),
+        ({"cuda_graph": True, "recompute": "blocks", "dropout": 0.1}, "--recompute blocks with --dropout rewinds"),
     ],
 )
 def test_what_a_cuda_graph_cannot_do_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -397,7 +397,7 @@ def graphed(**changes: Any) -> TrainConfig:
         {"grad_accum": 2, "grad_clip": 0.1, "schedule": "cosine", "warmup_steps": 5},
         {"optimizer": "adamw", "weight_decay": 0.1},
         {"compile": True},
-        {"recompute": True},
+        {"recompute": "blocks"},
         {"loss": "chunked"},
         {"attn": "triton"},
         {"attn": "triton", "mlp": "triton", "norm": "triton", "loss": "triton"},
@@ -554,8 +554,8 @@ def test_what_the_user_says_of_large_pages_stands(monkeypatch: pytest.MonkeyPatc
 # ------------------------------------------------------------------------------------------------ compiled
 
 
-@pytest.mark.skipif(CUDA, reason="on a GPU the compiler's own choice is kept unless --lean is given")
-def test_lean_compilation_keeps_two_thirds_of_a_blocks_activations() -> None:
+@pytest.mark.skipif(CUDA, reason="counts what the CPU's kernels store")
+def test_recomputing_elementwise_stores_two_thirds_of_a_blocks_activations() -> None:
     """In bfloat16, for each channel of a token: x-hat of both norms in float32, q, k, v and o, and the MLP's four
     hidden channels are 24 bytes; both norms' outputs and the four after GELU would be 12 more."""
     B, T, C = 2, 64, 128
@@ -569,7 +569,7 @@ def test_lean_compilation_keeps_two_thirds_of_a_blocks_activations() -> None:
             return saved_bytes(run.model, tokens, tokens)
 
     weights = 2 * 12 * C * C
-    for backend, bytes_a_channel, copies in ((lean_inductor, 24, 0), ("inductor", 36, weights)):
+    for backend, bytes_a_channel, copies in ((inductor_recomputing_elementwise, 24, 0), ("inductor", 36, weights)):
         each = kept(2, backend) - kept(1, backend)
         # The log-sum-exps of the attention and the norms' statistics are the rest.
         assert 0 <= each - (bytes_a_channel * B * T * C + copies) <= 4 * B * T * (2 + 2), (backend, each)
@@ -583,18 +583,18 @@ def test_a_process_compiles_any_number_of_runs(monkeypatch: pytest.MonkeyPatch) 
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr("fastgpt2.run.lean_inductor", eager)
+    monkeypatch.setattr("fastgpt2.run.inductor_recomputing_elementwise", eager)
     # Not monkeypatch's: what it sets in a module of settings it can't set back.
     with torch._dynamo.config.patch(recompile_limit=1):
         for changes in ({"loss": "torch"}, {"loss": "chunked"}, {"dropout": 0.1}):
-            run = build(tiny(compile=True, lean=True, **changes))
+            run = build(tiny(compile=True, recompute="elementwise", **changes))
             run.step(0, run.next_tokens(0))
     assert len(graphs) == 3
 
 
-def test_lean_without_compile_says_what_to_do() -> None:
-    with pytest.raises(ConfigError, match="--lean tells the compiler what to keep"):
-        tiny(lean=True)
+def test_recomputing_elementwise_without_compile_says_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="--recompute elementwise is done by the compiler: add --compile"):
+        tiny(recompute="elementwise")
 
 
 TRACED = """

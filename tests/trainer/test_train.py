@@ -475,7 +475,7 @@ def test_resuming_is_bitwise_the_uncut_run(tmp_path: Path, cut: int) -> None:
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    train(tiny(out=tmp_path, save_every=1, keep=2))
+    train(tiny(out=tmp_path, save_every=1, keep_checkpoints=2))
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [
         "step-00000005",
         "step-00000006",
