@@ -24,19 +24,19 @@ def parse(arguments: list[str]) -> TrainConfig:
     """A configuration from command-line arguments.
 
     Raises:
-        ConfigError: a flag, or a value in a file, that can't be carried out.
+        ConfigError: a flag or a value in a file is invalid.
     """
     return read_command_line(arguments)[0]
 
 
 def read_command_line(arguments: list[str]) -> tuple[TrainConfig, dict[str, str]]:
-    """A configuration from command-line arguments, and for each setting that a file gave, where it stands.
+    """A configuration from command-line arguments, and the file behind each setting that came from one.
 
-    Three layers, a later one wins: config.toml of the run that is resumed, the --config file, the flags. All of each is
-    checked, also what a later one replaces.
+    Later layers override earlier ones: config.toml of a resumed run, the --config file, the flags. Every value is
+    checked, overridden ones too.
 
     Raises:
-        ConfigError: a flag, or a value in a file, that can't be carried out.
+        ConfigError: a flag or a value in a file is invalid.
     """
     parser = make_parser(TrainConfig, PROGRAM)
     about = "TOML file of settings, named as the flags; flags override it. Paths in it are relative to where you are."
@@ -61,11 +61,11 @@ def read_command_line(arguments: list[str]) -> tuple[TrainConfig, dict[str, str]
 
 
 REPLACES = {"model": ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), "data": ("end_of_text",)}
-"""Settings that were right for the preset or data of an earlier layer, and aren't for another."""
+"""Settings of an earlier layer that no longer apply when a later one changes the preset or the data."""
 
 
 def _merged(layers: list[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings of layers, a later one over those before it, and the file that gave each."""
+    """Merge layers, later ones over earlier ones; also the file that gave each setting."""
     settings: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for where, layer in layers:
@@ -79,7 +79,7 @@ def _merged(layers: list[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], d
 
 @contextlib.contextmanager
 def naming_files(origins: dict[str, str]) -> Iterator[None]:
-    """An error that names a setting which no flag gave says which file did."""
+    """Add to an error the file that a setting it names came from."""
     try:
         yield
     except ConfigError as error:

@@ -80,7 +80,7 @@ def save(
     state: RunState,
     progress: Progress = UNKNOWN,
 ) -> Path:
-    """Write the checkpoint of a run after `step` steps and delete those that `config.keep_checkpoints` no longer covers.
+    """Write the checkpoint of a run after `step` steps and delete those beyond `config.keep_checkpoints`.
 
     Raises:
         OutputError: it can't be written, as on a full disk; those before it are as they were.

@@ -1,7 +1,7 @@
 """What to train and how: two dataclasses, the presets, and the checks that need no device.
 
-`TrainConfig` is the command line (a field is a flag, the string below it the help) and the argument of `train`. What
-decides the computation and was left at None is settled once, by `fastgpt2.settings.resolve`.
+`TrainConfig` is the command line (a field is a flag, the string below it the help) and the argument of `train`.
+`fastgpt2.settings.resolve` fills in the fields left at None.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ VOCAB_PADDING = 128
 """The stored vocabulary is a multiple of this, so that the head's matmul is aligned."""
 
 FIRST_LINE, LAST_LINE = "# A run's settings, complete with the last line.", "# end"
-"""Of a config.toml: one that was cut short is TOML all the same, and would be a run with other settings."""
+"""Of a config.toml. A truncated file may still be valid TOML, but would be a run with other settings."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ModelConfig:
     vocab_size: Count = 50257
     dropout: Fraction = 0.0
     end_of_text: Natural | None = None
-    """The token that opens a document, where a position is to attend within its own document alone."""
+    """The token that starts a document, if positions attend only within their own document; else None."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -202,14 +202,14 @@ class TrainConfig:
             raise ConfigError(f"{given} needs --out: the folder of the run to continue")
 
     def to_toml(self) -> str:
-        """The configuration as `--config` reads it, without `resume` and fields at None."""
+        """The configuration as `--config` reads it; `resume` and fields at None are left out."""
         rows = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "resume"}
         lines = [f"{name} = {_toml(value)}" for name, value in rows.items() if value is not None]
         return "\n".join([FIRST_LINE, *lines, LAST_LINE, ""])
 
 
 def preset_name(shape: ModelConfig) -> str:
-    """The preset with a model's layers, heads, channels and at least its positions, else "custom"."""
+    """The preset with a model's layers, heads and channels and enough positions, else "custom"."""
     size = (shape.n_layer, shape.n_head, shape.n_embd)
     found = (name for name, p in PRESETS.items() if (p.n_layer, p.n_head, p.n_embd) == size)
     return next((name for name in found if shape.block_size <= PRESETS[name].block_size), "custom")

@@ -1,4 +1,4 @@
-"""The device a run is on: choosing it, and what is known of it."""
+"""Choose the device of a run, and what is known about it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastgpt2.config import ConfigError
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of a --device flag; None is CUDA where there is one, else the CPU.
+    """The device of a --device flag; None means CUDA if available, else the CPU.
 
     Raises:
         ConfigError: no such device here.
@@ -47,16 +47,16 @@ _PEAK_TFLOPS: dict[str, dict[str, float]] = {
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
-    """The device's dense peak in FLOP/s at a precision, None where it is not known."""
+    """The device's dense peak in FLOP/s at a precision, None if unknown."""
     for name, peaks in _PEAK_TFLOPS.items():
-        # Whole words: an L40 is no L4. A slice of a GPU (MIG) has a part of the peak.
+        # Match whole words: an L40 is not an L4. A slice of a GPU (MIG) has only part of the peak.
         if re.search(rf"\b{name}\b(?!.* MIG\b)", device_name):
             return peaks[dtype] * 1e12 if dtype in peaks else None
     return None
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself: "NVIDIA H100 80GB HBM3", or "cpu"."""
+    """The device's own name, such as "NVIDIA H100 80GB HBM3", or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -66,7 +66,7 @@ def copy_async(tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -76,7 +76,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage's figure is at least that of the process which started this one
+    if status.exists():  # getrusage starts from the parent's peak
         peak = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
         return int(peak.split()[1]) * 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -84,39 +84,38 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no more memory: PyTorch's of the CPU has no type of its own."""
+    """Whether an error means out of memory; PyTorch has no exception type for it on the CPU."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
-"""Parameters of glibc's mallopt, by the numbers that malloc.h gives them."""
+"""Parameters of glibc's mallopt, numbered as in malloc.h."""
 
 
 def keep_freed_memory() -> bool:
-    """Have what a step on a CPU frees kept for the next one, in large pages; whether the C library can be told so.
+    """Keep memory freed by one CPU step for the next, in large pages; False if the C library can't do it.
 
-    glibc maps a large block anew each time and unmaps it when it is freed: then each 4 KB of every gradient and
-    activation is a page fault in every step. PyTorch asks the kernel for pages of 2 MB if its variable says so before
-    its first tensor is made; what the user has set stands. The variable holds for the process from now on, the rest
-    until give_back_freed_memory.
+    By default glibc maps each large block anew and unmaps it when freed, so every 4 KB of every gradient and activation
+    is a page fault in every step. PyTorch asks the kernel for 2 MB pages if THP_MEM_ALLOC_ENABLE is set before its
+    first tensor; a user's value stands. The variable stays set for the process; give_back_freed_memory undoes the rest.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     return _mallopt({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1})
 
 
 def give_back_freed_memory() -> None:
-    """Undo keep_freed_memory: the system gets what has been freed, and large blocks are mapped again.
+    """Undo keep_freed_memory: return freed memory to the system and map large blocks again.
 
-    glibc adjusts its thresholds to what a program frees until the program sets one, and never after. These are the
-    highest that it would come to: blocks of 32 MB, and twice that at the top of the heap.
+    glibc stops adapting its thresholds once a program sets one. These are the highest it would reach by itself: 32 MB
+    for a block and twice that for the top of the heap.
     """
     if _mallopt({_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 2**25, _M_TRIM_THRESHOLD: 2**26}):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _mallopt(values: dict[int, int]) -> bool:
-    """Set glibc's parameters; False where the C library isn't glibc."""
+    """Set glibc's parameters; False if the C library isn't glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     return mallopt is not None and all(mallopt(parameter, value) == 1 for parameter, value in values.items())

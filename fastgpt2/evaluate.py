@@ -1,4 +1,4 @@
-"""The loss on data not trained on: a function for the trainer, `python -m fastgpt2.evaluate` for a run."""
+"""Validation loss: a function for the trainer and `python -m fastgpt2.evaluate` for a saved run."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from fastgpt2.pretrained import check_vocabulary, load_run
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """The loss of a checkpoint over a validation split: each window once, in order. It is computed in the precision of
-    the saved weights, float32, whatever the run was trained in."""
+    """Compute a checkpoint's loss over a validation split, each window once and in order, in the precision of the saved
+    weights (float32), whatever precision the run was trained in."""
 
     from_: Path
-    """A run's --out folder, whose newest checkpoint is taken, or a checkpoint (OUT/checkpoints/step-00000200)."""
+    """A run's --out folder, for its newest checkpoint, or a checkpoint (OUT/checkpoints/step-00000200)."""
     step: Natural | None = None
-    """Of a run's folder, take the checkpoint of this step."""
+    """Use the run's checkpoint of this step instead of the newest."""
     data: Name | None = None
-    """Folder of token shards (default: the one that the run was trained on)."""
+    """Folder of token shards (default: the one the run was trained on)."""
     batch_size: Count = 8
-    """Sequences at a time."""
+    """Sequences in a batch."""
     batches: Natural = 0
     """Stop after this many batches; 0 takes all."""
     device: Name | None = None
-    """cpu, cuda or cuda:N (default: cuda where there is one)."""
+    """cpu, cuda or cuda:N (default: cuda if there is one)."""
 
 
 @torch.no_grad()
@@ -51,16 +51,16 @@ def evaluate(
 ) -> float:
     """Mean loss in nats per token over the source's first batches, in evaluation mode (no dropout).
 
-    Always the same batches, so that a run's values can be compared. The host waits for the device once, at the end,
-    or with `stop` for each micro-batch but the last; whether the model was training is restored.
+    The batches are always the same, so values of a run compare. The host waits for the device once, at the end; with
+    `stop`, for each micro-batch but the last. The model's training mode is restored.
 
     Args:
         model: called as model(inputs, targets), int64 (B, T) each; returns its mean loss, a scalar.
         batches: batches (of grad_accum micro-batches each) to average over, at least 1.
-        stop: asked before each micro-batch; once it says True the result is NaN.
+        stop: called before each micro-batch; once it returns True the result is NaN.
 
     Raises:
-        DataError: the data can't be read any more, or is damaged.
+        DataError: the data has become unreadable or is damaged.
     """
     was_training = model.training
     model.eval()
@@ -71,7 +71,7 @@ def evaluate(
                 return math.nan
             losses.append(_loss(model, tokens, device))
             if stop is not None and len(losses) > 1:
-                losses[-2].item()  # else the host would be far ahead of the device, and asked too early
+                losses[-2].item()  # keep the host from running far ahead of the device and calling stop too early
         source.check()
         return torch.stack(losses).double().mean().item()
     finally:
@@ -88,7 +88,7 @@ def evaluate_split(
         batches: stop after this many; 0 takes all.
 
     Raises:
-        DataError: the data can't be read any more, or is damaged.
+        DataError: the data has become unreadable or is damaged.
     """
     was_training = model.training
     model.eval()
@@ -98,7 +98,7 @@ def evaluate_split(
             losses.append(_loss(model, tokens, device))
             sizes.append(tokens.size(0) * (tokens.size(1) - 1))
         source.check()
-        # The last batch may be smaller, and counts by its tokens.
+        # Weight by tokens: the last batch may be smaller.
         weights = torch.tensor(sizes, dtype=torch.float64)
         return (torch.stack(losses).double().cpu() @ weights).item() / sum(sizes), sum(sizes)
     finally:
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
         block_size=model.config.block_size,
     )
     assert isinstance(source, ShardTokens)
-    if config.data:  # what the run was trained on may have a smaller vocabulary than the model: that was asked for
+    if config.data:  # the run's own data may have a smaller vocabulary than the model, as --vocab-size asked
         check_vocabulary(f"the data in {data}", source.vocab_size, model.config)
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -136,9 +136,9 @@ def main(arguments: list[str] | None = None) -> None:
     except DataError as error:
         raise ConfigError(str(error)) from None
     if not math.isfinite(loss):
-        raise ConfigError(f"the loss is {loss}: the checkpoint is of a run that diverged")
+        raise ConfigError(f"the loss is {loss}: the run had diverged at this checkpoint")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have what the terminal hasn't
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have characters that the terminal can't show
     print(f"step {state['step']} of {config.from_} on the val split of {data}: {tokens:,} tokens")
     print(f"loss       {loss:.4f} nats/token")
     print(f"perplexity {_perplexity(loss)}")

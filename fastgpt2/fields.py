@@ -20,16 +20,16 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 T = TypeVar("T")
 
 FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
-"""A larger number is infinite where the step computes with it."""
+"""A larger number overflows to infinity in the step."""
 
 
 class ConfigError(ValueError):
-    """A request that can't be carried out. The message is one line and says what would work."""
+    """An invalid or impossible request. The message is one line and says what would work."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `least` on, and below `below`."""
+    """Numbers of at least `least` and below `below`."""
 
     least: int
     below: float = math.inf
@@ -51,13 +51,13 @@ def not_empty(text: str) -> str:
 
 
 def expand_home(text: str) -> str:
-    """A path with ~ or ~user at its beginning replaced. Raises ValueError with what is expected."""
+    """Expand a leading ~ or ~user. Raises ValueError with what is expected."""
     if not text.startswith("~"):
         return text
     try:
         return str(Path(text).expanduser())
     except RuntimeError:
-        raise ValueError("a path (./~name where the name itself begins with ~)") from None
+        raise ValueError("a path (write ./~name for a name that begins with ~)") from None
 
 
 Count = Annotated[int, Range(1)]
@@ -69,23 +69,23 @@ Place = Annotated[str, not_empty, expand_home]
 
 
 def check_fields(config: Any) -> None:
-    """Check every field of a frozen dataclass, and make each plain: int, float, bool, str or Path.
+    """Check every field of a frozen dataclass and convert it to a plain int, float, bool, str or Path.
 
     Raises:
-        ConfigError: a value of another type or out of its bounds; the message names the flag.
+        ConfigError: a value has the wrong type or range; the message names the flag.
     """
     for name, hint in field_hints(config.__class__).items():
         object.__setattr__(config, name, checked(flag(name), getattr(config, name), hint))
 
 
 def checked(label: str, value: Any, hint: Any) -> Any:
-    """The value as plain Python: what a field with this annotation holds.
+    """Convert a value to the plain Python type of its annotation.
 
     Args:
         label: what the message calls it, such as --lr.
 
     Raises:
-        ConfigError: it is of another type or out of its bounds.
+        ConfigError: its type or its range is wrong.
     """
     if isinstance(value, str):
         value = str.__str__(value)  # a subclass may have methods of its own
@@ -104,7 +104,7 @@ def checked(label: str, value: Any, hint: Any) -> Any:
 
 
 def from_text(text: str, hint: Any) -> Any:
-    """A number where the text is one and the annotation wants one, else the text: `checked` judges it."""
+    """Parse a number if the annotation allows one; else return the text for `checked` to judge."""
     for option in options(hint):
         kind = get_args(option)[0] if get_origin(option) is Annotated else option
         if kind in (int, float):
@@ -182,12 +182,12 @@ def _string(value: Any) -> str:
 
 def _path(value: Any) -> Path:
     text = not_empty(_string(value))
-    # Only what is typed has a ~ for the home folder: a Path is where it says.
+    # ~ means the home folder in typed text only; a Path is taken literally.
     return Path(expand_home(text) if isinstance(value, str) else text)
 
 
 def _converted(convert: Callable[[Any], T], value: Any, expected: str) -> T:
-    """The value converted. Raises ValueError with what is expected, whatever the value's own method raises."""
+    """Convert a value. Raises ValueError with what is expected, whatever the value's own method raises."""
     try:
         return convert(value)
     except Exception:
@@ -216,7 +216,7 @@ def flag(name: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: one line, and short."""
+    """A value for a message: one short line."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, a list in a list in a list
@@ -228,6 +228,6 @@ def shown(value: Any) -> str:
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
-    """A hint at the known name that is like another one; empty where none is."""
+    """Suggest the most similar known name; empty if none is similar."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,7 +1,7 @@
 """Dataclasses as command-line flags: a field is a flag, the string below it the help.
 
-A mistake is one line that names the flag, and status 2. `given_flags` returns only the flags that were given, so that
-they can be laid over a file or another run's settings.
+A mistake prints one line that names the flag and exits with status 2. `given_flags` returns only the flags that were
+given, to override a file or another run's settings.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with one line for a mistake, no abbreviations, and `_` and `-` the same in a flag."""
+    """argparse with one-line errors and no abbreviations; `_` and `-` are the same in a flag."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse's; an unknown flag is named with the nearest one."""
+        """Parse as argparse does; the error for an unknown flag suggests the nearest one."""
         arguments = [_with_hyphens(argument) for argument in (sys.argv[1:] if args is None else args)]
         given, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
@@ -47,16 +47,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_arguments(kind: type[T], prog: str, arguments: Sequence[str] | None = None) -> T:
-    """A dataclass made of a command line.
+    """Make a dataclass from a command line.
 
     Raises:
-        ConfigError: a value of another type or out of its bounds.
+        ConfigError: a value has the wrong type or range.
     """
     return _make(kind, given_flags(make_parser(kind, prog), kind, arguments))
 
 
 def make_parser(kind: type, prog: str) -> Parser:
-    """A parser with a flag for each field of a dataclass, and of the dataclasses in its fields."""
+    """A parser with a flag for each field of a dataclass, nested dataclasses included.
+
+    A field whose metadata has "group" starts a group of --help.
+    """
     words = "".join(f" {_word(field)} ..." for field, hint, _ in _fields(kind) if _is_positional(field, hint))
     parser = Parser(
         prog=prog,
@@ -73,10 +76,10 @@ def make_parser(kind: type, prog: str) -> Parser:
 
 
 def given_flags(parser: Parser, kind: type, arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """What was given on the command line, by field name, each checked; what is no field of `kind` as argparse has it.
+    """The flags given on the command line, by field name; only those that are fields of `kind` are checked.
 
     Raises:
-        ConfigError: a value of another type or out of its bounds.
+        ConfigError: a value has the wrong type or range.
     """
     given = vars(parser.parse_args(arguments))
     for field, hint, _ in _fields(kind):
@@ -93,7 +96,7 @@ def _value(label: str, given: Any, hint: Any) -> Any:
 
 
 def _fields(kind: Any) -> Iterator[tuple[dataclasses.Field[Any], Any, str]]:
-    """Field, annotation and help, those of a dataclass inside included."""
+    """Field, annotation and help of each field, nested dataclasses included."""
     docs = _docstrings(kind)
     for field in dataclasses.fields(kind):
         hint = field_hints(kind)[field.name]

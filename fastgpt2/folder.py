@@ -1,4 +1,4 @@
-"""A run's --out folder: making it, holding it against other processes, and going on from what is in it."""
+"""A run's --out folder: create it, lock it against other processes, and find what to resume from."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SETTLED = (*_SHAPE, "vocab_size", "end_of_text", "batch_size", "steps", "dtype"
 
 @contextlib.contextmanager
 def new_folder(parent: Path) -> Iterator[Path]:
-    """A folder of its own for a run that was given none, named by the time; removed if nothing has come into it.
+    """Create a folder named by the time for a run without --out; remove it if it stays empty.
 
     Raises:
         ConfigError: it can't be made.
@@ -48,7 +48,7 @@ def new_folder(parent: Path) -> Iterator[Path]:
 
 
 def _make_first(path: Path) -> Path:
-    """Make the first of path, path-2, path-3 ... that is not there: two processes never have the same."""
+    """Create the first of path, path-2, path-3 ... that doesn't exist; two processes never get the same one."""
     for number in itertools.count(1):
         folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
         with contextlib.suppress(FileExistsError):
@@ -58,13 +58,13 @@ def _make_first(path: Path) -> Path:
 
 
 def settings_of_run(out: Path) -> tuple[str, dict[str, Any], str]:
-    """Where the settings of a run stand, what they are, and what the user should know; none where it holds no run.
+    """Find a run's settings: their source, the settings, and a warning for the user. All are empty if there is no run.
 
-    That is its config.toml. Where that is lost or cut, the newest checkpoint or the record of the last start has every
-    setting as well.
+    The source is config.toml. If that is lost or truncated, it is the newest checkpoint or the record of the last
+    start, which have every setting too.
 
     Raises:
-        ConfigError: config.toml can't be used, and neither has the settings.
+        ConfigError: config.toml is unusable and no other source has the settings.
     """
     path = out / "config.toml"
     try:
@@ -88,12 +88,12 @@ def settings_of_run(out: Path) -> tuple[str, dict[str, Any], str]:
 
 
 def as_saved(config: TrainConfig) -> TrainConfig:
-    """A configuration that resumes a run, with what it leaves open (None) as that run has it.
+    """Fill the fields left at None in a configuration that resumes a run with that run's values.
 
-    A model asked for by another name than the run's keeps its own shape, which the checkpoint is then refused for.
+    A different model name keeps its own shape, and the checkpoint is then refused.
 
     Raises:
-        ConfigError: there is no checkpoint to tell, and a config.toml that can't be used.
+        ConfigError: there is no checkpoint and config.toml is unusable.
     """
     if config.out is None or not config.resume:
         return config
@@ -109,31 +109,30 @@ def as_saved(config: TrainConfig) -> TrainConfig:
 
 
 def without_compiler(saved: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a compiled run, as one takes them that does not compile: only the compiler can recompute
-    elementwise."""
+    """Drop from a run's settings what only torch.compile can do."""
     return {name: value for name, value in saved.items() if (name, value) != ("recompute", "elementwise")}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a run has of its folder."""
+    """A locked run folder."""
 
     latest: Path | None
-    """The checkpoint to go on from."""
+    """The checkpoint to resume from."""
     notes: list[str]
     """What the user should know."""
 
 
 def claim(config: Settled, held: contextlib.ExitStack) -> Claim:
-    """Make --out, keep other runs out of it until `held` is closed, and see where to go on.
+    """Create --out, lock it until `held` is closed, and find the checkpoint to resume from.
 
     Raises:
-        ConfigError: it can't be written, is in use, holds a run and shouldn't, or holds none that can be resumed.
+        ConfigError: it can't be written, is in use, already holds a run, or holds none to resume.
     """
     out = config.out
     assert out is not None
     try:
-        # Before anything is made: the name may be a slip.
+        # Before creating anything: the name may be a typo.
         if config.resume is True and not _holds_run(out):
             raise ConfigError(
                 f"no checkpoint under {out}, nor a config.toml: no run began there that --resume could continue"
@@ -167,7 +166,7 @@ def _has_records(out: Path) -> bool:
 
 
 def _begin(out: Path, notes: list[str]) -> Claim:
-    """Refuse a folder in which a new run would take something away."""
+    """Refuse a folder in which a new run would overwrite something."""
     if checkpoint.checkpoints(out):
         raise ConfigError(f"--out {out} already holds a run: continue it with --resume, or choose another folder")
     if _has_records(out):

@@ -1,6 +1,6 @@
-"""Whether a run can be held in memory at all: a lower bound in closed form, before anything is allocated.
+"""A lower bound on a run's memory in closed form, checked before anything is allocated.
 
-What is over it can't run by any implementation. What is under it may still run out of memory.
+A run over the bound can't fit with any implementation. A run under it may still run out of memory.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from fastgpt2.settings import Settled
 
 TOKEN_BYTES = 8
 ADDRESSABLE_BYTES = 2**56
-"""What a process on a 64-bit processor can address at most: the bound where nothing closer is known."""
+"""The most a process on a 64-bit processor can address: the limit if nothing tighter is known."""
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 CGROUP_LIMITS = {"": "memory.max", "memory": "memory.limit_in_bytes"}
-"""By the controller that /proc/self/cgroup names ("" in version 2): the file with the limit in bytes."""
+"""The file with the limit in bytes, by the controller named in /proc/self/cgroup ("" in version 2)."""
 
 
 def check_memory(config: Settled, device: torch.device) -> None:
-    """See that a settled configuration isn't over what the device, and with a GPU the host, can hold.
+    """Check that a run can fit on the device and, with a GPU, on the host.
 
     Raises:
-        ConfigError: it is, by the lower bound; the message says which settings take most of it.
+        ConfigError: the lower bound is over the memory; the message names the settings that need most of it.
     """
     model = config.model_config()
     for place in dict.fromkeys([device.type, "cpu"]):
@@ -42,13 +42,13 @@ def check_memory(config: Settled, device: torch.device) -> None:
 
 
 def least_bytes(config: Settled, model: ModelConfig, *, whole_step: bool) -> tuple[int, str]:
-    """Bytes that a run needs at least, and the flags that set the largest part of them.
+    """The least bytes that a run needs, and the flags that set the largest part of them.
 
-    Weights, their gradients and Adam's two averages are held together when the optimizer steps; the inputs of all
-    blocks (which even --recompute keeps) and the weights when the backward begins; the tokens of a step all the while.
+    The optimizer step holds weights, gradients and Adam's two averages together. The backward pass starts with the
+    weights and the inputs of all blocks, which even --recompute blocks stores. The tokens are held throughout.
 
     Args:
-        whole_step: of the device that steps; else of the host, which draws the weights and the tokens of a GPU's.
+        whole_step: count for the device that steps; else for the host of a GPU, which draws the weights and tokens.
     """
     B, T, C = config.batch_size, model.block_size, model.n_embd
     per_weight = 8 if config.dtype == "float64" and whole_step else 4
@@ -70,10 +70,10 @@ def least_bytes(config: Settled, model: ModelConfig, *, whole_step: bool) -> tup
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The most memory that this process can have on a device.
+    """The most memory that this process can use on a device.
 
-    That is a GPU's own; on Linux the machine's, or less where a control group (of a container, of a job) has a limit,
-    and all of the swap. Other systems make swap as they need it.
+    For a GPU, all of its memory. On Linux, the machine's memory or a tighter control group limit (of a container or a
+    job), plus all swap. Other systems create swap as needed.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -85,11 +85,11 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def _cgroup_limits() -> Iterator[int]:
-    """The limits of the control groups that this process is in, and of those that they are in."""
+    """The limits of this process's control groups and of their parents."""
     for line in _read(PROC / "self/cgroup").splitlines():
         _, controllers, group = line.split(":", 2)
         for controller in set(controllers.split(",")) & CGROUP_LIMITS.keys():
-            # In a container the group's path may be the host's: then the folder at the top is the container's own.
+            # In a container the path may be the host's; the top folder is then the container's own group.
             folder = CGROUPS / controller / group.lstrip("/")
             for parent in (folder, *folder.parents):
                 limit = _read(parent / CGROUP_LIMITS[controller]).strip()
@@ -98,7 +98,7 @@ def _cgroup_limits() -> Iterator[int]:
 
 
 def _read(path: Path) -> str:
-    """A file of the kernel's; empty where there is none."""
+    """Read a file of /proc or /sys; empty if there is none."""
     try:
         return path.read_text()
     except OSError:

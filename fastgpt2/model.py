@@ -197,7 +197,7 @@ def _flops_matmul(config: ModelConfig) -> int:
 
 
 def recompute_flops(config: ModelConfig) -> int:
-    """What --recompute blocks adds for one token: the blocks' forward, 2 a weight (24 L C^2) and 2 L C T (causal half)."""
+    """FLOPs that --recompute blocks adds per token: the blocks' forward, 24 L C^2 + 2 L C T (causal half)."""
     C, L = config.n_embd, config.n_layer
     return 24 * L * C * C + 2 * L * C * config.block_size
 

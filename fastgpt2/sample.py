@@ -1,4 +1,4 @@
-"""`python -m fastgpt2.sample --from OUT --prompt TEXT`: text from a checkpoint."""
+"""`python -m fastgpt2.sample --from OUT --prompt TEXT`: generate text from a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Sampling:
     """How the next token is chosen from the model's distribution."""
 
     temperature: NonNegative = 0.8
-    """Below 1 likely tokens become likelier; 0 always takes the likeliest."""
+    """Below 1 makes likely tokens likelier; 0 always takes the likeliest."""
     top_k: Natural = 50
-    """Draw from this many likeliest tokens; 0 from all."""
+    """Draw from this many of the likeliest tokens; 0 draws from all."""
     top_p: NonNegative = 1.0
-    """Draw from the fewest likeliest tokens that together have this probability; 1 from all."""
+    """Draw from the fewest likeliest tokens that together have this probability; 1 draws from all."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -45,29 +45,29 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Text from a checkpoint. It is computed in the precision of the saved weights, float32."""
+    """Generate text from a checkpoint, in the precision of the saved weights (float32)."""
 
     from_: Path
-    """A run's --out folder, whose newest checkpoint is taken, or a checkpoint (OUT/checkpoints/step-00000200)."""
+    """A run's --out folder, for its newest checkpoint, or a checkpoint (OUT/checkpoints/step-00000200)."""
     step: Natural | None = None
-    """Of a run's folder, take the checkpoint of this step."""
+    """Use the run's checkpoint of this step instead of the newest."""
     prompt: str = ""
     """Text to continue (default: a new document)."""
     max_new_tokens: Count = 200
-    """Tokens to draw at most; a sample ends earlier where the model ends its text."""
+    """Maximum tokens to draw; a sample ends earlier if the model ends its text."""
     sampling: Sampling = Sampling()
     num_samples: Count = 1
     """Samples to draw."""
     seed: Natural = 0
-    """Decides the samples; each further one is drawn with the next seed."""
+    """Random seed of the first sample; each further sample uses the next seed."""
     data: Name | None = None
-    """Folder of token shards whose tokenizer to use (default: the one that the run was trained on)."""
+    """Folder of token shards whose tokenizer to use (default: the one the run was trained on)."""
     tokenizer: Literal["gpt2", "byte"] | None = None
-    """The tokenizer, where no data folder tells."""
+    """The tokenizer, if no data folder names one."""
     bpe: Path | None = None
     """Folder with GPT-2's vocab.bpe and encoder.json (default: the data folder)."""
     device: Name | None = None
-    """cpu, cuda or cuda:N (default: cuda where there is one)."""
+    """cpu, cuda or cuda:N (default: cuda if there is one)."""
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def generate(
     generator: torch.Generator,
     vocab_size: int | None = None,
 ) -> Iterator[int]:
-    """Draw tokens one after the other, each given the last block_size tokens before it.
+    """Draw tokens one by one, each conditioned on the last block_size tokens.
 
     Args:
         model: in evaluation mode.
@@ -89,7 +89,7 @@ def generate(
         vocab_size: draw only ids below it (default: the model's vocabulary).
 
     Raises:
-        ConfigError: the logits are not finite, as those of a run that diverged.
+        ConfigError: the logits are not finite, as after a run diverged.
     """
     device = model.wte.weight.device
     ids = list(prompt)
@@ -97,7 +97,7 @@ def generate(
         context = torch.tensor([ids[-model.config.block_size :]], device=device)
         logits = model(context)[0, -1, :vocab_size].cpu()
         if not logits.isfinite().all():
-            raise ConfigError("the model's logits are not finite: the checkpoint is of a run that diverged")
+            raise ConfigError("the model's logits are not finite: the run had diverged at this checkpoint")
         ids.append(draw(logits, sampling, generator))
         yield ids[-1]
 
@@ -107,16 +107,16 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     logits, ids = logits.double().topk(min(sampling.top_k or len(logits), len(logits)))
     if sampling.temperature == 0.0:
         return int(ids[0])
-    # Less the largest: a quotient by a temperature near 0 would overflow.
+    # Subtract the largest: dividing by a temperature near 0 would overflow.
     probabilities = ((logits - logits[0]) / sampling.temperature).softmax(0)
-    # The mass before a token: the first token is always kept, and so is the one that crosses the bound.
+    # Compare the mass before a token: this keeps the first token and the one that crosses the bound.
     before = probabilities.cumsum(0) - probabilities
     kept = probabilities[before < sampling.top_p]
     return int(ids[kept.multinomial(1, generator=generator)])
 
 
 def stream(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """The text of ids as soon as it is whole characters; a character that stays cut becomes U+FFFD."""
+    """Decode ids as soon as they form whole characters; an incomplete last character becomes U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in ids:
         yield decoder.decode(tokenizer.decode([token]))
@@ -124,18 +124,18 @@ def stream(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def pick_tokenizer(config: SampleConfig, state: dict[str, Any], model: ModelConfig) -> Tokenizer:
-    """The tokenizer of a run, from the flags or its data folder's meta.json, whose vocabulary the model has.
+    """The tokenizer of a run, from the flags or its data folder's meta.json, checked against the model's vocabulary.
 
     Args:
         state: the checkpoint's state.json.
 
     Raises:
         ConfigError: the run was trained on dummy tokens or on a vocabulary of its own, its data folder is gone, or the
-            tokenizer can't be had or has another vocabulary.
+            tokenizer is missing or has another vocabulary.
     """
     if config.tokenizer is not None:
         tokenizer = _load(config.tokenizer, config.bpe, None)
-        # A smaller vocabulary was asked for: what the model knows beyond it is not drawn.
+        # A smaller vocabulary is fine: ids beyond it are never drawn.
         if tokenizer.vocab_size > model.vocab_size:
             check_vocabulary(f"the {tokenizer.name} tokenizer", tokenizer.vocab_size, model)
         return tokenizer
@@ -165,7 +165,7 @@ def pick_tokenizer(config: SampleConfig, state: dict[str, Any], model: ModelConf
 
 
 def _load(name: str, bpe: Path | None, folder: Path | None, sha256: str | None = None) -> Tokenizer:
-    """The tokenizer of that name, from --bpe where that is given, else from the data folder."""
+    """Load a tokenizer by name, from --bpe if given, else from the data folder."""
     if bpe is not None:
         bpe = Path(os.path.expanduser(bpe))
         if name == "byte":
@@ -176,11 +176,11 @@ def _load(name: str, bpe: Path | None, folder: Path | None, sha256: str | None =
 
 
 def emit(text: str) -> None:
-    """Show text at once.
+    """Print text immediately.
 
     Raises:
-        BrokenPipeError: nobody reads it any more.
-        SystemExit: it can't be written otherwise, as on a full disk.
+        BrokenPipeError: the reader has closed the pipe.
+        SystemExit: another write error, such as a full disk.
     """
     try:
         print(text, end="", flush=True)
@@ -191,11 +191,11 @@ def emit(text: str) -> None:
 
 
 def main() -> None:
-    """`python -m fastgpt2.sample`: prints the samples, each after its prompt, and on stderr what they are from."""
+    """`python -m fastgpt2.sample`: print each sample after its prompt, and the checkpoint on stderr."""
     config = read_arguments(SampleConfig, "python -m fastgpt2.sample")
     model, state = load_run(config.from_, pick_device(config.device), config.step)
     tokenizer = pick_tokenizer(config, state, model.config)
-    # As in training, a document begins after the end of another.
+    # As in training, a document starts after the end of another.
     prompt = tokenizer.encode(config.prompt).tolist() or [tokenizer.end_of_text]
     print(f"step {state['step']} of {config.from_}", file=sys.stderr)
     if len(prompt) > model.config.block_size:

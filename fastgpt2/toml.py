@@ -13,7 +13,7 @@ from fastgpt2.fields import ConfigError, checked, field_hints, nearest, shown
 from fastgpt2.renamed import RENAMED, with_current_names
 
 MOST_BYTES, MOST_DOTS = 64 << 10, 1000
-"""Every setting with its help is 7 KiB. For a key of many dots tomllib takes quadratic time: 30 s for 32,000."""
+"""All settings with their help take 7 KiB. tomllib is quadratic in the dots of a key: 30 s for 32,000."""
 QUOTED = re.compile(
     r"""
       "{3} (?:[^\\]|\\.)*? (?:"{3,5} | \\?\Z)  |  '{3} .*? (?:'{3,5} | \Z)  # a string of several lines
@@ -22,11 +22,11 @@ QUOTED = re.compile(
     """,
     re.DOTALL | re.VERBOSE,
 )
-"""What holds text in TOML. One that isn't closed goes to its end, where tomllib gives up as well."""
+"""Strings and comments. An unclosed one extends to the end of the file, where tomllib fails too."""
 
 
 class UnreadableError(ConfigError):
-    """A file that is missing, can't be read or is not TOML."""
+    """The file is missing, can't be read or is not TOML."""
 
 
 def read_toml(path: Path, label: str | None = None) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def read_toml(path: Path, label: str | None = None) -> dict[str, Any]:
         label: what messages call the file (default: --config and its path).
 
     Raises:
-        ConfigError: the file can't be read or parsed, a key is no setting (the nearest one is named), or a value is of
-            another type or out of its bounds.
+        ConfigError: the file can't be read or parsed, a key is not a setting (the message suggests the nearest one), or
+            a value has the wrong type or range.
     """
     label = label or f"--config {path}"
     return check_settings(load_toml(path, label), label)
@@ -50,7 +50,7 @@ def load_toml(path: Path, label: str) -> dict[str, Any]:
         UnreadableError: the file can't be read or is not TOML.
     """
     try:
-        # Before it is opened: a pipe would wait for a writer, and /dev/zero has no end.
+        # Check before opening: a pipe would block until someone writes, and /dev/zero never ends.
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise UnreadableError(f"can't read {label}: not a file")

@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_is_said(out, monkeypatch, capsys) -> None:
     assert (status, stdout) == (
         2,
         "",
-    ) and stderr == "error: the loss is nan: the checkpoint is of a run that diverged\n"
+    ) and stderr == "error: the loss is nan: the run had diverged at this checkpoint\n"
 
 
 # Where the output goes
