@@ -173,7 +173,7 @@ def profile(op: str, precision: str, config: LaunchConfig, counters: dict[str, f
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     prog, about = "python -m fastgpt2.kernels.tools.profile", __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(prog, description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog, usage=f"{prog} [flags]", description=about, allow_abbrev=False)
     parser.add_argument("--op", nargs="+", metavar="PREFIX", default=["attention"], help="default: attention")
     parser.add_argument("--precision", choices=["bfloat16", "float16", "tf32", "float32"], default="bfloat16")
     parser.add_argument("--jsonl", type=Path, help="file of JSON lines to append the counters to")

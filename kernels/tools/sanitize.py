@@ -165,7 +165,7 @@ def check(program: str, tool: str, case: str) -> Outcome:
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     prog, about = "python -m fastgpt2.kernels.tools.sanitize", __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(prog, description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog, usage=f"{prog} [flags]", description=about, allow_abbrev=False)
     parser.add_argument("--tool", nargs="+", choices=list(SUMMARY), default=list(SUMMARY), help="default: both")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only the cases whose name contains one of these")
     parser.add_argument("--run", choices=[PLANT, *CASES], help=argparse.SUPPRESS)
