@@ -1,10 +1,9 @@
 """Token sources: dummy tokens and token shards behind one call, `tokens(step)`.
 
-A batch is a pure function of (seed, step, rank, world), and of the samples that were taken before: a run that is
-resumed calls `begin_at` with the step and the samples of its checkpoint. The order is the same whether or not the
-run was ever cut, and whatever its batches were before.
+A batch is a pure function of (seed, step, rank, world) and of the samples taken before: a resumed run calls `begin_at`
+with the step and samples of its checkpoint. The order doesn't depend on interruptions or earlier batch sizes.
 
-A folder of shards is what `fastgpt2.shards` reads.
+`fastgpt2.shards` reads the folder of shards.
 """
 
 from __future__ import annotations
@@ -69,29 +68,29 @@ class TokenSource(Protocol):
     """What the trainer and the evaluation read from."""
 
     batches: int
-    """Batches that there are, where a number of sequences was asked for; 0 where they never end."""
+    """Number of batches, if a number of sequences was asked for; 0 if endless."""
     fingerprint: str
-    """Identifies the data's contents; "" where nothing does."""
+    """Identifies the data's contents; "" if nothing does."""
     notes: list[str]
-    """What the user should know of the data."""
+    """Notes for the user about the data."""
 
     def tokens(self, step: int) -> Tensor:
         """The batch of a step counted from 0: int64, CPU, (grad_accum, batch_size, block_size + 1).
 
         Raises:
-            DataError: the data can't be read any more, or was found damaged.
+            DataError: the data has become unreadable or is damaged.
         """
         ...
 
     def begin_at(self, step: int, samples: int) -> None:
-        """Have `samples` sequences taken before `step`, over all ranks, whatever the batches were then."""
+        """Start at `step` after `samples` sequences over all ranks, whatever the batch sizes were."""
         ...
 
     def check(self) -> None:
         """Wait until all the data has been verified.
 
         Raises:
-            DataError: it is damaged, or was changed since.
+            DataError: it is damaged or has changed.
         """
         ...
 
@@ -102,7 +101,7 @@ def split(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class DummyTokens:
-    """Uniform random tokens, new in every step (`fixed`: step 0's in every step, a batch to memorise).
+    """Uniform random tokens, new in every step (`fixed`: those of step 0 in every step, a batch to memorise).
 
     Args:
         vocab_size: tokens are in [0, vocab_size).
@@ -139,14 +138,14 @@ class DummyTokens:
         return torch.randint(self.vocab_size, self.shape, generator=torch.Generator().manual_seed(key))
 
     def begin_at(self, step: int, samples: int) -> None:
-        """Nothing to do: the tokens of a step are noise of its own."""
+        """Do nothing: each step's tokens are independent noise."""
 
     def check(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 class ShardTokens:
-    """Windows of a folder's shards, without replacement: each window once before any is seen again.
+    """Windows of a folder's shards, drawn without replacement.
 
     An epoch cuts every shard, from a fresh random offset, into windows of block_size tokens (each read with
     the one token after it, its last target) and permutes the windows of all shards. Ranks take disjoint
@@ -158,8 +157,8 @@ class ShardTokens:
         batch_size, block_size, grad_accum: the shape, see TokenSource.tokens.
         seed: decides the order.
         rank, world: this process and how many there are.
-        sequences: only the first so many windows of the first epoch, or all of it if it has fewer, in
-            `batches` of one size, at most batch_size; 0: no end.
+        sequences: use only this many windows of the first epoch, or all if it has fewer, in `batches` of one
+            size of at most batch_size; 0 is endless.
 
     Raises:
         ConfigError: no such folder or shard, a shard that is empty, truncated, of another format, not the one
@@ -195,8 +194,8 @@ class ShardTokens:
                 f"tokens, a window needs --block-size + 1 = {block_size + 1}"
             )
         sizes = np.array([len(shard) for shard in self.shards])
-        # One window less than fits: the offset can then be anything below block_size with the number of
-        # windows, by which a step finds its epoch, the same in all.
+        # One window less than fits: the offset can then be anything below block_size, and every epoch has the same
+        # number of windows, from which a step finds its epoch.
         counts = np.maximum(sizes // block_size - 1, 1)
         self._slack = np.minimum(sizes - 1 - counts * block_size, block_size - 1)
         self._first = np.concatenate([[0], np.cumsum(counts)])
@@ -219,14 +218,14 @@ class ShardTokens:
             )
 
     def _never_seen(self, split: str, shards: int, tails: np.ndarray) -> Iterator[str]:
-        """Notes on the tokens that are in no epoch's windows; `tails` are those at the end of each shard."""
+        """Notes on tokens that no epoch's windows contain; `tails` counts those at the end of each shard."""
         if short := shards - len(self.shards):
             tokens = self.token_count - sum(map(len, self.shards))
             yield (
                 f"the {split} split leaves out {short:,} of its {shards:,} shards, {tokens:,} of {self.token_count:,} "
                 f"tokens: they are shorter than a window, --block-size + 1 = {self.block_size + 1}"
             )
-        # Validation takes a part of the split, or sweeps it from the first token on.
+        # Validation uses part of the split or sweeps it from the first token.
         if split == "train" and (tokens := int(tails.sum())) * 100 > self.token_count:
             yield (
                 f"the {split} split leaves out {tokens:,} of {self.token_count:,} tokens at the ends of its shards: "
@@ -245,7 +244,7 @@ class ShardTokens:
         """See TokenSource.tokens."""
         self._verification.check()
         begin = self._samples + (step - self._step) * self.grad_accum * self.world * self.batch_size
-        # Divided as Python's integers, which don't overflow.
+        # Python integers don't overflow.
         first, place = divmod(begin, self.windows)
         epochs, places = np.divmod(place + self._own, self.windows)
         found = [
@@ -269,7 +268,7 @@ class ShardTokens:
             yield torch.from_numpy(self._read(shards[part], starts[part]))
 
     def count_tokens(self) -> np.ndarray:
-        """How often each id occurs in the shards that are long enough: int64 (vocab_size,)."""
+        """Count each id in the shards that are long enough: int64 (vocab_size,)."""
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         for shard in self.shards:
             counts += count_tokens(shard.tokens(), self.vocab_size)
@@ -277,23 +276,23 @@ class ShardTokens:
 
     @functools.cached_property
     def _own(self) -> np.ndarray:
-        """Where this rank's samples of a step lie among the step's of all ranks; sweep() takes any batch_size."""
+        """Positions of this rank's samples among all ranks' samples of a step; sweep() takes any batch_size."""
         micro = np.arange(self.grad_accum)[:, None] * self.world + self.rank
         return (micro * self.batch_size + np.arange(self.batch_size)).ravel()
 
     def _find(self, epoch: _Epoch, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The shard and the first token of the windows at some places of an epoch's order."""
+        """The shard and first token of the windows at these places in an epoch's order."""
         windows = epoch.order[places]
         shards = np.searchsorted(self._first, windows, side="right") - 1
         return shards, epoch.offsets[shards] + (windows - self._first[shards]) * self.block_size
 
     def _read(self, shards: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Windows, int64 (n, T + 1), by the number of their shard and their first token."""
+        """Windows, int64 (n, T + 1), by shard number and first token."""
         width, opened = self.block_size + 1, self.shards
         places = zip(shards.tolist(), starts.tolist(), strict=True)
         raw = b"".join([opened[shard].read(start, width) for shard, start in places])
         tokens = np.frombuffer(raw, dtype="<u2")
-        # Verification may be under way yet, and a file can be written to after it.
+        # Verification may still be running, and a file can change after it.
         if tokens.max() >= self.vocab_size:
             for row, shard, start in zip(tokens.reshape(-1, width), shards.tolist(), starts.tolist(), strict=True):
                 if outside := find_outside(row, self.vocab_size, start):
@@ -302,10 +301,10 @@ class ShardTokens:
 
     def _epoch(self, number: int) -> _Epoch:
         if number not in self._epochs:
-            # A batch can lie in two epochs, so two are kept; one that spans more is still right, but slow.
+            # Keep two epochs, since a batch can span two; one that spans more is still right, but slow.
             while len(self._epochs) > 1:
                 del self._epochs[min(self._epochs)]
-            # Sorting raw words: numpy keeps a bit generator's stream over versions, `permutation` it may not.
+            # Sort raw words: numpy guarantees a bit generator's stream across versions, but not `permutation`.
             words = np.random.Philox(key=_key("epoch", self.seed, number, size=16))
             offsets = words.random_raw(len(self._slack)) % (self._slack + 1).astype(np.uint64)
             order = np.argsort(words.random_raw(self.windows), kind="stable")
@@ -339,12 +338,12 @@ def open_data(
         batch_size, block_size, grad_accum, seed, rank, world, sequences: see ShardTokens.
 
     Raises:
-        ConfigError: none of these, or see ShardTokens.
+        ConfigError: no such source; or see ShardTokens.
     """
     if data in DUMMY:
         fixed = data == "dummy-fixed"
         return DummyTokens(vocab_size, batch_size, block_size, grad_accum, seed, rank, fixed, split, sequences)
-    # One order of the val windows for all seeds, so that a validation loss compares over runs.
+    # Use one order of val windows for all seeds, so validation losses of runs compare.
     seed = 0 if split == "val" else seed
     source = ShardTokens(data, split, batch_size, block_size, grad_accum, seed, rank, world, sequences)
     if source.vocab_size > vocab_size:
@@ -353,7 +352,7 @@ def open_data(
 
 
 def data_vocab_size(data: str) -> int | None:
-    """The vocabulary of what --data names, None for dummy tokens; reads meta.json alone.
+    """The vocabulary of --data, None for dummy tokens; reads only meta.json.
 
     Raises:
         ConfigError: no such folder, or a meta.json that can't be used.
@@ -362,7 +361,7 @@ def data_vocab_size(data: str) -> int | None:
 
 
 def data_end_of_text(data: str) -> int | None:
-    """The end-of-text token of what --data names, None where it has none or doesn't say.
+    """The end-of-text token of --data, None if it has none or names none.
 
     Raises:
         ConfigError: as data_vocab_size does.
@@ -371,16 +370,16 @@ def data_end_of_text(data: str) -> int | None:
 
 
 def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """How often each id occurs: int64 (vocab_size,)."""
+    """Count each id: int64 (vocab_size,)."""
     counts = np.zeros(vocab_size, dtype=np.int64)
-    # In parts, since bincount makes an int64 copy of what it counts.
+    # Count in parts: bincount copies its input to int64.
     for begin in range(0, len(tokens), SCAN_TOKENS):
         counts += np.bincount(tokens[begin : begin + SCAN_TOKENS], minlength=vocab_size)
     return counts
 
 
 def unigram_entropy(counts: np.ndarray, model: np.ndarray | None = None) -> float:
-    """Nats per token when each is predicted by its frequency alone: what a trained model must beat.
+    """Nats per token when predicting each token by its frequency alone: what a trained model must beat.
 
     Args:
         counts: (V,), how often each id occurs in the tokens to predict.
@@ -418,6 +417,6 @@ def _largest_divisor(number: int, most: int) -> int:
 
 
 def _key(*parts: object, size: int) -> int:
-    """An integer of `size` bytes that depends on every part: those of neighbours are unrelated."""
+    """An integer of `size` bytes that depends on every part; similar parts give unrelated integers."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=size).digest()
     return int.from_bytes(digest, "little")

@@ -6,7 +6,7 @@
     DIR/vocab.bpe, encoder.json   GPT-2's tokenizer, so that the folder needs nothing else
     DIR/.lock                  held while shards are made: a second prepare is refused
 
-A file is a document, or with --document-separator what stands between two marks; the end-of-text token follows each.
+A file is one document, or with --document-separator several; the end-of-text token follows each.
 The same files give the same bytes.
 """
 
@@ -45,13 +45,13 @@ from fastgpt2.tokenizer import BPE_FILES, END_OF_TEXT, ByteTokenizer, Gpt2Tokeni
 
 SHARD_TOKENS = 100_000_000
 SHORT_TOKENS = 1024
-"""GPT-2's context: a split that doesn't fill one is worth a word."""
+"""GPT-2's context: a shorter split gets a note."""
 UNFINISHED = {
     "vocab_size": 1,
     "shards": {f"{split}_unfinished.bin": {"tokens": 1, "sha256": "0" * 64} for split in ("train", "val")},
 }
-"""meta.json while shards are moved into place: it lists shards that never exist, so that every reader refuses the
-folder, which may hold old shards and new ones."""
+"""meta.json while shards are moved into place. It lists shards that never exist, so every reader refuses the folder,
+which may hold both old and new shards."""
 _SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__]
 
 
@@ -63,25 +63,25 @@ class PrepareConfig:
     """Text files, and folders whose text files are taken (hidden ones, site-packages, __pycache__,
     node_modules, tables, archives and what prepare wrote are not)."""
     out: Path
-    """Folder for the shards; made where it doesn't exist."""
+    """Folder for the shards; created if it doesn't exist."""
     tokenizer: Literal["gpt2", "byte"] = "gpt2"
     """gpt2 (byte-pair encoding, vocabulary 50257) or byte (vocabulary 257, for small models)."""
     bpe: Path | None = None
     """Folder with vocab.bpe and encoder.json, GPT-2's or of other merges (default: tiktoken's, which needs the
     network once)."""
     val_fraction: float = 0.02
-    """Part of the text kept for validation: whole documents, chosen by a hash of their contents."""
+    """Fraction of the text kept for validation: whole documents, chosen by a hash of their contents."""
     ext: tuple[Name, ...] = ()
-    """Take only files with these endings from folders, such as .py .txt (default: all that are text)."""
+    """From folders, take only files with these endings, such as .py .txt (default: all text files)."""
     document_separator: Name | None = None
-    """Text that stands between documents in a file, such as <|endoftext|> (default: a file is a document). It
-    becomes no token itself, nor does a newline right before or after it."""
+    """Text that separates documents in a file, such as <|endoftext|> (default: a file is a document). It is dropped,
+    with a newline right before or after it."""
     overwrite: bool = False
-    """Replace the shards that --out already holds."""
+    """Replace the shards already in --out."""
 
 
 def prepare(config: PrepareConfig, console: Console | None = None) -> dict[str, Any]:
-    """Write the shards; returns what meta.json says.
+    """Write the shards and return the contents of meta.json.
 
     Raises:
         ConfigError: a value out of range, a source that doesn't exist, nothing to read, an --out that can't
@@ -108,7 +108,7 @@ def _prepare_alone(config: PrepareConfig, console: Console) -> dict[str, Any]:
     shutil.rmtree(aside, ignore_errors=True)  # of a prepare that was killed
     aside.mkdir()
     try:
-        # First, since it is what most likely fails.
+        # First, since this is most likely to fail.
         tokenizer = _tokenizer(config, aside, console)
         with _progress(console) as progress:
             found = find(config.sources, config.out, config.ext, config.document_separator, progress)
@@ -135,23 +135,22 @@ def _prepare_alone(config: PrepareConfig, console: Console) -> dict[str, Any]:
 
 
 def _warn(console: Console, text: str) -> None:
-    with contextlib.suppress(OSError, SystemExit):  # what can't be printed stops nothing; rich exits at a closed pipe
-        # soft_wrap: a path is not to be cut
+    with contextlib.suppress(OSError, SystemExit):  # a failed print must not stop the run; rich exits on a closed pipe
+        # soft_wrap: don't break paths
         console.print(f"[yellow]warning:[/] {escape(printable(text))}", soft_wrap=True, highlight=False)
 
 
 def _expanded(config: PrepareConfig) -> PrepareConfig:
-    """With ~ in its paths replaced, where the shell has not done it."""
+    """Expand ~ in the paths, in case the shell did not."""
 
     def expanded(path: Path) -> Path:
-        return Path(os.path.expanduser(path))  # Path.expanduser raises where there is no such user
+        return Path(os.path.expanduser(path))  # Path.expanduser raises if there is no such user
 
     bpe = None if config.bpe is None else expanded(config.bpe)
     return replace(config, sources=tuple(map(expanded, config.sources)), out=expanded(config.out), bpe=bpe)
 
 
 def _check(config: PrepareConfig) -> None:
-    # Not in __post_init__: the command line would wrap the message in a box.
     if not config.sources:
         raise ConfigError("give at least one text file or folder to read")
     for source in config.sources:
@@ -176,10 +175,10 @@ def _check(config: PrepareConfig) -> None:
 
 
 def _make_folder(out: Path) -> None:
-    """Make --out where it doesn't exist. What is made is on the disk before this returns.
+    """Create --out if it doesn't exist; it is on the disk before this returns.
 
     Raises:
-        ConfigError: it can't be made.
+        ConfigError: it can't be created.
     """
     if os.path.lexists(out) and not os.path.isdir(out):
         kind = "a file" if os.path.exists(out) else "a link to nothing"
@@ -194,7 +193,7 @@ def _make_folder(out: Path) -> None:
 
 
 def _check_unused(config: PrepareConfig) -> None:
-    """Raises ConfigError where --out holds shards that nobody said to replace."""
+    """Raise ConfigError if --out holds shards and --overwrite is not given."""
     held = _shard_files(config.out)
     if config.overwrite or not held or _is_unfinished(config.out):
         return
@@ -204,7 +203,7 @@ def _check_unused(config: PrepareConfig) -> None:
 
 
 def _is_unfinished(out: Path) -> bool:
-    """Whether a prepare was cut while it moved its shards into place."""
+    """Whether a prepare was interrupted while moving its shards into place."""
     try:
         return (out / META_NAME).read_text(encoding="utf-8") == json.dumps(UNFINISHED)
     except (OSError, ValueError):
@@ -314,9 +313,9 @@ def _shard_files(out: Path) -> list[Path]:
 
 
 def _publish(aside: Path, out: Path) -> None:
-    """Move the finished files into place, and what they replace away.
+    """Move the finished files into place and the replaced ones away.
 
-    Whenever that is cut, by a power cut too, the folder holds the old shards, the new ones, or UNFINISHED.
+    If interrupted, even by a power cut, the folder holds the old shards, the new ones, or UNFINISHED.
     """
     finished = [path for path in aside.iterdir() if path.name != META_NAME]
     unfinished = aside / "unfinished"
@@ -340,8 +339,8 @@ def _publish(aside: Path, out: Path) -> None:
 
 @contextlib.contextmanager
 def _on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Call a handler for _SIGNALS inside the block, but for those that are ignored, as by nohup."""
-    if threading.current_thread() is not threading.main_thread():  # signals come to the main thread alone
+    """Handle _SIGNALS inside the block, except ignored ones (nohup)."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         yield
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -357,7 +356,7 @@ def _on_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Heed a signal only after the block."""
+    """Defer signals to the end of the block."""
     held: list[int] = []
     with _on_signals(lambda number, frame: held.append(number)):
         yield
@@ -386,23 +385,23 @@ def _summary(meta: dict[str, Any]) -> Table:
 
 
 class _Stopped(BaseException):
-    """A signal came. No Exception, so that nothing takes it for a fault of its own."""
+    """A signal arrived. Not an Exception, so no handler mistakes it for an error."""
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    for later in _SIGNALS:  # a second signal is not to cut the tidying up
+    for later in _SIGNALS:  # a second signal must not interrupt the cleanup
         signal.signal(later, signal.SIG_IGN)
     raise _Stopped(number)
 
 
 def _run() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal can't show
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names the terminal can't show
     config = read_arguments(PrepareConfig, "python -m fastgpt2.prepare")
     meta = prepare(config)
     try:
         _print(meta, config)
-    except (OSError, SystemExit):  # rich exits where a pipe was closed
+    except (OSError, SystemExit):  # rich exits on a closed pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(f"can't print the summary; {printable(config.out)} is complete", file=sys.stderr)
 
@@ -420,7 +419,7 @@ def _print(meta: dict[str, Any], config: PrepareConfig) -> None:
 
 
 def main() -> int:
-    """`python -m fastgpt2.prepare SOURCE ... --out DIR`: prints a summary and the next command.
+    """`python -m fastgpt2.prepare SOURCE ... --out DIR`: print a summary and the next command.
 
     Returns:
         0, or 128 and the number of the signal that stopped it.

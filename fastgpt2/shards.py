@@ -1,11 +1,11 @@
-"""Token shards: files that may be damaged, foreign, or changed by somebody while they are in use.
+"""Token shards: files that may be damaged, of another format, or changed while in use.
 
 A shard is a `.bin` file in llm.c's format: 256 little-endian int32 (magic 20240520, version 1, the number of
-tokens, zeros), then the tokens as little-endian uint16. A word of its name says which split it belongs to.
-Beside the shards `fastgpt2.prepare` writes `meta.json`: the vocabulary, and each shard's tokens and SHA-256.
+tokens, zeros), then the tokens as little-endian uint16. A word in its name says which split it belongs to.
+`fastgpt2.prepare` writes `meta.json` beside the shards: the vocabulary, and each shard's token count and SHA-256.
 
-Tokens are read by their position, not through a memory map: a map of a file that has been cut short ends the
-process by SIGBUS, a read says so.
+Tokens are read by position, not through a memory map: reading a map of a truncated file kills the process by SIGBUS,
+where a read returns an error.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastgpt2.durable import open_regular, read_json, sync
 GPT2_VOCAB_SIZE = 50257
 META_NAME = "meta.json"
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
-"""Words of a file's name, and the split that they say."""
+"""Words in a file's name and the split they stand for."""
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -43,33 +43,33 @@ FOREIGN = {
     20240327: "llm.c's optimizer state",
     20240328: "llm.c's tokenizer",
 }
-"""Other files of llm.c, by their magic."""
+"""Other llm.c files, by magic number."""
 
 SCAN_TOKENS = 1 << 20
-"""Tokens looked at together when all of a shard are: 2 MiB, which a core's cache holds."""
+"""Tokens checked at a time when scanning a whole shard: 2 MiB, which fits a core's cache."""
 AT_ONCE_BYTES = 256 << 20
-"""Shards up to this size are verified before a run begins, a second where SHA-256 is slow; larger ones beside it."""
+"""Shards up to this size are verified before a run starts (a second if SHA-256 is slow), larger ones during it."""
 
 
 class DataError(RuntimeError):
-    """The data of a run under way can't be read any more, or isn't what it was. The message is one line."""
+    """A running run's data has become unreadable or has changed. The message is one line."""
 
 
 def split_of(name: str) -> str | None:
-    """The split that a file's name says, by the last of its words that says one; None where none does.
+    """The split named by the last word of a file name that names one; None if no word does.
 
-    Words are runs of letters: tiny_val_0.bin is of "val", as is train-of-thought-val.bin; medieval.bin of none.
+    Words are runs of letters: tiny_val_0.bin and train-of-thought-val.bin are "val", medieval.bin is none.
     """
     words = re.findall(r"[^\W\d_]+", unicodedata.normalize("NFC", name).lower())
     return next((SPLITS[word] for word in reversed(words) if word in SPLITS), None)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The folder's meta.json, or GPT-2's where there is none.
+    """The folder's meta.json, or GPT-2's values if there is none.
 
     Returns:
         "vocab_size" is always valid; "end_of_text" (int), "tokenizer" (str) and "shards" (name: {"tokens": int,
-        "sha256": hexadecimal}, each optional) are where they are there. Others are whatever the file says.
+        "sha256": hexadecimal}, each optional) are valid if present. Other keys are unchecked.
 
     Raises:
         ConfigError: not JSON, one of these is of another type or out of range, or no vocabulary.
@@ -108,14 +108,14 @@ def _check_listed(path: Path, shards: Any) -> None:
 
 
 class Shard:
-    """An open shard. It stays readable when its name is given to another file.
+    """An open shard. It stays readable if another file takes its name.
 
     Args:
         path: the file.
         listed: what meta.json says of it.
 
     Raises:
-        ConfigError: it can't be read, is empty, truncated or of another format, or not as long as meta.json says.
+        ConfigError: it is unreadable, empty, truncated, of another format or not as long as meta.json says.
     """
 
     def __init__(self, path: Path, listed: Mapping[str, Any] | None = None) -> None:
@@ -144,7 +144,7 @@ class Shard:
         """The tokens [start, start + count) as little-endian uint16.
 
         Raises:
-            DataError: the file has been cut short, or its disk fails.
+            DataError: the file was truncated or its disk fails.
         """
         at, size = HEADER_BYTES + 2 * start, 2 * count
         try:
@@ -161,14 +161,14 @@ class Shard:
         return raw
 
     def tokens(self) -> np.ndarray:
-        """All of them: uint16 (tokens,), read-only."""
+        """All tokens: uint16 (tokens,), read-only."""
         return np.frombuffer(self.read(0, self._count), dtype="<u2")
 
     def verify(self, vocab_size: int) -> None:
-        """Look at every token, and compare the SHA-256 with the one in meta.json, where that has it.
+        """Check every token, and the SHA-256 if meta.json lists one.
 
         Raises:
-            DataError: see `read`; another SHA-256, or a token outside the vocabulary.
+            DataError: see `read`; or the SHA-256 differs, or a token is outside the vocabulary.
         """
         stamp, digest, outside = self._now(), hashlib.sha256(self._header), None
         if self.sha256 is None and vocab_size > np.iinfo(np.uint16).max:
@@ -178,7 +178,7 @@ class Shard:
             if self.sha256 is not None:
                 digest.update(raw)
             outside = outside or find_outside(np.frombuffer(raw, dtype="<u2"), vocab_size, begin)
-        # First, since the bits that make the sum another may be what makes a token another.
+        # Check the sum first: flipped bits are the likely cause of a bad token.
         if self.sha256 not in (None, digest.hexdigest()):
             raise DataError(
                 f"{self.path} is damaged or changed: its SHA-256 is not the one in {META_NAME} beside it; "
@@ -189,7 +189,7 @@ class Shard:
         self._stamp = stamp
 
     def rewritten(self) -> bool:
-        """Whether somebody wrote to the file since it was verified. One that was cut short `read` tells of."""
+        """Whether the file was written to since it was verified; `read` detects truncation."""
         size, time = self._now()
         return size >= self._stamp[0] and (size, time) != self._stamp
 
@@ -198,7 +198,7 @@ class Shard:
         return status.st_size, status.st_mtime_ns
 
     def identity(self) -> str:
-        """What identifies the contents: the SHA-256 in meta.json; without it, a digest of a part of them."""
+        """Identifies the contents: the SHA-256 in meta.json, or else a digest of part of them."""
         if self.sha256 is not None:
             return self.sha256
         count = min(self._count, 512)
@@ -209,10 +209,10 @@ class Shard:
 
 
 def _token_count(path: Path, size: int, header: bytes) -> int:
-    """The number of tokens in a shard of `size` bytes, once its header is found right."""
+    """Check a shard's header and return its number of tokens."""
     if size == 0:
         raise ConfigError(f"{path} is empty")
-    # A file of less than four bytes has no magic.
+    # A file under four bytes has no magic number.
     ints = np.frombuffer(header[: len(header) // 4 * 4], dtype="<i4").tolist()
     if ints and ints[0] != MAGIC:
         raise ConfigError(f"{path} is no token shard: {_foreign(path, ints[0])}")
@@ -231,11 +231,11 @@ def _token_count(path: Path, size: int, header: bytes) -> int:
 
 
 def _foreign(path: Path, magic: int) -> str:
-    """What a file that isn't a shard may be instead, and what to do with it."""
+    """Guess what a file that isn't a shard is, and say what to do with it."""
     if magic in FOREIGN:
         return f"it is {FOREIGN[magic]}; the magic {MAGIC}, version {VERSION} is read"
     folder = f"{path.parent.absolute()}-shards"
-    # Python takes JSON's strings; their double quotes stand well between the shell's single ones.
+    # JSON strings are valid Python, and their double quotes fit inside the shell's single quotes.
     source, target, split = (json.dumps(str(name)) for name in (path, folder, split_of(path.name)))
     line = (
         f"import numpy as np; from fastgpt2.data import write_shards; "
@@ -248,8 +248,8 @@ def _foreign(path: Path, magic: int) -> str:
 
 
 def find_outside(tokens: np.ndarray, vocab_size: int, begin: int = 0) -> str | None:
-    """What to say of the first token outside a vocabulary, None where there is none; tokens[0] is token `begin`."""
-    # On the device it would be a fault far from here and from its cause.
+    """Describe the first token outside the vocabulary, or None; tokens[0] is token number `begin`."""
+    # On the device it would fault far from its cause.
     if not len(tokens) or tokens.max() < vocab_size:
         return None
     at = int(np.argmax(tokens >= vocab_size))
@@ -260,10 +260,10 @@ def find_outside(tokens: np.ndarray, vocab_size: int, begin: int = 0) -> str | N
 
 
 class Verification:
-    """Verifies shards: before this returns where they are small, else in a thread beside the run.
+    """Verifies shards: small ones before the constructor returns, large ones in a thread during the run.
 
     Raises:
-        ConfigError: what Shard.verify found, where they are small.
+        ConfigError: Shard.verify found a fault in small shards.
     """
 
     def __init__(self, shards: Sequence[Shard], vocab_size: int) -> None:
@@ -284,11 +284,11 @@ class Verification:
                 shard.verify(self._vocab_size)
         except DataError as error:
             self._failure = error
-        except Exception as error:  # in a thread it would be lost, and the data taken for verified
+        except Exception as error:  # a thread would lose it and the data would count as verified
             self._failure = DataError(f"can't verify {shard.path}: {error}")
 
     def check(self) -> None:
-        """Raise what has been found so far.
+        """Raise any fault found so far.
 
         Raises:
             DataError: see Shard.verify.
@@ -297,7 +297,7 @@ class Verification:
             raise self._failure
 
     def finish(self) -> None:
-        """Wait until all has been looked at, and look again at what was written to since.
+        """Wait until all shards are verified, and verify again those written to since.
 
         Raises:
             DataError: see Shard.verify.
@@ -310,7 +310,7 @@ class Verification:
 
 
 def list_split(folder: Path, split: str, listed: Mapping[str, Any]) -> tuple[list[Path], list[str]]:
-    """The paths of a split's shards, sorted by name, and what the user should know of the folder's other files.
+    """The paths of a split's shards, sorted by name, and notes on the folder's other files.
 
     Args:
         listed: the shards that meta.json lists, by name.
@@ -375,10 +375,10 @@ def open_shard(path: Path, vocab_size: int, listed: Mapping[str, Any] | None = N
 
 
 def write_shard(path: Path | str, tokens: Any) -> None:
-    """Write tokens, integers (n,) from 0 to 65535, as a shard; whatever happens there is all of it or none.
+    """Write tokens, integers (n,) from 0 to 65535, as a shard, atomically.
 
     Raises:
-        ConfigError: these are no such tokens.
+        ConfigError: the tokens are not of that kind.
         OSError: it can't be written.
     """
     path, tokens = Path(path), np.asarray(tokens)

@@ -1,7 +1,7 @@
 """What `prepare` reads: text files under the sources, and the documents in them.
 
-A file is a document, or with a separator what stands between two of them. A file is held in memory whole, one at a
-time. Whatever is left out is counted by its reason.
+A file is one document, or with a separator, several. Files are read whole, one at a time. Everything skipped is counted
+by reason.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from fastgpt2.durable import LOCK_NAME, read_json
 from fastgpt2.tokenizer import BPE_FILES, END_OF_TEXT
 
 ASIDE = ".preparing"
-"""The folder in --out that everything is written to first."""
+"""The folder in --out to which everything is written first."""
 SKIPPED_FOLDERS = ("__pycache__", "node_modules", "site-packages")
 SNIFFED_BYTES = 1 << 13
-"""Of 100,000 shards, more than anybody has."""
+"""Enough for 100,000 shards, more than anyone has."""
 
 _UNPACK = "unpack it first"
 _COLUMN = "write its column of text to .txt files first"
@@ -71,17 +71,17 @@ MAGIC = (
     (b"\x93NUMPY", ".npy"),
     (b"%PDF", ".pdf"),
 )
-"""First bytes of such files under other names; asked only of what is not UTF-8, so that no text is mistaken."""
+"""First bytes of such files under other names; checked only if a file is not UTF-8, so text is never mistaken."""
 
 _BYTE_ORDER_MARKS = (
-    (b"\xff\xfe\0\0", "UTF-32"),  # before UTF-16's, with which it begins
+    (b"\xff\xfe\0\0", "UTF-32"),  # before UTF-16, whose mark is its beginning
     (b"\0\0\xfe\xff", "UTF-32"),
     (b"\xff\xfe", "UTF-16"),
     (b"\xfe\xff", "UTF-16"),
 )
 _COPIES = "copies of the document cut for validation"
 _JSON = (b"{", b"[", b'"')
-"""What JSON begins with, but for a lone number."""
+"""What JSON starts with, except a lone number."""
 _NEWLINE = re.compile(rb"\r?\n")
 _OURS = re.compile("|".join([*map(re.escape, (LOCK_NAME, META_NAME, *BPE_FILES)), r"(train|val)_\d{6}\.bin"]))
 _ITS_OWN = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
@@ -95,9 +95,9 @@ class Document:
 
     path: Path
     file_digest: bytes
-    """Of the whole file: tells a file that changed after it was found."""
+    """Hash of the whole file, to detect a change after it was found."""
     digest: bytes
-    """Of these bytes: what decides the split, so that copies never lie on both sides."""
+    """Hash of these bytes. It decides the split, so copies are always on the same side."""
     begin: int
     end: int
 
@@ -115,15 +115,15 @@ class Found:
     files: int = 0
     """Files that the documents are in."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """How many files, folders and copies were left out for which reason."""
+    """Number of files, folders and copies skipped, by reason."""
     copied: str = ""
     """The document whose copies were left out, and how many."""
     unreadable: str = ""
     """The first file or folder that could not be read, and why."""
     written: int = 0
-    """Files left out because prepare writes them."""
+    """Files skipped because prepare writes them."""
     marks: int = 0
-    """How often the text of the end-of-text mark stands in the documents."""
+    """Occurrences of the end-of-text mark's text in the documents."""
 
 
 def find(
@@ -133,12 +133,12 @@ def find(
     separator: str | None = None,
     progress: Progress | None = None,
 ) -> Found:
-    """Read every file under the sources once, sorted, and keep those that are UTF-8 text and not empty.
+    """Read every file under the sources once, sorted, and keep the non-empty UTF-8 text files.
 
     Args:
         sources: files and folders.
         out: prepare's --out: what prepare writes there is not read.
-        ext: take only files with these endings from folders; empty takes all that are text.
+        ext: from folders, take only files with these endings; empty takes all text files.
         separator: text between documents; None makes a document of each file.
 
     Raises:
@@ -184,10 +184,10 @@ def find(
 
 
 def texts(documents: Sequence[Document]) -> Iterator[str]:
-    """The documents' characters, in order. A file is read once for all of its documents that follow one another.
+    """The documents' characters, in order. A file is read once for all its consecutive documents.
 
     Raises:
-        ConfigError: a file is not as it was when it was found.
+        ConfigError: a file changed after it was found.
     """
     for path, group in itertools.groupby(documents, key=lambda document: document.path):
         try:
@@ -214,12 +214,12 @@ def assign(found: Found, val_fraction: float) -> dict[str, list[Document]]:
     parts: dict[str, list[Document]] = {"train": [], "val": []}
     if taken < budget / 2:
         largest = max((d for d in documents if d.digest not in chosen), key=lambda d: d.size)
-        # Its copies would show the training what it is validated on.
+        # Its copies would leak validation text into training.
         documents = [d for d in documents if d.digest != largest.digest or d is largest]
         if copies := len(found.documents) - len(documents):
             found.skipped[_COPIES] += copies
             found.copied = f"{copies:,} {'copy' if copies == 1 else 'copies'} of {_name(largest)}"
-            # Anew: without the copies there is less text to divide.
+            # Start again: without the copies there is less text to divide.
             budget = val_fraction * _bytes(documents)
             chosen, taken = _choose([d for d in documents if d is not largest], budget)
         head, tail = _cut(largest, budget - taken)
@@ -253,7 +253,7 @@ def _name(document: Document) -> str:
 
 def _cut(document: Document, tail_bytes: float) -> tuple[Document, Document]:
     (text,) = texts([document])
-    # At least a character on either side; at a line's beginning where the tail has one.
+    # Keep at least a character on each side; cut at the start of a line if the tail has one.
     at = min(max(round(len(text) * (1 - tail_bytes / document.size)), 1), max(len(text) - 1, 1))
     line = text.find("\n", at - 1) + 1
     at = line if 0 < line < len(text) else at
@@ -291,7 +291,7 @@ def _walk(sources: Sequence[Path], out: Path, endings: tuple[str, ...], found: F
         for folder, folders, files in os.walk(source, onerror=unreadable):
             here = Path(folder)
             written = _written(here, out)
-            # Changed in place, which os.walk heeds.
+            # os.walk follows changes made in place.
             folders[:] = sorted(name for name in folders if name != ASIDE and not _skip_folder(here / name, found))
             for name in sorted(files):
                 if written and written.fullmatch(name):
@@ -318,7 +318,7 @@ def _skip_folder(path: Path, found: Found) -> bool:
 
 
 def _written(folder: Path, out: Path) -> re.Pattern[str] | None:
-    """The names in a folder that prepare writes, or wrote: they are not text to train on."""
+    """Names in a folder that prepare writes or wrote, which are not training text."""
     path = folder / META_NAME
     try:
         if out.exists() and folder.samefile(out):
@@ -336,7 +336,7 @@ def _read_text(path: Path, endings: tuple[str, ...]) -> bytes | str:
         OSError: it can't be read.
     """
     status = path.stat()
-    # A pipe or a device would block, or never end.
+    # A pipe or a device would block or never end.
     if not stat.S_ISREG(status.st_mode):
         return "not regular files"
     ending = path.suffix.lower()
@@ -362,7 +362,7 @@ def _binary(head: bytes, reason: str) -> str:
 
 
 def _pass_by(path: Path, error: OSError, named: bool, found: Found) -> str:
-    """Why a file or folder that can't be read is left out.
+    """Why an unreadable file or folder is skipped.
 
     Raises:
         ConfigError: it was given by name, or the error is none of its own.
@@ -408,7 +408,7 @@ def _some(sources: Sequence[Path]) -> str:
 
 
 def skipped_text(skipped: Mapping[str, int]) -> str:
-    """How many were left out for which reason, in one line; empty where nothing was."""
+    """The skip counts by reason in one line; empty if nothing was skipped."""
     not_yet = {kind: n for kind, n in skipped.items() if NOT_TEXT.get(kind, _NO_TEXT) != _NO_TEXT}
     encoded = {_ENCODED[kind]: n for kind, n in skipped.items() if kind in _ENCODED}
     others = {reason: n for reason, n in skipped.items() if reason not in {**not_yet, **_ENCODED}}

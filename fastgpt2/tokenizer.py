@@ -1,7 +1,7 @@
 """Text to tokens and back: GPT-2's byte-pair encoding (through tiktoken) or plain bytes.
 
-GPT-2's needs two published files, vocab.bpe (the merges) and encoder.json (the ids). `prepare` keeps a copy
-of both beside the shards, so that a data folder can be read and sampled from without a network.
+GPT-2's encoding needs two published files, vocab.bpe (the merges) and encoder.json (the ids). `prepare` copies both
+beside the shards, so a data folder works without a network.
 """
 
 from __future__ import annotations
@@ -20,44 +20,44 @@ import numpy as np
 from fastgpt2.config import ConfigError
 
 NAMES = ("gpt2", "byte", "bpe")
-"""In meta.json: GPT-2's merges, bytes, or other merges, which only the files beside the shards tell."""
+"""Names in meta.json: GPT-2's merges, bytes, or other merges, defined by the files beside the shards."""
 END_OF_TEXT = "<|endoftext|>"
 
 BPE_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
-"""The two files and the sha256 of those that OpenAI published."""
+"""The two files and the SHA-256 of OpenAI's published versions."""
 GPT2_SHA256 = "97cdb42570e94961b6ed4b75db8a3f51be12e48794f4e66b06277c7e01719167"
-"""Gpt2Tokenizer.sha256 of those two files: of the tokens themselves, whatever a file's white space."""
+"""Gpt2Tokenizer.sha256 of those two files: a hash of the tokens, so white space in a file doesn't matter."""
 LARGEST_BPE_BYTES = 1 << 26
-"""GPT-2's larger file has a million bytes, and a shard's tokens are 65536 at most."""
+"""GPT-2's larger file has a million bytes, and a shard holds at most 65536 different tokens."""
 BPE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
-# The published pattern. The quantifiers of the three classes are possessive, which changes no match, since
-# nothing follows them, and spares the matcher from remembering each character.
+# The published pattern with possessive quantifiers on the three classes. Nothing follows them, so no match changes, and
+# the matcher need not remember each character.
 GPT2_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+"
 
 PIECE_CHARS = 1 << 16
 PIECES_AT_ONCE = 64
-"""Encoded together: bounds the memory of the lists of ids, and the time until a signal is heeded."""
+"""Pieces encoded together: bounds the memory of the id lists and the delay before a signal is handled."""
 LONGEST_PIECE_CHARS = 1 << 18
-"""Far more (half a million spaces in a row) overflows the stack of tiktoken's matcher."""
+"""Much longer pieces (half a million spaces in a row) overflow the stack of tiktoken's matcher."""
 
 _SAFE_CUT = re.compile(r"(?<=\S)\n(?=\S)")
 
 
 class Tokenizer(Protocol):
-    """Ids are in [0, vocab_size); end_of_text is one of them and stands between documents."""
+    """Ids are in [0, vocab_size); end_of_text is one of them and separates documents."""
 
     name: str
     vocab_size: int
     end_of_text: int
     sha256: str | None
-    """Of what decides the ids beside the name; None where the name says it all."""
+    """Hash of what determines the ids beside the name; None if the name is enough."""
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, uint16 (n,). The text of a special token is encoded as any other text.
+        """Ids of a text, uint16 (n,). The text of a special token is encoded like any other text.
 
         Raises:
             ConfigError: the text has a lone surrogate, as Python makes of bytes that are not UTF-8.
@@ -65,12 +65,12 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> bytes:
-        """The bytes that ids stand for; a character may be cut at either end. End of text gives nothing."""
+        """The bytes of ids; a character may be cut at either end, and end of text gives no bytes."""
         ...
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as they are, and 256 for the end of a text."""
+    """UTF-8 bytes, and 256 for the end of a text."""
 
     name = "byte"
     vocab_size = 257
@@ -94,8 +94,8 @@ class Gpt2Tokenizer:
         threads: threads that encode a long text.
 
     Attributes:
-        name: "gpt2", or "bpe" where the merges are others than GPT-2's.
-        sha256: of all tokens in the order of their ids: the same for the same encoding.
+        name: "gpt2", or "bpe" if the merges are not GPT-2's.
+        sha256: hash of all tokens in id order, the same for the same encoding.
 
     Raises:
         ConfigError: a file is missing, can't be read, or the two don't belong together.
@@ -140,16 +140,16 @@ class Gpt2Tokenizer:
 
 
 def load_tokenizer(name: str, folder: Path | None, threads: int = 1, sha256: str | None = None) -> Tokenizer:
-    """The tokenizer of that name; gpt2 and bpe from the folder's files, or where it has none, gpt2 from tiktoken's.
+    """Load a tokenizer by name: gpt2 and bpe from the folder's files, or gpt2 from tiktoken if it has none.
 
     Args:
         name: one of NAMES.
         folder: may hold vocab.bpe and encoder.json.
         threads: threads that encode a long text.
-        sha256: what the tokenizer's own must be: meta.json's "tokenizer_sha256". None takes any.
+        sha256: required value of the tokenizer's sha256 (meta.json's "tokenizer_sha256"); None accepts any.
 
     Raises:
-        ConfigError: no such tokenizer, its files can't be had, or they are not those that sha256 tells.
+        ConfigError: no such tokenizer, its files are unavailable, or they don't match sha256.
     """
     if name == "byte":
         return ByteTokenizer()
@@ -181,16 +181,16 @@ def _published(threads: int) -> Gpt2Tokenizer:
 
 
 def copy_bpe_files(source: Path | None, target: Path) -> list[str]:
-    """Put vocab.bpe and encoder.json into the folder target.
+    """Copy vocab.bpe and encoder.json into the folder target.
 
     Args:
-        source: the folder to copy them from; None takes tiktoken's, from its cache or over the network.
+        source: the folder to copy from; None uses tiktoken's, from its cache or the network.
 
     Returns:
-        The names of those that differ from GPT-2's.
+        The names of the files that differ from GPT-2's.
 
     Raises:
-        ConfigError: they can't be had, or target can't be written.
+        ConfigError: they are unavailable or target can't be written.
     """
     different = []
     for name, published in BPE_FILES.items():
@@ -205,10 +205,10 @@ def copy_bpe_files(source: Path | None, target: Path) -> list[str]:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Cut a long text where it changes no token: before a newline that stands between two visible characters.
+    """Cut a long text where no token changes: before a newline between two visible characters.
 
-    GPT-2's pattern always begins a match at such a newline. A text that has none for LONGEST_PIECE_CHARS is
-    cut there all the same.
+    GPT-2's pattern always begins a match at such a newline. A text without one for LONGEST_PIECE_CHARS is
+    cut there anyway.
     """
     begin = 0
     while len(text) - begin > PIECE_CHARS:
@@ -244,7 +244,7 @@ def _ranks(folder: Path) -> dict[bytes, int]:
             ranks = data_gym_to_mergeable_bpe_ranks(str(merges), str(encoder))
         if list(ranks.values()) == list(range(len(ranks))):
             return ranks
-    # What a file of another kind leads to: JSON's and Python's own errors on its way through tiktoken.
+    # A file of another kind raises errors of JSON or Python inside tiktoken.
     except (AssertionError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise ConfigError(f"{merges} and {encoder} don't belong to one byte-pair encoding")
@@ -271,7 +271,7 @@ def _utf8(text: str) -> bytes:
 
 @contextmanager
 def _uncached() -> Iterator[None]:
-    """Keep tiktoken from caching local files, which it would do by path, blind to a change of the file."""
+    """Stop tiktoken from caching local files: it caches by path and would miss a change of the file."""
     name = "TIKTOKEN_CACHE_DIR"
     before = os.environ.get(name)
     os.environ[name] = ""
