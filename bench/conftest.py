@@ -17,7 +17,7 @@ from bench.roofline import read_or_measure
 from bench.step.steps import STEPS, TUNED, Kernels
 from bench.timing import append_json_line, commit, environment, replay
 from fastgpt2.kernels.tuning import use_table
-from fastgpt2.ops import SLOTS
+from fastgpt2.slots import SLOTS
 
 if not torch.cuda.is_available():
     # A waiting thread spins. On cores shared with other work that can cost a hundredfold.

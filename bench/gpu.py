@@ -40,7 +40,7 @@ from bench.timing import ROOT, commit
 from fastgpt2.flags import Parser
 from fastgpt2.kernels.tools.toolkit import find_tool
 from fastgpt2.kernels.tuning import check_table
-from fastgpt2.ops import SLOTS
+from fastgpt2.slots import SLOTS
 
 PARTS = {1: 9.3, 2: 3.0}
 """The minutes that each part is made for. More minutes raise part 1's limits; part 2's are long already."""

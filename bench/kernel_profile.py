@@ -24,7 +24,7 @@ from fastgpt2.config import PRESETS, ConfigError, Dtype
 from fastgpt2.device import synchronize
 from fastgpt2.flags import Parser
 from fastgpt2.kernels.tuning import check_table
-from fastgpt2.ops import SLOTS
+from fastgpt2.slots import SLOTS
 
 STEPS_BEFORE, STEPS_SEEN = 4, 3
 KEPT, SHOWN = 60, 15

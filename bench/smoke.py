@@ -83,7 +83,7 @@ Try = Callable[[str, str | None], Found]
 def compare(slot: str, change: str | None = None, device: str = "cuda:0") -> Found:
     """One comparison, in this process; on a CPU at a size for Triton's interpreter."""
     from fastgpt2 import accuracy as problems
-    from fastgpt2.ops import make_ops
+    from fastgpt2.ops import Site, make_ops
 
     sizes = {
         "attn": [problems.attention_problem((2, 1024, 12, 64))],
@@ -95,7 +95,7 @@ def compare(slot: str, change: str | None = None, device: str = "cuda:0") -> Fou
     forms = sizes[slot] if device.startswith("cuda") else on_cpu
     try:
         with _changed(CHANGES[change] if change else Change()):
-            op = getattr(make_ops({slot: "triton"}, device=device, dtype=torch.bfloat16)[0], slot)
+            op = getattr(make_ops({slot: "triton"}, Site(device=torch.device(device), dtype=torch.bfloat16))[0], slot)
             tables = [problems.error_and_budget(op, form, torch.bfloat16, device) for form in forms]
     except Exception as error:
         traceback.print_exc()

@@ -10,16 +10,27 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from fastgpt2.fields import ConfigError, Count, Fraction, Name, Natural, NonNegative, Place, check_fields
+from fastgpt2.fields import (
+    ConfigError,
+    Count,
+    Fraction,
+    FunctionChoice,
+    Name,
+    Natural,
+    NonNegative,
+    Place,
+    check_fields,
+)
 from fastgpt2.optim import OPTIMIZERS
 from fastgpt2.optim.schedules import SCHEDULES
+from fastgpt2.slots import SLOTS
 
-Attention = Literal["auto", "naive", "sdpa", "cudnn", "flex", "triton"]
-Mlp = Literal["auto", "torch", "triton"]
-Norm = Literal["auto", "torch", "triton"]
-Loss = Literal["auto", "torch", "chunked", "triton"]
+Attention = Annotated[str, FunctionChoice(("auto", *SLOTS["attn"]))]
+Mlp = Annotated[str, FunctionChoice(("auto", *SLOTS["mlp"]))]
+Norm = Annotated[str, FunctionChoice(("auto", *SLOTS["norm"]))]
+Loss = Annotated[str, FunctionChoice(("auto", *SLOTS["loss"]))]
 Dtype = Literal["float64", "float32", "tf32", "bfloat16", "float16"]
 Recompute = Literal["none", "elementwise", "blocks"]
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ import functools
 import math
 import numbers
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,19 @@ class Range:
                 f"at least {self.least}" if math.isinf(self.below) else f"in [{self.least}, {self.below:g})"
             )
         return value
+
+
+@dataclass(frozen=True)
+class FunctionChoice:
+    """One of some names, or a function as "module:function"; one that can't be imported has <> in its name."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, text: str) -> str:
+        """The text itself. Raises ValueError with what is expected."""
+        if text not in self.names and not re.fullmatch(r"[\w.<>]+:[\w.<>]+", text):
+            raise ValueError(f"one of {', '.join(self.names)} or module:function")
+        return text
 
 
 def not_empty(text: str) -> str:
@@ -96,7 +110,7 @@ def checked(label: str, value: Any, hint: Any) -> Any:
             return _accept(option, value)
         except ValueError as error:
             expected.append(str(error))
-            choices += get_args(option) if get_origin(option) is Literal else []
+            choices += names(option)
         except Exception:  # of the value's own methods
             expected.append("a plain value")
     close = nearest(value, choices) if isinstance(value, str) else ""
@@ -125,6 +139,14 @@ def field_hints(kind: type) -> dict[str, Any]:
 def options(hint: Any) -> tuple[Any, ...]:
     """What an annotation allows: the members of a union, else itself."""
     return (hint,) if get_origin(hint) in (None, Annotated, Literal) else get_args(hint)
+
+
+def names(option: Any) -> tuple[str, ...]:
+    """The names that an annotation allows; none where it isn't a choice."""
+    if get_origin(option) is Literal:
+        return get_args(option)
+    rules = get_args(option)[1:] if get_origin(option) is Annotated else ()
+    return next((rule.names for rule in rules if isinstance(rule, FunctionChoice)), ())
 
 
 def _accept(option: Any, value: Any) -> Any:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
-from fastgpt2.fields import checked, field_hints, flag, from_text, nearest, options
+from fastgpt2.fields import checked, field_hints, flag, from_text, names, nearest, options
 
 T = TypeVar("T")
 
@@ -147,8 +147,8 @@ def _word(field: dataclasses.Field[Any]) -> str:
 def _metavar(hint: Any) -> str:
     """{a,b} for a choice, else the type."""
     option = options(hint)[0]
-    if get_origin(option) is Literal:
-        return "{" + ",".join(get_args(option)) + "}"
+    if choices := names(option):
+        return "{" + ",".join(choices) + ("}" if get_origin(option) is Literal else ",module:function}")
     kind = get_args(option)[0] if get_origin(option) is Annotated else option
     return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
 

@@ -1,56 +1,31 @@
-"""The seam: which implementation computes each slot of the model.
+"""The seam: the functions that compute the slots of a model.
 
-Modules own parameters, ops own compute. An `Ops` is handed to the model's constructor; the state_dict is
-the same whatever it holds, so "the backends agree" means: same weights, other ops, same loss. A new
-implementation is one function and one line in a table. Values are "module:function", imported when
-chosen, so that neither Triton nor a kernel is imported by a run that doesn't use it.
+Modules own parameters, ops own compute. An `Ops` is handed to the model's constructor; the state_dict is the same
+whatever it holds, so "the backends agree" means: same weights, other ops, same loss. What there is to choose from is in
+fastgpt2.slots.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgpt2.backends.attention import sdpa_attention, unsupported
+from fastgpt2.backends.attention import sdpa_attention
 from fastgpt2.backends.loss import torch_loss
 from fastgpt2.backends.mlp import torch_mlp
 from fastgpt2.backends.norm import torch_norm
-from fastgpt2.config import ConfigError
+from fastgpt2.fields import ConfigError, nearest
+from fastgpt2.outside import import_name, load
+from fastgpt2.slots import AUTO, SLOTS, Implementation, is_outside
 
-ATTENTION: dict[str, str] = {
-    "naive": "fastgpt2.backends.attention:naive_attention",
-    "sdpa": "fastgpt2.backends.attention:sdpa_attention",
-    "cudnn": "fastgpt2.backends.attention:cudnn_attention",
-    "flex": "fastgpt2.backends.attention:flex_attention",
-    "triton": "fastgpt2.kernels.attention:flash_attention_qkv",
-}
-MLP: dict[str, str] = {
-    "torch": "fastgpt2.backends.mlp:torch_mlp",
-    "triton": "fastgpt2.kernels.mlp:gelu_mlp",
-}
-NORM: dict[str, str] = {
-    "torch": "fastgpt2.backends.norm:torch_norm",
-    "triton": "fastgpt2.backends.norm:fused_norm",
-}
-LOSS: dict[str, str] = {
-    "torch": "fastgpt2.backends.loss:torch_loss",
-    "chunked": "fastgpt2.kernels.loss:linear_cross_entropy",
-    "triton": "fastgpt2.kernels.loss:linear_cross_entropy",
-}
-SLOTS = {"attn": ATTENTION, "mlp": MLP, "norm": NORM, "loss": LOSS}
-AUTO = {"attn": ("sdpa",), "mlp": ("torch",), "norm": ("torch",), "loss": ("triton", "chunked")}
-"""What `auto` is where nothing was measured, the first that can run without being interpreted: PyTorch's own form. The
-loss alone needs no measurement: only in chunks are the logits never whole, and of the two that do so Triton's passes
-over a chunk twice, PyTorch's some ten times. On a GPU in auto.json what was faster there in the compiled step and in
-this precision comes before."""
 MEASURED = Path(__file__).with_name("auto.json")
 
 AttentionOp = Callable[..., Tensor]
@@ -69,47 +44,106 @@ class Ops:
     loss: LossOp = torch_loss
 
 
+@dataclass(frozen=True)
+class Site:
+    """Where ops are to run, and with what: all that decides whether an implementation can.
+
+    Args:
+        dtype: what the matmuls compute in, which is autocast's where that is on.
+        tf32: float32 products on the matrix units in TF32 (10 bits of mantissa) rather than exactly.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    head_dim: int = 64
+    n_embd: int = 768
+    dropout: float = 0.0
+    tf32: bool = False
+
+    @property
+    def precision(self) -> str:
+        return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+
+
 def make_ops(
-    choices: Mapping[str, str] | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    head_dim: int = 64,
-    dropout: float = 0.0,
-    tf32: bool = False,
+    choices: Mapping[str, str | Callable[..., Any]] | None = None, site: Site | None = None
 ) -> tuple[Ops, dict[str, str]]:
     """The ops asked for, and what each choice became: {"attn": "sdpa", "mlp": "torch", ...}.
 
     Args:
-        choices: by slot, a key of its table or "auto", which is what slots left out are.
-        device, dtype: where and in what the matmuls are.
-        head_dim, dropout: what the attention will be called with.
-        tf32: float32 products on the matrix units in TF32 (10 bits of mantissa) rather than exactly.
+        choices: by slot, a name in its table, "module:function", a function, or "auto", which is what slots left out
+            are.
+        site: where they are to run; GPT-2 124M in float32 on a CPU where left out.
 
     Raises:
-        ConfigError: an implementation named can't run here; the message says why and what would.
+        ConfigError: an implementation named doesn't exist or can't run here; the message says why and what would.
     """
-    device = torch.device(device)
-    why_not = partial(_why_not, device=device, dtype=dtype, head_dim=head_dim, dropout=dropout)
-    order = _auto(device, "tf32" if tf32 else str(dtype).removeprefix("torch."))
-    chosen, functions = {}, {}
-    for slot, table in SLOTS.items():
-        name = (choices or {}).get(slot, "auto")
-        if name == "auto":
-            name = next(n for n in order[slot] if (device.type == "cuda" or n != "triton") and not why_not(slot, n))
-        if name not in table:
-            raise ConfigError(f"no --{slot} {name!r}: there are auto, {', '.join(table)}")
-        if reason := why_not(slot, name):
-            raise ConfigError(f"--{slot} {name} can't run here: {reason}")
-        chosen[slot] = name
-        functions[slot] = partial(_load(SLOTS[slot][name]), **_options(slot, name, tf32))
+    site = site or Site()
+    chosen: dict[str, str] = {}
+    functions: dict[str, Callable[..., Any]] = {}
+    for slot in SLOTS:
+        choice = (choices or {}).get(slot, "auto")
+        if callable(choice):
+            chosen[slot], functions[slot] = name_of(slot, choice), choice
+        else:
+            chosen[slot] = _auto(slot, site) if choice == "auto" else choice
+            functions[slot] = _load(slot, chosen[slot], site)
     return Ops(**functions), chosen
 
 
-def _auto(device: torch.device, precision: str) -> dict[str, tuple[str, ...]]:
-    """What `auto` tries in turn, by slot: what was measured to be faster on this GPU in this precision, then AUTO."""
-    faster = ablation(device, precision).get("slots", {})
-    return {slot: (*faster.get(slot, ()), *names) for slot, names in AUTO.items()}
+def as_choices(ops: Ops | Mapping[str, Callable[..., Any]] | None) -> dict[str, Callable[..., Any]]:
+    """The functions given for slots, by slot.
+
+    Raises:
+        ConfigError: no such slot, or what is given for it is no function.
+    """
+    given = {} if ops is None else vars(ops) if isinstance(ops, Ops) else dict(ops)
+    for slot, function in given.items():
+        if slot not in SLOTS:
+            raise ConfigError(f"ops has no slot {slot!r}: there are {', '.join(SLOTS)}{nearest(slot, SLOTS)}")
+        if not callable(function):
+            raise ConfigError(f"ops[{slot!r}] must be a function, got {type(function).__name__}")
+    return given
+
+
+def name_of(slot: str, function: Callable[..., Any]) -> str:
+    """What a run is saved with for a function given in Python: its name in the table, else "module:function"."""
+    name = import_name(function)
+    return next((n for n, known in SLOTS[slot].items() if known.function == name and not known.options), name)
+
+
+def why_not(slot: str, known: Implementation, site: Site) -> str | None:
+    """Why an implementation can't run there, in a line that says what would work; None where it can."""
+    if known.package and not _installed(known.package):
+        reason = f"the {known.package} package is not installed (pip has it for Linux)"
+    elif known.why_not:
+        reason = load(known.why_not, f"--{slot}")(*(getattr(site, name) for name in known.asks))
+    else:
+        reason = None
+    return reason and f"{reason}; use --{slot} {AUTO[slot][-1]}"
+
+
+def _load(slot: str, name: str, site: Site) -> Callable[..., Any]:
+    if is_outside(name):
+        return load(name, f"--{slot}")
+    if name not in SLOTS[slot]:
+        raise ConfigError(f"no --{slot} {name!r}: there are auto, {', '.join(SLOTS[slot])} and module:function")
+    known = SLOTS[slot][name]
+    if reason := why_not(slot, known, site):
+        raise ConfigError(f"--{slot} {name} can't run here: {reason}")
+    options = {**known.options, **({"allow_tf32": site.tf32} if known.tf32 else {})}
+    return partial(load(known.function, f"--{slot}"), **options)
+
+
+def _auto(slot: str, site: Site) -> str:
+    """What `auto` is: what was measured to be faster on this GPU in this precision, then AUTO; the first that can run
+    without being interpreted."""
+    faster = ablation(site.device, site.precision).get("slots", {})
+    for name in (*faster.get(slot, ()), *AUTO[slot]):
+        known = SLOTS[slot][name]
+        if not (known.interpreted and site.device.type == "cpu") and not why_not(slot, known, site):
+            return name
+    raise AssertionError(f"the last of AUTO[{slot!r}] runs everywhere")
 
 
 def ablation(device: torch.device, precision: str) -> dict[str, Any]:
@@ -125,36 +159,8 @@ def _measured() -> dict[str | None, dict[str, Any]]:
     return json.loads(MEASURED.read_text(encoding="utf-8"))["devices"]
 
 
-def _options(slot: str, name: str, tf32: bool) -> dict[str, Any]:
-    """What an implementation is told beside its tensors."""
-    if slot == "loss" and name != "torch":
-        return {"implementation": name}
-    if (slot, name) == ("norm", "triton"):
-        return {
-            "alone": _load("fastgpt2.kernels.norm:layer_norm"),
-            "added": _load("fastgpt2.kernels.norm:add_layer_norm"),
-        }
-    return {"allow_tf32": tf32} if name == "triton" and slot in ("attn", "mlp") else {}
-
-
-def _why_not(
-    slot: str, name: str, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float
-) -> str | None:
-    """Why an implementation can't run, in a line that says what would work; None where it can."""
-    if name != "triton":
-        return unsupported(name, device, dtype, head_dim, dropout) if slot == "attn" else None
+def _installed(package: str) -> bool:
     try:
-        launch = import_module("fastgpt2.kernels.launch")
-        import_module("triton")
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        return f"the triton package is missing (it is published for Linux); use --{slot} {AUTO[slot][-1]}"
-    if slot == "attn":
-        return import_module("fastgpt2.kernels.attention").why_unsupported(device, dtype, head_dim, dropout)
-    return launch.why_unsupported(f"Triton's {slot}", device, dtype, f"--{slot} {AUTO[slot][-1]}")
-
-
-def _load(path: str) -> Callable[..., Any]:
-    module, function = path.split(":")
-    return getattr(import_module(module), function)
+        return find_spec(package) is not None
+    except ValueError:  # imported as None, which stands for a module that isn't there
+        return False

@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from fastgpt2.checkpoint import MODEL, find, load_model
 from fastgpt2.config import ConfigError, ModelConfig
 from fastgpt2.model import GPT
-from fastgpt2.ops import SLOTS, make_ops
+from fastgpt2.ops import Site, make_ops
+from fastgpt2.slots import SLOTS, is_outside
 from fastgpt2.tensors import check_tensors
 
 
@@ -20,7 +21,8 @@ def load_run(source: Path, device: torch.device, step: int | None = None) -> tup
     """The model of a checkpoint, in evaluation mode, and the checkpoint's state.json.
 
     The weights keep the precision that they were saved in, float32 unless the run was in float64. The ops are what
-    `auto` chooses on the device in that precision, so that a loss never holds whole logits.
+    `auto` chooses on the device in that precision, so that a loss never holds whole logits; one from outside
+    ("module:function") is imported again.
 
     Args:
         source: a run's --out folder, whose newest checkpoint is taken, or the folder of a checkpoint.
@@ -28,7 +30,7 @@ def load_run(source: Path, device: torch.device, step: int | None = None) -> tup
 
     Raises:
         ConfigError: no such checkpoint, one that can't be read or doesn't hold the model that its state.json describes,
-            or a run with an operation that this version doesn't know.
+            or a run with an operation that this version doesn't know or can't import.
     """
     checkpoint = find(source, step)
     tensors, shape, state = load_model(checkpoint, device)
@@ -36,7 +38,13 @@ def load_run(source: Path, device: torch.device, step: int | None = None) -> tup
     dtype = next((tensor.dtype for tensor in tensors.values()), torch.float32)
     if dtype not in (torch.float32, torch.float64) or any(tensor.dtype != dtype for tensor in tensors.values()):
         raise ConfigError(f"the weights of {source} must all be float32 or all float64")
-    ops, _ = make_ops(device=device, dtype=dtype, head_dim=shape.head_dim)
+    asked = {slot: state["config"].get(slot, "auto") for slot in SLOTS}
+    outside = {slot: name for slot, name in asked.items() if is_outside(name)}
+    site = Site(device=device, dtype=dtype, head_dim=shape.head_dim, n_embd=shape.n_embd)
+    try:
+        ops, _ = make_ops(outside, site)
+    except ConfigError as error:
+        raise ConfigError(f"{source} was trained with {error}") from None
     # Nothing is drawn, and nothing held twice.
     with torch.device("meta"), _Undrawn():
         model = GPT(shape, ops)
@@ -66,7 +74,7 @@ def check_operations(source: Path, config: Mapping[str, Any]) -> None:
     """
     for slot, table in SLOTS.items():
         name = config.get(slot, "auto")
-        if name not in ("auto", *table):
+        if name not in ("auto", *table) and not is_outside(name):
             raise ConfigError(
                 f"{source} was trained with --{slot} {name}, which this version doesn't have: "
                 f"evaluated with another, it may be another model (there are {', '.join(table)})"

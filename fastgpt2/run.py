@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +26,9 @@ from fastgpt2.device import copy_async, keep_freed_memory, pick_device
 from fastgpt2.folder import Claim, claim
 from fastgpt2.memory import check_memory
 from fastgpt2.model import GPT, saved_bytes
-from fastgpt2.ops import ablation, make_ops
+from fastgpt2.ops import Ops, Site, ablation, as_choices, make_ops, name_of
 from fastgpt2.settings import Settled, resolve
+from fastgpt2.slots import SLOTS, implementation
 from fastgpt2.state import RunState
 from fastgpt2.state_json import UNKNOWN, Progress, carried_over, changed_data, changed_settings, read_progress
 
@@ -146,35 +147,50 @@ class Run:
         return 0 if updates is None else done - updates
 
 
-def build(config: TrainConfig, held: contextlib.ExitStack | None = None) -> Run:
+def build(
+    config: TrainConfig,
+    held: contextlib.ExitStack | None = None,
+    *,
+    ops: Ops | Mapping[str, Callable[..., Any]] | None = None,
+    source: TokenSource | None = None,
+) -> Run:
     """Check everything that can be checked, then make the model, the data and the optimizer.
 
     Args:
         held: keeps other runs out of --out until it is closed; without it they are kept out until this returns.
+        ops: functions for slots, in place of the configuration's.
+        source: training tokens, in place of --data's.
 
     Raises:
         ConfigError: the request can't be carried out on this machine.
     """
     with contextlib.ExitStack() as until_it_returns:
-        return _build(config, held or until_it_returns)
+        return _build(config, held or until_it_returns, as_choices(ops), source)
 
 
-def _build(asked: TrainConfig, held: contextlib.ExitStack) -> Run:
+def _build(
+    asked: TrainConfig, held: contextlib.ExitStack, own: dict[str, Callable[..., Any]], own_source: TokenSource | None
+) -> Run:
     refuse_several_processes()
+    named: dict[str, Any] = {slot: name_of(slot, function) for slot, function in own.items()}
+    asked = dataclasses.replace(asked, **named)
     config, device = settle(asked)
+    model_config = config.model_config()
+    ops, chosen = make_ops(
+        {slot: own.get(slot, getattr(config, slot)) for slot in SLOTS},
+        Site(
+            device=device,
+            dtype=config.torch_dtype,
+            head_dim=model_config.head_dim,
+            n_embd=model_config.n_embd,
+            dropout=config.dropout,
+            tf32=config.dtype == "tf32",
+        ),
+    )
     check_memory(config, device)
     if device.type == "cpu":
         keep_freed_memory()
-    model_config = config.model_config()
-    source, val_source = _open_sources(config)
-    ops, chosen = make_ops(
-        {"attn": config.attn, "mlp": config.mlp, "norm": config.norm, "loss": config.loss},
-        device=device,
-        dtype=config.torch_dtype,
-        head_dim=model_config.head_dim,
-        dropout=config.dropout,
-        tf32=config.dtype == "tf32",
-    )
+    source, val_source = _open_sources(config, own_source)
     # Last of the checks, since it makes a folder.
     claimed = claim(config, held) if config.out is not None else Claim(None, [])
     notes = [*source.notes, *(val_source.notes if val_source else ()), *claimed.notes]
@@ -230,7 +246,7 @@ def activation_bytes(run: Run, *, recompute: bool) -> int:
 
     config, weights = run.config, run.model.state_dict()
     ops = run.model.ops
-    if run.chosen["attn"] == "flex":  # can't be traced on fake tensors; it keeps what sdpa does without a mask
+    if not implementation("attn", run.chosen["attn"]).fake:  # it keeps what sdpa does without a mask
         ops = dataclasses.replace(ops, attn=lambda qkv, dropout_p, documents: sdpa_attention(qkv, dropout_p))
     with FakeTensorMode() as mode, run.device, run.autocast():
         model = GPT(run.model.config, ops, recompute=recompute)
@@ -296,7 +312,9 @@ def kept_from_cudnn(run: Run) -> bool:
     """Whether deterministic algorithms keep SDPA, without documents, from cuDNN, which PyTorch would pick here
     otherwise, and nobody has measured on this GPU what that costs."""
     config, size = run.config, run.model.config
-    asked = run.chosen["attn"] == "sdpa" and size.end_of_text is None and config.deterministic
+    asked = (
+        implementation("attn", run.chosen["attn"]).picks_kernel and size.end_of_text is None and config.deterministic
+    )
     if run.device.type != "cuda" or not asked or ablation(run.device, config.dtype):
         return False
     shape = (1, size.block_size, 3, size.n_head, size.head_dim)
@@ -304,7 +322,7 @@ def kept_from_cudnn(run: Run) -> bool:
         return sdpa_picks(shape, config.torch_dtype, run.device, config.dropout) == CUDNN
 
 
-def _open_sources(config: Settled) -> tuple[TokenSource, TokenSource | None]:
+def _open_sources(config: Settled, own: TokenSource | None) -> tuple[TokenSource, TokenSource | None]:
     def open_split(name: str, grad_accum: int, sequences: int) -> TokenSource:
         return open_data(
             config.data,
@@ -317,7 +335,7 @@ def _open_sources(config: Settled) -> tuple[TokenSource, TokenSource | None]:
             sequences=sequences,
         )
 
-    train = open_split("train", config.grad_accum, sequences=0)
+    train = own or open_split("train", config.grad_accum, sequences=0)
     return train, open_split("val", 1, config.eval_sequences) if config.eval_every else None
 
 

@@ -6,28 +6,39 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from fastgpt2.config import TrainConfig
+from fastgpt2.data import TokenSource
 from fastgpt2.device import give_back_freed_memory, peak_memory_bytes, pick_device
 from fastgpt2.folder import as_saved
 from fastgpt2.loop import MFU_FORMULA, Loop, advice, mfu
 from fastgpt2.metrics import NonFiniteLossError
 from fastgpt2.model import FLOPS_PER_TOKEN, recompute_flops
+from fastgpt2.ops import Ops
 from fastgpt2.outputs import Outputs
 from fastgpt2.reporter import Reporter, Reporters, TrainResult
 from fastgpt2.reporters.metrics_file import MetricsFile
 from fastgpt2.run import Run, activation_bytes, build, kept_from_cudnn, numerics
 
 
-def train(config: TrainConfig, *reporters: Reporter) -> TrainResult:
+def train(
+    config: TrainConfig,
+    *reporters: Reporter,
+    ops: Ops | Mapping[str, Callable[..., Any]] | None = None,
+    source: TokenSource | None = None,
+) -> TrainResult:
     """Train a GPT-2 as published: seed first, random tokens or shards, mean cross-entropy, Adam.
 
     Args:
         config: fields left at None are settled for this machine. Without `out` nothing is written.
         reporters: are told what happens. Without one, warnings are Python's.
+        ops: functions for slots, {"attn": function}, in place of the configuration's; see docs/extending.md. The run
+            is saved under their module:function.
+        source: training tokens, in place of those of `data`.
 
     Raises:
         ConfigError: before any work, where the request can't be carried out.
@@ -41,15 +52,15 @@ def train(config: TrainConfig, *reporters: Reporter) -> TrainResult:
     config = as_saved(config)
     try:
         with numerics(config), contextlib.ExitStack() as held:
-            return _train(config, reporters, held)
+            return _train(reporters, lambda: build(config, held, ops=ops, source=source))
     finally:
         if device.type == "cpu":
             give_back_freed_memory()
 
 
-def _train(config: TrainConfig, reporters: Sequence[Reporter], held: contextlib.ExitStack) -> TrainResult:
+def _train(reporters: Sequence[Reporter], make: Callable[[], Run]) -> TrainResult:
     began = time.perf_counter()
-    run = build(config, held)
+    run = make()
     if not reporters:  # what was found, such as settings that are not the checkpoint's, is told all the same
         for text in run.found:
             warnings.warn(text, RuntimeWarning, stacklevel=3)

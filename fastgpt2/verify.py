@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,15 +31,17 @@ import torch
 from torch import Tensor
 
 from fastgpt2.accuracy import ALLOWED, SEEDS, error_and_budget, excess, problems
-from fastgpt2.config import ConfigError, Dtype, TrainConfig
+from fastgpt2.config import Attention, ConfigError, Dtype, Loss, Mlp, Norm, TrainConfig
 from fastgpt2.data import split
 from fastgpt2.device import pick_device
 from fastgpt2.fields import Count, Name
 from fastgpt2.flags import read_arguments
 from fastgpt2.model import GPT
-from fastgpt2.ops import SLOTS, Ops, make_ops
+from fastgpt2.ops import Ops, Site, make_ops
+from fastgpt2.outside import load
 from fastgpt2.run import build, numerics
 from fastgpt2.settings import TORCH_DTYPE
+from fastgpt2.slots import OURS, REFERENCE, SLOTS, TORCH, implementation, is_outside
 from fastgpt2.training import train
 
 LOSS_FLOOR = {"float32": 1e-5, "tf32": 1e-3, "bfloat16": 1e-3, "float16": 1e-3}
@@ -49,8 +51,6 @@ PEAKED = 5.0
 EVERY = 10
 """Steps between two gradient checks."""
 FLOAT16_LOSS_SCALE = 1024.0
-PLAIN = {slot: next(iter(table)) for slot, table in SLOTS.items()}
-"""Each slot's reference: naive attention, and torch."""
 
 
 def small_config(device: str = "cpu", steps: int = 100, *, short: bool = False) -> TrainConfig:
@@ -77,8 +77,9 @@ class Backend:
 
     def config(self, config: TrainConfig) -> TrainConfig:
         """A run with it."""
-        names: dict[str, Any] = PLAIN | self.choices
-        return dataclasses.replace(config, **names, deterministic=self.choices != {"attn": "cudnn"})
+        names: dict[str, Any] = REFERENCE | self.choices
+        deterministic = all(implementation(slot, name).deterministic for slot, name in self.choices.items())
+        return dataclasses.replace(config, **names, deterministic=deterministic)
 
     def ops(self, device: str, dtype: Dtype) -> Ops:
         """Its functions.
@@ -86,15 +87,23 @@ class Backend:
         Raises:
             ConfigError: it can't run there; the message says why.
         """
-        names = PLAIN | self.choices
-        return make_ops(names, device=device, dtype=TORCH_DTYPE[dtype], head_dim=16, tf32=dtype == "tf32")[0]
+        names = REFERENCE | self.choices
+        site = Site(torch.device(device), TORCH_DTYPE[dtype], head_dim=16, n_embd=32, tf32=dtype == "tf32")
+        return make_ops(names, site)[0]
 
 
-def backends() -> dict[str, Backend]:
-    """Every implementation of every slot by itself, and all of ours together, by the name that the table shows."""
-    single = {f"{slot} {name}": {slot: name} for slot, table in SLOTS.items() for name in table if name != PLAIN[slot]}
-    everything = dict.fromkeys(SLOTS, "triton")
-    return {name: Backend(name, choices) for name, choices in {"plain": {}, **single, "all triton": everything}.items()}
+def backends(only: Mapping[str, str] | None = None) -> dict[str, Backend]:
+    """Every implementation of every slot by itself, and all of ours together, by the name that the table shows.
+
+    Args:
+        only: these instead, each by itself: {"attn": "mypackage.module:function"}.
+    """
+    if only:
+        return {f"{slot} {name}": Backend(f"{slot} {name}", {slot: name}) for slot, name in only.items()}
+    single = {
+        f"{slot} {name}": {slot: name} for slot, table in SLOTS.items() for name in table if name != REFERENCE[slot]
+    }
+    return {name: Backend(name, choices) for name, choices in {"plain": {}, **single, "all triton": OURS}.items()}
 
 
 @dataclass(frozen=True)
@@ -213,7 +222,9 @@ class Gradients:
         """The larger of the plain form's and sdpa's error in a precision, by parameter."""
         if dtype not in self._yardstick:
             device = str(self.run.device)
-            pair = [self.errors(backends()[name].ops(device, dtype), dtype) for name in ("plain", "attn sdpa")]
+            pair = [
+                self.errors(backends()[name].ops(device, dtype), dtype) for name in ("plain", f"attn {TORCH['attn']}")
+            ]
             self._yardstick[dtype] = {name: max(errors[name] for errors in pair) for name in pair[0]}
         return self._yardstick[dtype]
 
@@ -266,14 +277,20 @@ def error_row(name: str, form: str, ops: Ops, dtype: Dtype, device: str, seeds: 
     return Row(f"{form} {problem.shape}, {worst}", name, dtype, *table[worst], time.perf_counter() - began)
 
 
-def verify(device: str, steps: int = 100) -> list[Row]:
+def verify(device: str, steps: int = 100, only: Mapping[str, str] | None = None) -> list[Row]:
     """All three checks of every backend in every precision of a device; prints a line as each is done.
 
     A check that raises is a row with an infinite error: the others are still made.
 
+    Args:
+        only: see backends.
+
     Raises:
-        ConfigError: no run of so many steps.
+        ConfigError: no run of so many steps, or no such function.
     """
+    for slot, name in (only or {}).items():
+        if is_outside(name):
+            load(name, f"--{slot}")
     cuda = torch.device(device).type == "cuda"
     precisions: tuple[Dtype, ...] = ("float32", "tf32", "bfloat16", "float16") if cuda else ("float32", "bfloat16")
     checks = Checks(device, steps)
@@ -293,7 +310,7 @@ def verify(device: str, steps: int = 100) -> list[Row]:
         rows.append(row)
 
     for dtype in precisions:
-        for name, backend in backends().items():
+        for name, backend in backends(only).items():
             try:
                 ops = backend.ops(device, dtype)
             except ConfigError as error:
@@ -326,23 +343,34 @@ class VerifyConfig:
     """cpu, cuda or cuda:N (default: cuda where there is one)."""
     steps: Count = 100
     """Training steps compared."""
+    attn: Attention | None = None
+    """Check this attention alone: a name, or module:function for one of your own. Likewise the three below."""
+    mlp: Mlp | None = None
+    """Check this MLP alone."""
+    norm: Norm | None = None
+    """Check this norm alone."""
+    loss: Loss | None = None
+    """Check this loss alone."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; exit status 1 where a backend is out of budget."""
     given = read_arguments(VerifyConfig, "python -m fastgpt2.verify", arguments)
     device = str(pick_device(given.device))
+    only = {slot: name for slot in SLOTS if (name := getattr(given, slot))}
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         # Triton decides at its import whether it interprets, and torch may have imported it by now.
-        again = [sys.executable, "-m", "fastgpt2.verify", "--device", "cpu", "--steps", str(given.steps)]
+        flags = {"device": "cpu", "steps": str(given.steps), **only}
+        words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+        again = [sys.executable, "-m", "fastgpt2.verify", *words]
         return subprocess.run(again, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
     began = time.perf_counter()
     where = torch.cuda.get_device_name(device) if device != "cpu" else "this CPU (Triton interpreted)"
     print(f"fastgpt2 on {where}, torch {torch.__version__}: each backend against the plain form in float64\n")
-    rows = verify(device, given.steps)
+    rows = verify(device, given.steps, only)
     failed = [row for row in rows if not row.passed]
     print(f"\n{len(rows) - len(failed)} of {len(rows)} within budget, in {time.perf_counter() - began:.0f} s")
-    return 1 if failed else 0
+    return 1 if failed or not rows else 0
 
 
 if __name__ == "__main__":

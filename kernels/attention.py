@@ -377,11 +377,11 @@ def _require(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, d
 
 
 def why_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, dropout_p: float) -> str | None:
-    """Why these kernels can't run with such inputs, in a line that says what would work; None if they can."""
-    if reason := launch.why_unsupported("Triton attention", device, dtype, "--attn sdpa"):
+    """Why these kernels can't run with such inputs, in a line; None if they can."""
+    if reason := launch.why_unsupported("Triton attention", device, dtype):
         return reason
     if head_dim not in HEAD_DIMS:
-        return f"Triton attention has head sizes {HEAD_DIMS}, got {head_dim}; choose one, or use --attn sdpa"
+        return f"Triton attention has head sizes {HEAD_DIMS}, got {head_dim}"
     if not 0.0 <= dropout_p < 1.0:
         return f"Triton attention drops with a probability of at least 0 and less than 1, got {dropout_p}"
     return None

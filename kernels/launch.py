@@ -106,27 +106,26 @@ def refuse_transforms(what: str, instead: str) -> None:
         raise RuntimeError(f"{what} doesn't work under torch.func (grad, vmap, jacrev, ...): use {instead}")
 
 
-def why_unsupported(what: str, device: torch.device, dtype: torch.dtype, instead: str) -> str | None:
-    """Why a Triton kernel can't run on a device in a dtype, in a line that says what would work; None if it can.
+def why_unsupported(what: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a Triton kernel can't run on a device in a dtype, in a line; None if it can.
 
     Args:
         what: the kernel, as a message begins ("Triton attention").
-        instead: what to use, as a message ends ("--attn sdpa").
     """
     interpreted = interpreting()
     if half_interpreted():
-        return f"TRITON_INTERPRET changed after triton was imported: set it before triton is imported, or use {instead}"
+        return "TRITON_INTERPRET changed after triton was imported: set it before triton is imported"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted):
         return (
-            f"{what} needs a CUDA GPU, got {device.type}; use {instead}, "
-            "or set TRITON_INTERPRET=1 before triton is imported to run it (slowly) on the CPU"
+            f"{what} needs a CUDA GPU, got {device.type} "
+            "(TRITON_INTERPRET=1, set before triton is imported, runs it slowly on the CPU)"
         )
     if device.type == "cpu" and (clash := interpreter_clash(*_versions())):
-        return f"{clash}, or use {instead}"
+        return clash
     if device.type == "cuda" and capability(device) < (8, 0):
-        return f"{what} needs compute capability 8.0, {device} has {capability(device)}; use {instead}"
+        return f"{what} needs compute capability 8.0, {device} has {capability(device)}"
     if dtype not in DTYPES and not (dtype == torch.float64 and interpreted):
-        return f"{what} computes in bfloat16, float16 or float32, got {dtype}; cast, or use {instead}"
+        return f"{what} computes in bfloat16, float16 or float32, got {dtype}"
     return None
 
 

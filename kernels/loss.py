@@ -405,16 +405,15 @@ def _takes_triton(implementation: str, device: torch.device, dtype: torch.dtype)
         return False
     reason = why_unsupported(device, dtype)
     if reason and implementation == "triton":
-        raise ValueError(reason)
+        raise ValueError(f'{reason}; use implementation="chunked"')
     return reason is None
 
 
 def why_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton rows' step can't run with such inputs, in a line that says what would work; None if it can."""
-    what, instead = "Triton cross-entropy", 'implementation="chunked"'
+    """Why the Triton rows' step can't run with such inputs, in a line; None if it can."""
     if not _has_triton():
-        return f"{what} needs the triton package, which is published for Linux; use {instead}"
-    return launch.why_unsupported(what, device, dtype, instead)
+        return "Triton cross-entropy needs the triton package, which is published for Linux"
+    return launch.why_unsupported("Triton cross-entropy", device, dtype)
 
 
 @launch.constant_in_graphs

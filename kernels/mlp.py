@@ -276,7 +276,7 @@ def gelu_mlp(
         if weight.device != x.device:
             raise ValueError(f"{name} must have x's device, {x.device}, got {weight.device}")
     x, *weights = launch.autocast(x, *given.values())
-    if reason := launch.why_unsupported("Triton's GELU-MLP", x.device, x.dtype, "--mlp torch"):
+    if reason := why_unsupported(x.device, x.dtype):
         raise ValueError(reason)
     for name, weight in zip(given, weights, strict=True):
         if weight.dtype != x.dtype:
@@ -284,3 +284,8 @@ def gelu_mlp(
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
     launch.refuse_transforms("the GELU-MLP", "gelu_mlp_reference")
     return _GeluMlp.apply(keep, allow_tf32, x, *weights)
+
+
+def why_unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why these kernels can't run with such inputs, in a line; None if they can."""
+    return launch.why_unsupported("Triton's GELU-MLP", device, dtype)

@@ -361,6 +361,21 @@ def add_layer_norm(
     return _normalise(x, residual, weight, bias, eps, want_sum=True)
 
 
+def stream_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, last: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Add x to a residual stream and normalise it, as a model's blocks do: (y, the new stream).
+
+    Args:
+        x, weight, bias: as for layer_norm.
+        residual: the stream so far; None where x itself begins it.
+        last: the stream ends here: its sum is not written, and None is returned for it.
+    """
+    if residual is None or last:
+        return layer_norm(x, weight, bias, residual=residual), None if last else x
+    return add_layer_norm(x, residual, weight, bias)
+
+
 def _normalise(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, *, want_sum: bool) -> Any:
     dtype = _validate(x, residual, weight, bias, eps)
     if residual is x:  # torch.compile doesn't accept one tensor for two arguments
@@ -386,7 +401,7 @@ def _validate(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, 
             continue
         if tensor.device != x.device:
             raise ValueError(f"{name} must have x's device, {x.device}, got {tensor.device}")
-        if reason := launch.why_unsupported(f"Triton LayerNorm ({name})", x.device, tensor.dtype, "--norm torch"):
+        if reason := launch.why_unsupported(f"Triton LayerNorm ({name})", x.device, tensor.dtype):
             raise ValueError(reason)
     if reason := why_unsupported(x.device, x.dtype, C):
         raise ValueError(reason)
@@ -397,9 +412,9 @@ def _validate(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, 
 
 
 def why_unsupported(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
-    """Why these kernels can't run with such inputs, in a line that says what would work; None if they can."""
-    if reason := launch.why_unsupported("Triton LayerNorm", device, dtype, "--norm torch"):
+    """Why these kernels can't run with such inputs, in a line; None if they can."""
+    if reason := launch.why_unsupported("Triton LayerNorm", device, dtype):
         return reason
     if not 1 <= channels <= MAX_CHANNELS:
-        return f"Triton LayerNorm has 1 to {MAX_CHANNELS} channels, got {channels}; choose fewer, or use --norm torch"
+        return f"Triton LayerNorm has 1 to {MAX_CHANNELS} channels, got {channels}"
     return None

@@ -41,9 +41,10 @@ from fastgpt2.config import TrainConfig
 from fastgpt2.flags import Parser
 from fastgpt2.kernels.specs import all_kernels
 from fastgpt2.model import GPT, saved_bytes
-from fastgpt2.ops import SLOTS, Ops, make_ops
+from fastgpt2.ops import Ops, Site, make_ops
 from fastgpt2.run import Run, settle
 from fastgpt2.settings import TORCH_DTYPE
+from fastgpt2.slots import OURS, SLOTS, TORCH
 from fastgpt2.state import RunState
 
 CHECKED_IN = Path(__file__).parent / "counts.json"
@@ -299,7 +300,7 @@ def _run(config: TrainConfig, choices: dict[str, str], ops: Ops | None) -> tuple
     """A run that is ready to step, and tokens (1, B, T + 1) for it."""
     config, device = settle(dataclasses.replace(config, device="cpu", steps=3))
     size = config.model_config()
-    ops = ops or make_ops(choices, dtype=config.torch_dtype, head_dim=size.head_dim)[0]
+    ops = ops or make_ops(choices, Site(dtype=config.torch_dtype, head_dim=size.head_dim))[0]
     model = GPT(size, ops, recompute=config.recompute == "blocks")
     run = Run(config, device, RunState.begin(model, config), None, None, {})  # type: ignore[arg-type]
     return run, torch.zeros(1, config.batch_size, size.block_size + 1, dtype=torch.int64)
@@ -334,7 +335,7 @@ def slot_counts(slot: str, name: str, dtype: str) -> Counts:
     """Forward and backward of a slot's implementation at GPT-2 124M's sizes, in a precision as in training."""
     compute = TORCH_DTYPE[dtype]
     with FakeTensorMode():
-        op = getattr(make_ops({slot: name}, dtype=compute)[0], slot)
+        op = getattr(make_ops({slot: name}, Site(dtype=compute))[0], slot)
         module = _Slot(op, PROBLEMS[slot], compute)
         targets = torch.zeros(T, dtype=torch.int64)
         saved = saved_bytes(module, targets, targets)  # type: ignore[arg-type]
@@ -347,8 +348,6 @@ def slot_counts(slot: str, name: str, dtype: str) -> Counts:
         return {**counted(both), "saved bytes": saved}
 
 
-_TRITON = dict.fromkeys(SLOTS, "triton")
-_PLAIN = {"attn": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
 DTYPES = ("bfloat16", "float32")
 CASES: dict[str, Callable[[], Counts]] = {
     # On a CPU the default's loss goes through its rows in thousands of operators, which take seconds to count: once,
@@ -356,20 +355,20 @@ CASES: dict[str, Callable[[], Counts]] = {
     "step default float32, 2 sequences": functools.partial(step_counts, {}, "float32", batch_size=2),
     **{
         f"step {name} {dtype}": functools.partial(step_counts, choices, dtype)
-        for name, choices in (("plain", _PLAIN), ("all-triton", _TRITON))
+        for name, choices in (("plain", TORCH), ("all-triton", OURS))
         for dtype in DTYPES
     },
-    "step all-triton-recompute bfloat16": functools.partial(step_counts, _TRITON, "bfloat16", recompute="blocks"),
+    "step all-triton-recompute bfloat16": functools.partial(step_counts, OURS, "bfloat16", recompute="blocks"),
     **{
         f"{slot} {name} {dtype}": functools.partial(slot_counts, slot, name, dtype)
         for slot, table in SLOTS.items()
-        for name in table
+        for name, known in table.items()
         for dtype in DTYPES
-        if name not in ("cudnn", "flex")  # they train on a CUDA GPU alone
+        if not known.cuda
     },
     **{
         f"compile {name} bfloat16": functools.partial(compile_counts, choices, "bfloat16")
-        for name, choices in (("default", {}), ("plain", _PLAIN), ("all-triton", _TRITON))
+        for name, choices in (("default", {}), ("plain", TORCH), ("all-triton", OURS))
     },
 }
 """By name, how to count. Slots are counted forward and backward."""

@@ -21,7 +21,7 @@ from fastgpt2.backends.mlp import torch_mlp
 from fastgpt2.config import ModelConfig, TrainConfig
 from fastgpt2.kernels import launch
 from fastgpt2.model import FLOPS_PER_TOKEN, GPT
-from fastgpt2.ops import Ops, make_ops
+from fastgpt2.ops import Ops, Site, make_ops
 from fastgpt2.settings import resolve
 from tests import counts
 from tests.counts import CASES, PROBLEMS, OperatorCounter, changes, checked_in, compile_counts, slot_counts, step_counts
@@ -187,7 +187,7 @@ def test_our_operators_keep_what_they_say() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_a_launcher_gives_is_what_its_fake_says(slot: str, dtype: torch.dtype) -> None:
     """The counts take the launcher's tensors in place of those that torch.compile is told of."""
-    op = getattr(make_ops({slot: "triton"}, dtype=dtype)[0], slot)
+    op = getattr(make_ops({slot: "triton"}, Site(dtype=dtype))[0], slot)
 
     def results() -> list[Tensor]:
         module = counts._Slot(op, PROBLEMS[slot], dtype)

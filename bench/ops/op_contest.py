@@ -29,7 +29,6 @@ from bench.contest import (
     Missing,
     Unavailable,
     free_memory,
-    imported,
 )
 from bench.ops.budget import Yardstick
 from bench.ops.peers import PEERS
@@ -37,7 +36,8 @@ from bench.roofline import Work
 from bench.timing import Call, Timed, input_sets, peak_memory
 from fastgpt2.config import ConfigError
 from fastgpt2.device import synchronize
-from fastgpt2.ops import make_ops
+from fastgpt2.ops import Site, make_ops
+from fastgpt2.slots import implementation
 
 SECONDS = 0.2 if CUDA else 0.1
 """About how long a candidate is timed in all rounds of a contest."""
@@ -182,13 +182,11 @@ class SlotContest(OpContest):
 
     def load_ours(self, name: str) -> Function:
         """The trainer's implementation of the slot, or "module:function" from outside."""
-        if ":" in name:
-            return imported(name)
-        if name == KERNEL and not CUDA:
+        if implementation(self.slot, name).interpreted and not CUDA:
             raise Unavailable("Triton on a CPU is interpreted: its time would say nothing about the kernel")
         head_dim = getattr(self.size, "D", 64)
         try:
-            ops, _ = make_ops({self.slot: name}, device=DEVICE, dtype=self.size.dtype, head_dim=head_dim)
+            ops, _ = make_ops({self.slot: name}, Site(device=DEVICE, dtype=self.size.dtype, head_dim=head_dim))
         except ConfigError as error:
             raise Unavailable(str(error)) from None
         return getattr(ops, self.slot)

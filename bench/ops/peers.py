@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.contest import CUDA, NO_KERNEL, Candidate, Unavailable
-from fastgpt2.backends.attention import flex_attention, naive_attention, sdpa_attention, unsupported
+from fastgpt2.backends.attention import flex_attention, flex_why_not, naive_attention, sdpa_attention
 from fastgpt2.backends.mlp import torch_mlp
 from fastgpt2.kernels import launch
 from fastgpt2.kernels.loss import linear_cross_entropy_reference
@@ -79,8 +79,8 @@ def _held(kernel: SDPBackend, function: Callable[..., Tensor] = sdpa_attention) 
 
 def _flex() -> Callable[..., Tensor]:
     device = torch.device("cuda" if CUDA else "cpu")
-    if reason := unsupported("flex", device, torch.bfloat16, 64, 0.0):
-        raise Unavailable(reason.partition(";")[0])
+    if reason := flex_why_not(device, 64, 0.0):
+        raise Unavailable(reason)
     return flex_attention
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from bench.report.results import Ratio, Record, newest, pick, ratio, work
 from bench.result import Result
 from bench.timing import ROOT
-from fastgpt2.ops import AUTO, SLOTS
+from fastgpt2.slots import AUTO, SLOTS
 
 PATH = ROOT / "fastgpt2" / "auto.json"
 PLAIN = "ours-torch"

@@ -24,7 +24,7 @@ from bench.report.results import (
     work,
 )
 from bench.result import Result
-from fastgpt2.ops import SLOTS
+from fastgpt2.slots import SLOTS
 
 Row = dict[str, str]
 

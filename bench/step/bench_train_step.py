@@ -20,7 +20,7 @@ import pytest
 from bench.contest import CUDA, Contest
 from bench.step.steps import AT_ONCE, STEPS, TUNED, Kernels, StepContest, StepShape
 from bench.timing import REPLAY
-from fastgpt2.ops import SLOTS
+from fastgpt2.slots import SLOTS
 
 FIRST = ("ours-triton", "plain", "plain-flash")
 PEERS = ("ours-auto", "ours-auto-attn", "ours-triton", "plain", "plain-cudnn", "transformers")

@@ -32,7 +32,7 @@ from bench.step.lockstep import Limits
 from bench.timing import stage_ends
 from fastgpt2.config import PRESETS, ModelConfig
 from fastgpt2.model import FLOPS_PER_TOKEN
-from fastgpt2.ops import SLOTS
+from fastgpt2.slots import OURS, REFERENCE, SLOTS, TORCH, implementation
 
 LIMITS = Limits(build=240.0, round=30.0)
 AT_ONCE = min(8, max(1, len(os.sched_getaffinity(0)) // 2)) if CUDA else 1
@@ -86,8 +86,8 @@ class StepCandidate(Candidate):
         """Ours with what is known of our kernels. A slot at auto might choose one that is not to run."""
         if self.role != "ours":
             return self
-        flags = {slot: TORCH[slot] for slot in kernels.without}
-        plain = {flag: form for flag, form in flags.items() if self.settings.get(flag, "auto") in ("auto", "triton")}
+        asked = {slot: self.settings.get(slot, "auto") for slot in kernels.without}
+        plain = {slot: TORCH[slot] for slot, name in asked.items() if name in ("auto", OURS[slot])}
         table = {} if kernels.table is None else {"table": str(kernels.table)}
         return dataclasses.replace(self, arguments={**self.arguments, "settings": self.settings | plain, **table})
 
@@ -121,8 +121,6 @@ class StepCandidate(Candidate):
         return dataclasses.replace(self, arguments=self.arguments | {"settings": settings}, environment=environment)
 
 
-TORCH = {"attn": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
-"""What the ablation begins with: PyTorch's forms."""
 _INTERPRETED = "Triton on a CPU is interpreted: its time would say nothing about the kernel"
 _GRAPH = "a CUDA graph needs a CUDA GPU"
 _KERNELS = "PyTorch's attention kernels are told apart on a CUDA GPU only"
@@ -132,13 +130,14 @@ def _ours(choices: dict[str, str] | None, **settings: Any) -> StepCandidate:
     """The trainer's step, with PyTorch's forms but for `choices`; None: slots are at auto but where settings say so."""
     chosen = {} if choices is None else TORCH | choices
     settings |= chosen
+    used = [implementation(slot, settings[slot]) for slot in SLOTS if settings.get(slot, "auto") != "auto"]
     needs = {
-        _INTERPRETED: "triton" in settings.values(),
-        "it trains on a CUDA GPU only": settings.get("attn") in ("cudnn", "flex"),
+        _INTERPRETED: any(known.interpreted for known in used),
+        "it trains on a CUDA GPU only": any(known.cuda for known in used),
         _GRAPH: settings.get("cuda_graph", False),
     }
-    if settings.get("attn") == "cudnn":
-        settings["deterministic"] = False  # there is no deterministic form of it
+    if not all(known.deterministic for known in used):
+        settings["deterministic"] = False
     cuda = next((why for why, yes in needs.items() if yes), "")
     return StepCandidate("ours", "bench.step.build:make_ours", {"settings": settings}, needs_gpu=cuda)
 
@@ -147,28 +146,27 @@ def _plain(cuda: str = "", **options: Any) -> StepCandidate:
     return StepCandidate("peer", "bench.step.build:make_plain", {"settings": {}, **options}, needs_gpu=cuda)
 
 
-_ALL = dict.fromkeys(SLOTS, "triton")
 TUNED = "ours-triton-tuned"
 """All of our kernels, launched by a table that was just tuned; only where there is one."""
 STEPS: dict[str, StepCandidate] = {
     "ours-auto": _ours(None),
-    "ours-auto-attn": _ours(None, attn="triton"),
-    "ours-triton": _ours(_ALL),
+    "ours-auto-attn": _ours(None, attn=OURS["attn"]),
+    "ours-triton": _ours(OURS),
     "ours-torch": _ours({}),
     "ours-torch-any-order": _ours({}, deterministic=False),
     **{
         f"ours-{slot}-{name}": _ours({slot: name})
         for slot, table in SLOTS.items()
         for name in table
-        if name not in (TORCH[slot], "naive")
+        if name not in (TORCH[slot], REFERENCE[slot])
     },
-    "ours-triton-any-order": _ours(_ALL, deterministic=False),
-    TUNED: _ours(_ALL),
+    "ours-triton-any-order": _ours(OURS, deterministic=False),
+    TUNED: _ours(OURS),
     "ours-auto-elementwise": _ours(None, recompute="elementwise"),
     "ours-auto-recompute": _ours(None, recompute="blocks"),
-    "ours-triton-recompute": _ours(_ALL, recompute="blocks"),
+    "ours-triton-recompute": _ours(OURS, recompute="blocks"),
     "ours-auto-graph": _ours(None, cuda_graph=True),
-    "ours-triton-graph": _ours(_ALL, cuda_graph=True),
+    "ours-triton-graph": _ours(OURS, cuda_graph=True),
     "plain": _plain(),
     **{f"plain-{kernel}": _plain(_KERNELS, kernel=kernel) for kernel in ("cudnn", "flash", "efficient")},
     "plain-reduce-overhead": _plain(_GRAPH, mode="reduce-overhead"),

@@ -124,38 +124,40 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return set_first.sum(-1, dtype=torch.int32), columns.to(torch.int32)
 
 
-def unsupported(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> str | None:
-    """Why an attention of this file can't train so, in a line that says what would work; None where it can.
+def cudnn_why_not(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> str | None:
+    """Why cuDNN's attention can't train so, in a line; None where it can.
 
     Args:
-        name: naive, sdpa, cudnn or flex.
         dtype: what it computes in, which is autocast's where that is on.
     """
-    if name not in ("cudnn", "flex"):
-        return None
-    if device.type != "cuda":
-        return f"{name} attention trains on a CUDA GPU only, got {device.type}; use --attn sdpa"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return f"{name} attention needs compute capability 8.0, which {device} lacks; use --attn sdpa"
-    return _cudnn_unsupported(dtype, head_dim, dropout) if name == "cudnn" else _flex_unsupported(head_dim, dropout)
-
-
-def _cudnn_unsupported(dtype: torch.dtype, head_dim: int, dropout: float) -> str | None:
+    if reason := _cuda_why_not("cudnn", device):
+        return reason
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"cudnn attention computes in bfloat16 or float16, got {dtype}; use --dtype bfloat16, or --attn sdpa"
+        return f"cudnn attention computes in bfloat16 or float16, got {dtype}"
     if head_dim % 8 or head_dim > 128:
-        return f"cudnn attention needs a head size that divides by 8, 128 at most, got {head_dim}; use --attn sdpa"
+        return f"cudnn attention's head size must be a multiple of 8 and at most 128, got {head_dim}"
     version = torch.backends.cudnn.version() or 0
     if dropout and 91100 < version < 91400:
-        return f"cuDNN {version} has no dropout in its attention; use another version of cuDNN, or --attn triton"
+        return f"cuDNN {version} has no dropout in its attention, other versions have"
     if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
-        return "cudnn attention adds in any order, which deterministic algorithms forbid; use --attn triton or sdpa"
+        return "cudnn attention adds in any order, which deterministic algorithms forbid"
     return None
 
 
-def _flex_unsupported(head_dim: int, dropout: float) -> str | None:
+def flex_why_not(device: torch.device, head_dim: int, dropout: float) -> str | None:
+    """Why flex_attention can't train so, in a line; None where it can."""
+    if reason := _cuda_why_not("flex", device):
+        return reason
     if head_dim < 16:
-        return f"flex attention needs a head size of 16 at least, got {head_dim}; use --attn sdpa"
+        return f"flex attention's head size must be at least 16, got {head_dim}"
     if dropout:
-        return f"flex attention has no dropout, got {dropout}; use --attn triton or sdpa"
+        return f"flex attention has no dropout, got {dropout}"
+    return None
+
+
+def _cuda_why_not(name: str, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"{name} attention trains on a CUDA GPU only, got {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{name} attention needs compute capability 8.0, which {device} lacks"
     return None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,19 +22,3 @@ def torch_norm(
     if residual is not None:
         x = residual + x
     return F.layer_norm(x, (x.size(-1),), weight, bias, eps=1e-5), None if last else x
-
-
-def fused_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    last: bool = False,
-    alone: Callable[..., Tensor],
-    added: Callable[..., tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor | None]:
-    """As torch_norm, by two functions: `added` gives the norm and the sum, `alone` the norm without writing a sum."""
-    if residual is None or last:
-        return alone(x, weight, bias, residual=residual), None if last else x
-    return added(x, residual, weight, bias)

@@ -254,7 +254,7 @@ def test_why_unsupported(monkeypatch) -> None:
     assert why_unsupported(cuda, torch.float32, 64, 0.1) is None
     assert "less than 1, got 1.0" in str(why_unsupported(cuda, torch.float32, 64, 1.0))
     monkeypatch.setattr(launch, "capability", lambda _: (7, 5))
-    assert "sdpa" in str(why_unsupported(cuda, torch.float16, 64, 0.0))
+    assert "compute capability 8.0" in str(why_unsupported(cuda, torch.float16, 64, 0.0))
 
 
 @pytest.mark.gpu

@@ -117,7 +117,7 @@ import {imported}
 import torch
 os.environ["TRITON_INTERPRET"] = "1"
 from fastgpt2.kernels.launch import why_unsupported
-print(json.dumps(why_unsupported("It", torch.device("cpu"), torch.float32, "another")))
+print(json.dumps(why_unsupported("It", torch.device("cpu"), torch.float32)))
 """
 
 

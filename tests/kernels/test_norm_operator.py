@@ -320,7 +320,7 @@ def test_why_unsupported(monkeypatch) -> None:
     monkeypatch.setattr(launch, "capability", lambda _: (9, 0))
     assert why_unsupported(cuda, torch.bfloat16, 768) is None
     assert "float64" in str(why_unsupported(cuda, torch.float64, 768))
-    assert "--norm torch" in str(why_unsupported(cuda, torch.float32, 10000))
+    assert "1 to 8192 channels, got 10000" in str(why_unsupported(cuda, torch.float32, 10000))
 
 
 @pytest.mark.gpu

@@ -18,13 +18,14 @@ from fastgpt2.backends import attention
 from fastgpt2.backends.attention import (
     block_mask,
     cudnn_attention,
+    cudnn_why_not,
     flex_attention,
+    flex_why_not,
     naive_attention,
     sdpa_attention,
     sdpa_picks,
-    unsupported,
 )
-from fastgpt2.documents import document_bounds
+from fastgpt2.documents import document_bounds, visible
 from tests.seeds import generator
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -225,7 +226,7 @@ def test_pytorchs_own_kernels_are_told_mask_and_dropout(op, monkeypatch) -> None
     documents, qkv = document_bounds(tokens(40, *OPENINGS["several"]), END), torch.randn(2, 40, 3, 2, 16, device=DEVICE)
     assert torch.equal(op(qkv, 0.25, documents), qkv[:, :, 2])
     mask = told[0].pop("attn_mask")
-    assert torch.equal(mask, attention.visible(40, documents, qkv.device))
+    assert torch.equal(mask, visible(40, documents, qkv.device))
     op(qkv)
     assert told == [{"dropout_p": 0.25, "is_causal": False}, {"attn_mask": None, "dropout_p": 0.0, "is_causal": True}]
 
@@ -236,32 +237,30 @@ def test_cudnn_never_falls_back() -> None:
         cudnn_attention(torch.randn(1, 4, 3, 1, 16))
 
 
-def test_unsupported_says_what_works(monkeypatch) -> None:
+def test_why_not_says_what_is_missing(monkeypatch) -> None:
     cpu, cuda, bf16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
-    for name in ("naive", "sdpa"):
-        assert unsupported(name, cpu, torch.float64, 5, 0.5) is None
-    for name in ("cudnn", "flex"):
-        assert "CUDA GPU only, got cpu; use --attn sdpa" in str(unsupported(name, cpu, bf16, 64, 0.0))
+    assert "CUDA GPU only, got cpu" in str(cudnn_why_not(cpu, bf16, 64, 0.0))
+    assert "CUDA GPU only, got cpu" in str(flex_why_not(cpu, 64, 0.0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    for name in ("cudnn", "flex"):
-        assert "compute capability 8.0" in str(unsupported(name, cuda, bf16, 64, 0.0))
+    assert "compute capability 8.0" in str(cudnn_why_not(cuda, bf16, 64, 0.0))
+    assert "compute capability 8.0" in str(flex_why_not(cuda, 64, 0.0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
-    assert unsupported("cudnn", cuda, bf16, 64, 0.1) is None
-    assert unsupported("flex", cuda, torch.float32, 64, 0.0) is None
-    assert "float32; use --dtype bfloat16" in str(unsupported("cudnn", cuda, torch.float32, 64, 0.0))
-    assert "128 at most, got 160" in str(unsupported("cudnn", cuda, bf16, 160, 0.0))
-    assert "divides by 8" in str(unsupported("cudnn", cuda, bf16, 20, 0.0))
-    assert "16 at least, got 8" in str(unsupported("flex", cuda, bf16, 8, 0.0))
-    assert "no dropout, got 0.1" in str(unsupported("flex", cuda, bf16, 64, 0.1))
+    assert cudnn_why_not(cuda, bf16, 64, 0.1) is None
+    assert flex_why_not(cuda, 64, 0.0) is None
+    assert "bfloat16 or float16, got torch.float32" in str(cudnn_why_not(cuda, torch.float32, 64, 0.0))
+    assert "at most 128, got 160" in str(cudnn_why_not(cuda, bf16, 160, 0.0))
+    assert "multiple of 8" in str(cudnn_why_not(cuda, bf16, 20, 0.0))
+    assert "at least 16, got 8" in str(flex_why_not(cuda, 8, 0.0))
+    assert "no dropout, got 0.1" in str(flex_why_not(cuda, 64, 0.1))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
-    assert "cuDNN 91300 has no dropout" in str(unsupported("cudnn", cuda, bf16, 64, 0.1))
-    assert unsupported("cudnn", cuda, bf16, 64, 0.0) is None
+    assert "cuDNN 91300 has no dropout" in str(cudnn_why_not(cuda, bf16, 64, 0.1))
+    assert cudnn_why_not(cuda, bf16, 64, 0.0) is None
     torch.use_deterministic_algorithms(True)
     try:
-        assert "deterministic" in str(unsupported("cudnn", cuda, bf16, 64, 0.0))
+        assert "deterministic" in str(cudnn_why_not(cuda, bf16, 64, 0.0))
         torch.use_deterministic_algorithms(True, warn_only=True)
-        assert unsupported("cudnn", cuda, bf16, 64, 0.0) is None
+        assert cudnn_why_not(cuda, bf16, 64, 0.0) is None
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -16,7 +16,8 @@ from bench.report.results import Record, stored
 from bench.result import Result
 from fastgpt2 import ops
 from fastgpt2.kernels import launch
-from fastgpt2.ops import AUTO, SLOTS, make_ops
+from fastgpt2.ops import Site, make_ops
+from fastgpt2.slots import AUTO, SLOTS
 from tests.bench.records import GPU, recorded
 
 PLAIN = {"attn": "sdpa", "mlp": "torch", "norm": "torch"}
@@ -122,28 +123,37 @@ def test_the_newest_record_with_an_ablation_counts() -> None:
 def test_auto_is_what_was_faster_on_this_gpu_in_this_precision(gpu: Any) -> None:
     gpu([recorded()])
     loss = {"loss": "triton"}
-    assert make_ops(device="cuda", dtype=torch.bfloat16)[1] == {**PLAIN, "attn": "triton", **loss}
-    assert make_ops(device="cuda", dtype=torch.float32)[1] == {**PLAIN, **loss}, "nobody measured float32"
-    assert make_ops({"attn": "sdpa"}, device="cuda", dtype=torch.bfloat16)[1] == {**PLAIN, **loss}
-    assert make_ops(device="cpu", dtype=torch.bfloat16)[1] == {**PLAIN, "loss": "chunked"}
+    assert make_ops(site=Site(device=torch.device("cuda"), dtype=torch.bfloat16))[1] == {
+        **PLAIN,
+        "attn": "triton",
+        **loss,
+    }
+    assert make_ops(site=Site(device=torch.device("cuda"), dtype=torch.float32))[1] == {**PLAIN, **loss}, (
+        "nobody measured float32"
+    )
+    assert make_ops({"attn": "sdpa"}, Site(device=torch.device("cuda"), dtype=torch.bfloat16))[1] == {**PLAIN, **loss}
+    assert make_ops(site=Site(device=torch.device("cpu"), dtype=torch.bfloat16))[1] == {**PLAIN, "loss": "chunked"}
 
 
 def test_auto_tells_tf32_from_float32(gpu: Any, tmp_path: Path) -> None:
     gpu([])
     faster = {"float32": {"slots": {"mlp": ["triton"]}}, "tf32": {"slots": {"attn": ["triton"]}}}
     (tmp_path / "auto.json").write_text(json.dumps({"devices": {GPU: faster}}))
-    chosen = {tf32: make_ops(device="cuda", dtype=torch.float32, tf32=tf32)[1] for tf32 in (False, True)}
+    chosen = {
+        tf32: make_ops(site=Site(device=torch.device("cuda"), dtype=torch.float32, tf32=tf32))[1]
+        for tf32 in (False, True)
+    }
     loss = {"loss": "triton"}
     assert chosen == {False: {**PLAIN, "mlp": "triton", **loss}, True: {**PLAIN, "attn": "triton", **loss}}
 
 
 def test_auto_falls_back_on_another_gpu_and_where_the_winner_cannot_run(gpu: Any) -> None:
     gpu([recorded()], name="NVIDIA H100 PCIe")
-    assert make_ops(device="cuda", dtype=torch.bfloat16)[1] == {**PLAIN, "loss": "triton"}
+    assert make_ops(site=Site(device=torch.device("cuda"), dtype=torch.bfloat16))[1] == {**PLAIN, "loss": "triton"}
     gpu([recorded()])
-    assert make_ops(device="cuda", dtype=torch.bfloat16, head_dim=300)[1]["attn"] == "sdpa"
+    assert make_ops(site=Site(device=torch.device("cuda"), dtype=torch.bfloat16, head_dim=300))[1]["attn"] == "sdpa"
     gpu([recorded()], capability=(7, 5))
-    assert make_ops(device="cuda", dtype=torch.float16)[1] == {**PLAIN, "loss": "chunked"}
+    assert make_ops(site=Site(device=torch.device("cuda"), dtype=torch.float16))[1] == {**PLAIN, "loss": "chunked"}
 
 
 def test_the_shipped_table_is_in_step_and_names_what_exists() -> None:

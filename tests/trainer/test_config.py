@@ -19,8 +19,20 @@ import torch
 from fastgpt2 import ConfigError, ModelConfig, TrainConfig
 from fastgpt2.arguments import parse
 from fastgpt2.config import PRESETS, preset_name
-from fastgpt2.fields import ACCEPTS, FLOAT32_MAX, Count, Fraction, Natural, NonNegative, field_hints, flag, options
+from fastgpt2.fields import (
+    ACCEPTS,
+    FLOAT32_MAX,
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    field_hints,
+    flag,
+    names,
+    options,
+)
 from fastgpt2.settings import resolve
+from fastgpt2.slots import SLOTS
 from fastgpt2.toml import read_toml
 
 # ---------------------------------------------------------------------------------------------------- types
@@ -196,9 +208,10 @@ BY_KIND: dict[Any, list[Any]] = {Count: SIZES, Natural: [0, *SIZES], Fraction: F
 
 def values_of(name: str, hint: Any) -> list[Any]:
     """Values to draw from: those of the tables, or all that the annotation spells out."""
-    spelled: list[Any] = [choice for option in options(hint) for choice in get_args(option) if isinstance(choice, str)]
+    spelled: list[Any] = [choice for option in options(hint) for choice in names(option)]
     spelled += [True, False] if bool in options(hint) else []
     spelled += [None] if type(None) in options(hint) else []
+    spelled += ["mine.attention:f", "mine:<lambda>"] if name in SLOTS else []
     return VALUES.get(name) or [*BY_KIND.get(options(hint)[0], []), *spelled]
 
 

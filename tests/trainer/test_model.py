@@ -15,7 +15,8 @@ from fastgpt2.backends.attention import naive_attention
 from fastgpt2.backends.loss import torch_loss
 from fastgpt2.config import PRESETS
 from fastgpt2.model import FLOPS_PER_TOKEN, parameter_count, saved_bytes
-from fastgpt2.ops import NORM, Ops, make_ops
+from fastgpt2.ops import Ops, Site, make_ops
+from fastgpt2.slots import SLOTS
 from tests import seeds
 
 pytestmark = pytest.mark.numeric
@@ -31,7 +32,7 @@ def place(attention: str) -> str:
 def make(config: ModelConfig = SMALL, attention: str = "naive", seed: int = 0, loss: str = "auto") -> GPT:
     torch.manual_seed(seeds.first + seed)
     device, choices = place(attention), {"attn": attention, "loss": loss}
-    return GPT(config, make_ops(choices, device=device, head_dim=config.head_dim)[0]).to(device)
+    return GPT(config, make_ops(choices, Site(device=torch.device(device), head_dim=config.head_dim))[0]).to(device)
 
 
 def batch(config: ModelConfig = SMALL, B: int = 3, T: int | None = None, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -99,12 +100,12 @@ def test_auto_is_pytorchs_form_but_for_the_loss(monkeypatch: pytest.MonkeyPatch)
     assert make_ops()[1] == make_ops({"loss": "auto"})[1] == {**plain, "loss": "chunked"}
     for capability, loss in (((9, 0), "triton"), ((8, 0), "triton"), ((7, 5), "chunked")):
         monkeypatch.setattr(launch, "capability", lambda _, c=capability: c)
-        assert make_ops(device="cuda", dtype=torch.bfloat16)[1] == {**plain, "loss": loss}
+        assert make_ops(site=Site(device=torch.device("cuda"), dtype=torch.bfloat16))[1] == {**plain, "loss": loss}
 
 
-@pytest.mark.parametrize("name", NORM)
+@pytest.mark.parametrize("name", SLOTS["norm"])
 def test_after_the_last_norm_there_is_no_stream(name: str) -> None:
-    norm, device = make_ops({"norm": name}, device=place(name))[0].norm, place(name)
+    norm, device = make_ops({"norm": name}, Site(device=torch.device(place(name))))[0].norm, place(name)
     x, residual, weight, bias = (torch.randn(size, device=device) for size in ((3, 16), (3, 16), 16, 16))
     y, total = norm(x, residual, weight, bias)
     last, nothing = norm(x, residual, weight, bias, last=True)

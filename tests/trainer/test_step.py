@@ -26,11 +26,12 @@ from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.cuda_graph import WARM_UP_STEPS, CapturedStep
 from fastgpt2.device import keep_freed_memory
 from fastgpt2.model import GPT, saved_bytes
-from fastgpt2.ops import SLOTS, Ops, make_ops
+from fastgpt2.ops import Ops, Site, make_ops
 from fastgpt2.pretrained import load_run
 from fastgpt2.reporter import Reporter
 from fastgpt2.run import Run, activation_bytes, build, inductor_recomputing_elementwise, numerics, settle
 from fastgpt2.settings import resolve
+from fastgpt2.slots import SLOTS
 from fastgpt2.state import RunState
 from fastgpt2.training import _notes, train
 from tests.trainer.played_cuda import PlayedCuda
@@ -154,7 +155,7 @@ def test_the_step_asks_the_device_for_no_value(slots: str, dtype: str, recompute
     config = tiny(dtype=dtype, grad_clip=1.0, grad_accum=2, dropout=0.1, recompute=recompute, document_mask=True,
                   end_of_text=3)  # fmt: skip
     compute = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    fake_step(config, make_ops(SLOT_CHOICES[slots], dtype=compute, head_dim=16, dropout=0.1)[0])
+    fake_step(config, make_ops(SLOT_CHOICES[slots], Site(dtype=compute, head_dim=16, dropout=0.1))[0])
 
 
 def test_a_step_that_asks_is_found() -> None:
@@ -603,7 +604,8 @@ import torch._inductor.lowering as lowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 from fastgpt2.config import ModelConfig
 from fastgpt2.model import GPT
-from fastgpt2.ops import SLOTS, make_ops
+from fastgpt2.ops import Site, make_ops
+from fastgpt2.slots import SLOTS
 
 operators = [f"fastgpt2::{name}" for name in (
     "attention_forward", "attention_backward", "gelu_mlp_forward", "gelu_mlp_backward", "layer_norm_forward",

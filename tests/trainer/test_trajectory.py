@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import get_args
 
 import pytest
 import torch
@@ -20,8 +20,10 @@ from fastgpt2.backends.attention import naive_attention, sdpa_attention
 from fastgpt2.backends.loss import torch_loss
 from fastgpt2.backends.mlp import torch_mlp
 from fastgpt2.backends.norm import torch_norm
-from fastgpt2.ops import AUTO, SLOTS, Ops
+from fastgpt2.fields import field_hints, names
+from fastgpt2.ops import Ops
 from fastgpt2.settings import TORCH_DTYPE
+from fastgpt2.slots import AUTO, SLOTS
 from fastgpt2.verify import Backend, Checks, Gradients, Row, backends, error_row, small_config
 from tests import seeds
 
@@ -29,7 +31,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 PRECISIONS = ["float32", "tf32", "bfloat16", "float16"] if CUDA else ["float32", "bfloat16"]
 BACKENDS = backends()
-CUDA_ONLY = {"attn cudnn", "attn flex"}
+CUDA_ONLY = {f"{slot} {name}" for slot, table in SLOTS.items() for name, known in table.items() if known.cuda}
 HERE = [name for name in BACKENDS if CUDA or name not in CUDA_ONLY]
 SINGLE = [name for name in HERE if len(BACKENDS[name].choices) == 1]
 TRITON = [name for name in HERE if "triton" in name]
@@ -240,10 +242,10 @@ def test_the_error_check_rejects_planted_faults(form: str, op: Callable[..., Ten
 
 
 def test_every_implementation_of_the_tables_is_checked() -> None:
-    flags = {"attn": config.Attention, "mlp": config.Mlp, "norm": config.Norm, "loss": config.Loss}
-    assert set(flags) == set(SLOTS) == set(AUTO)
+    hints = field_hints(config.TrainConfig)
+    assert [f.name for f in dataclasses.fields(Ops)] == list(SLOTS) == list(AUTO)
     for slot, table in SLOTS.items():
-        assert get_args(flags[slot]) == ("auto", *table)  # the command line's choices
+        assert names(hints[slot]) == ("auto", *table)  # the command line's choices
         assert all(f"{slot} {name}" in BACKENDS for name in list(table)[1:])
     assert {d for d in PRECISIONS if d not in TORCH_DTYPE} == set()
 
