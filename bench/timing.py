@@ -315,15 +315,8 @@ def input_sets(device: torch.device, bytes_each: int) -> int:
     return max(2, min(16, -(-4 * cache // bytes_each)))
 
 
-PEER_PACKAGES = (
-    *("transformers", "liger-kernel", "flash-attn", "flash-attn-3", "flash-attn-4"),
-    *("cut-cross-entropy", "quack-kernels"),
-)
-"""What bench.ops.peers and bench.step.steps take their candidates from, beside PyTorch."""
-
-
 def environment() -> dict[str, Any]:
-    """The device and the versions that a figure depends on; of PEER_PACKAGES those that are installed."""
+    """The device and the versions that a figure depends on."""
     cuda = torch.cuda.is_available()
     properties = torch.cuda.get_device_properties(0) if cuda else None
     return {
@@ -341,7 +334,7 @@ def environment() -> dict[str, Any]:
         "system": platform.system(),
         "machine": platform.machine(),
         "cpu_threads": torch.get_num_threads(),
-        "packages": {name: version for name in PEER_PACKAGES if (version := package_version(name))},
+        "packages": {"transformers": version} if (version := package_version("transformers")) else {},
     }
 
 

@@ -30,7 +30,7 @@ from bench.report.results import (
 )
 from bench.report.sections import SECTIONS
 from bench.result import Result
-from bench.timing import PEER_PACKAGES, ROOT, environment
+from bench.timing import ROOT
 from tests.bench.records import GPU, make_record, recorded, write_record
 
 # ------------------------------------------------------------------------------------------------------ results
@@ -235,7 +235,3 @@ def test_the_readme_is_in_step_with_the_stored_results() -> None:
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
     assert not [record for record in stored() if "Synthetic" in record.device]
-
-
-def test_a_record_names_the_versions_of_all_peers_packages() -> None:
-    assert environment()["packages"].keys() <= set(PEER_PACKAGES)
