@@ -33,12 +33,12 @@ import torch
 from bench import kernel_profile, smoke
 from bench.device_state import FIXED_FIELDS, make_state_query, query_gpu
 from bench.report import targets
-from bench.report.results import Record, align, summary
+from bench.report.results import Record, summary
 from bench.stages import Files, NotNow, Stage, exit_status, new_record, read_environment, record_file, run_stages
 from bench.step.steps import TUNED, Kernels
 from bench.timing import ROOT, commit
 from fastgpt2.flags import Parser
-from fastgpt2.kernels.tools.toolkit import find_tool
+from fastgpt2.kernels.tools.toolkit import align, find_tool
 from fastgpt2.kernels.tuning import check_table
 from fastgpt2.slots import SLOTS
 
@@ -54,7 +54,7 @@ SESSIONS = {
     "trajectories": ("trainer/test_trajectory.py",),
     "graphs and equal bits": ("trainer/test_step.py", "trainer/test_train.py"),
 }
-"""The test files under tests/ that run together, in several processes; the others measure, and run after them, in one."""
+"""The test files under tests/ that run together, in several processes. The others measure: they run last, in one."""
 ALONE = "measuring"
 LARGE = "that fill the card"
 """Tests of the operations that are marked so, one after the other."""

@@ -17,12 +17,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from bench.contest import DEVICE
-from bench.report.results import align
 from bench.step.steps import STEPS, Kernels, StepShape
 from bench.timing import append_json_line
 from fastgpt2.config import PRESETS, ConfigError, Dtype
 from fastgpt2.device import synchronize
 from fastgpt2.flags import Parser
+from fastgpt2.kernels.tools.toolkit import align
 from fastgpt2.kernels.tuning import check_table
 from fastgpt2.slots import SLOTS
 

@@ -16,6 +16,7 @@ from typing import Any
 from bench.result import Result
 from bench.timing import ROOT, percentile
 from fastgpt2.config import ConfigError
+from fastgpt2.kernels.tools.toolkit import align
 
 FORMAT = 2
 RESULTS = ROOT / "bench" / "results"
@@ -259,20 +260,6 @@ def table(results: Sequence[Result]) -> str:
     return align(rows) if rows else "no benchmark has a result"
 
 
-def align(rows: Sequence[dict[str, str]]) -> str:
-    """Rows as lines under a head, in columns: each key is the column's title after < or >, its side."""
-    lines = [{key: key[1:] for key in rows[0]}, *rows]
-    widths = {key: max(len(line[key]) for line in lines) for key in rows[0]}
-    cells = ([f"{text:{key[0]}{widths[key]}}" for key, text in line.items()] for line in lines)
-    return "\n".join("  ".join(line).rstrip() for line in cells)
-
-
-def first_step(result: Result) -> str:
-    """Seconds from a fresh process to the first step done: "cold 45.1 s, cached 9.8 s"; nothing where not measured."""
-    seconds = result.seconds_to_first
-    return ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items() if value is not None)
-
-
 def ceilings(record: Record) -> str:
     """The measured ceilings in a line; nothing where there are none."""
     found = record.ceilings
@@ -297,7 +284,8 @@ def summary(record: Record) -> str:
             lines.append(f"{stage['name']}: {stage['status']}{counts}")
     lines.append(table(record.results))
     for result in record.results:
-        if result.op == "first step" and (text := first_step(result)):
+        if seconds := [f"{name} {value:.1f} s" for name, value in result.seconds_to_first.items() if value is not None]:
+            text = ", ".join(seconds)
             lines.append(f"to the first step: {work(result)[1]} {mode(result)}, {result.backend}: {text}")
     lines += [f"not done: {missing['name']}: {missing['reason']}" for missing in record.not_done]
     return "\n".join(lines)

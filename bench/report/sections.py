@@ -107,14 +107,6 @@ def beside_peer(mine: Result, peer: Result | None) -> Row:
     }
 
 
-def headline(records: Sequence[Record]) -> tuple[str, ...] | None:
-    """The step of ours that most records have, compiled if any is; of these the largest."""
-    steps = [{work(r): r.tokens or 0 for r in steps_of(record) if r.role == "ours"} for record in records]
-    tokens = {key: count for found in steps for key, count in found.items()}
-    compiled = [key for key in tokens if key[3] == "compiled"] or list(tokens)
-    return max(compiled, key=lambda key: (sum(key in s for s in steps), tokens[key]), default=None)
-
-
 def size(result: Result) -> str:
     """The shape, precision and mode of a work, without the operation."""
     return " ".join(word for word in work(result)[1:] if word)
@@ -140,23 +132,6 @@ def step_row(result: Result, results: Sequence[Result]) -> Row:
 # ------------------------------------------------------------------------------------------------------ sections
 
 
-def headline_section(records: Sequence[Record]) -> str:
-    lines = []
-    for device, record in newest((record for record in records if record.on_gpu), steps_of).items():
-        steps, key = steps_of(record), headline([record])
-        mine = ours(result for result in steps if work(result) == key)
-        if mine is None:
-            continue
-        line = f"On {device}: {mine.tokens_per_s:,.0f} tokens/s"
-        if mfu(mine):
-            line += f", {mfu(mine)} MFU by llm.c's formula"
-        if (peer := best_peer(mine, steps)) is not None:
-            line += f", {ratio(mine, peer)} times the fastest peer ({peer.backend})"
-        stamp = f"{record.date}, commit {record.commit_id[:12]}, torch {record.environment['torch']}"
-        lines.append(prose(f"{line}; {size(mine)}, by {mine.backend}; {stamp}."))
-    return "\n\n".join(lines) or "Not measured on a GPU yet."
-
-
 def targets_section(records: Sequence[Record]) -> str:
     def show(_: Record, rows: list[Row]) -> Iterable[str]:
         yield markdown(rows)
@@ -175,8 +150,8 @@ def step_section(records: Sequence[Record]) -> str:
         if best:
             yield "The fastest of ours at each size:"
             yield markdown([step_row(mine, results) for mine in best])
-        if (key := headline([record])) is not None:
-            group = next(group for group in groups if work(group[0]) == key)
+        if compiled := [group for group in groups if group[0].compiled and ours(group)]:
+            group = max(compiled, key=lambda group: group[0].tokens or 0)
             yield f"Every candidate at {size(group[0])}:"
             yield markdown([step_row(result, results) | {"<step": ""} for result in group])
 
@@ -245,30 +220,11 @@ def cpu_section(records: Sequence[Record]) -> str:
     return each_device(records, steps_of, show, RATIO_IN_WORDS, gpu=False)
 
 
-def history_section(records: Sequence[Record]) -> str:
-    parts = []
-    for device in dict.fromkeys(record.device for record in records):
-        measured = [record for record in records if record.device == device]
-        if (key := headline(measured)) is None:
-            continue
-        rows = []
-        for record in measured:
-            steps = steps_of(record)
-            if (mine := ours(result for result in steps if work(result) == key)) is not None:
-                row = {"<date": record.date, "<commit": record.commit_id[:12], "<torch": record.environment["torch"]}
-                row |= {"<ours": mine.backend, ">tokens/s": number(mine.tokens_per_s, ",.0f")}
-                rows.append(row | beside_peer(mine, best_peer(mine, steps)))
-        parts += [f"{device}, {' '.join(key)}, the fastest of ours:", markdown(rows)]
-    return "\n\n".join(parts) or "No run is stored yet."
-
-
 SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {
-    "headline": headline_section,
     "targets": targets_section,
     "step": step_section,
     "ops": ops_section,
     "ablation": ablation_section,
     "cpu": cpu_section,
-    "history": history_section,
 }
 """By the names of README's markers."""
