@@ -265,7 +265,7 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do: Tensor):
-        launch.refuse_second_derivative("flash attention", "--attn naive")
+        launch.refuse_second_derivative("flash attention", "attention_reference")
         o, lse, documents, seed, *qkv = ctx.saved_tensors
         q, k, v = qkv if len(qkv) == 3 else qkv[0].unbind(2)
         options = *ctx.options, documents, seed, ctx.dropout_p
@@ -301,7 +301,7 @@ def flash_attention_qkv(
         raise ValueError(f"qkv must be (B, T, 3, H, D), got shape {tuple(qkv.shape)}")
     (qkv,) = launch.autocast(qkv)
     scale, documents, seed = _validate({"qkv": qkv}, scale, dropout_p, causal, documents, seed)
-    launch.refuse_transforms("flash attention", "--attn naive")
+    launch.refuse_transforms("flash attention", "attention_reference")
     return _FlashAttention.apply(causal, scale, allow_tf32, documents, seed, dropout_p, qkv)
 
 
@@ -332,7 +332,7 @@ def flash_attention(
     k = k.view_as(k) if k is q else k  # torch.compile refuses one tensor as two arguments
     v = v.view_as(v) if v is q or v is k else v
     scale, documents, seed = _validate({"q": q, "k": k, "v": v}, scale, dropout_p, causal, documents, seed)
-    launch.refuse_transforms("flash attention", "--attn naive")
+    launch.refuse_transforms("flash attention", "attention_reference")
     return _FlashAttention.apply(causal, scale, allow_tf32, documents, seed, dropout_p, q, k, v)
 
 

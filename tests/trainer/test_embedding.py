@@ -187,7 +187,7 @@ def test_the_operator_by_vmap(table: int | None) -> None:
     ("choice", "instead"),
     [
         ({"loss": "chunked"}, "torch.nn.functional.cross_entropy"),
-        ({"attn": "triton"}, "--attn naive"),
+        ({"attn": "triton"}, "attention_reference"),
         ({"mlp": "triton"}, "gelu_mlp_reference"),
         ({"norm": "triton"}, "layer_norm_reference"),
     ],
