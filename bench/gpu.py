@@ -52,7 +52,7 @@ SESSIONS = {
         *(f"trainer/test_{name}.py" for name in ("embedding", "attention")),
     ),
     "trajectories": ("trainer/test_trajectory.py",),
-    "graphs and equal bits": ("trainer/test_step.py", "trainer/test_train.py"),
+    "graphs and equal bits": tuple(f"trainer/test_{name}.py" for name in ("compile", "cuda_graph", "step", "training")),
 }
 """The test files under tests/ that run together, in several processes. The others measure: they run last, in one."""
 ALONE = "measuring"

@@ -1,7 +1,9 @@
-"""Folders of text, and GPT-2's published merges."""
+"""Folders of text, GPT-2's published merges, and a trained run."""
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,28 @@ def texts(tmp_path) -> Path:
         (folder / hidden / "x.txt").write_text("must not be read")
     (folder / ".hidden.txt").write_text("must not be read")
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that the module's CONFIG describes. Not to be changed: `out` is a copy for that."""
+    from fastgpt2 import train
+
+    out = tmp_path_factory.mktemp("trained")
+    train(dataclasses.replace(request.module.CONFIG, out=out))
+    return out
+
+
+@pytest.fixture
+def out(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def everything_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 and CUDA graphs too, which the trainer refuses there."""
+    import torch
+
+    from fastgpt2.settings import resolve
+
+    monkeypatch.setattr("fastgpt2.run.settle", lambda config: (resolve(config, cuda=False), torch.device("cpu")))

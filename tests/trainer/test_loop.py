@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import warnings
@@ -11,57 +10,20 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fastgpt2 import TrainConfig, checkpoint, train
 from fastgpt2.command import main
-from fastgpt2.data import DataError, write_shard
-from fastgpt2.durable import OutputError
-from fastgpt2.metrics import JsonLines, NonFiniteLossError, curve, read_json_lines
-from fastgpt2.reporter import Reporter
+from fastgpt2.data import DataError
+from fastgpt2.metrics import NonFiniteLossError, read_json_lines
 from fastgpt2.run import Run
-
-SMALL = TrainConfig(
-    n_layer=1, n_head=1, n_embd=16, block_size=8, vocab_size=33, batch_size=2, steps=6, lr=1e-2, device="cpu",
-    dtype="float32", save_every=2, log_every=1, keep_checkpoints=0,
-)  # fmt: skip
+from tests.trainer.runs import SMALL, Watch, progress_of, saved_steps
 
 
 def small(out: Path | None, **changes: Any) -> TrainConfig:
-    return dataclasses.replace(SMALL, out=out, **changes)
-
-
-class Watch(Reporter):
-    """Keeps the run, its records and what it warns of."""
-
-    run: Run
-
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-        self.warnings: list[str] = []
-
-    def started(self, run: Run) -> None:
-        self.run = run
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-
-    def logged(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-
-    validated = logged
-
-
-def saved(out: Path) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in checkpoint.checkpoints(out)]
-
-
-def progress(out: Path) -> dict[int, dict[str, Any]]:
-    """What each checkpoint keeps of where the run was."""
-    return {int(p.name[5:]): checkpoint.read_state(p)["progress"] for p in checkpoint.checkpoints(out)}
+    return dataclasses.replace(SMALL, out=out, keep_checkpoints=0, **changes)
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +73,7 @@ def test_a_reporter_that_asks_to_stop_ends_the_run_after_the_step_at_hand(tmp_pa
     watch = Stop()
     result = train(small(tmp_path, save_every=100, log_every=100, eval_every=3), watch)
     assert result.steps_done == 3 and len(result.losses) == 3 and result.val_losses == [] and result.missing == []
-    assert saved(tmp_path) == [3] and [r["step"] for r in watch.records] == [1, 3]
+    assert saved_steps(tmp_path) == [3] and [r["step"] for r in watch.records] == [1, 3]
     rest = train(small(tmp_path, resume=True))
     assert result.losses + rest.losses == train(small(None)).losses
 
@@ -136,7 +98,7 @@ class Disk:
 def test_a_failed_save_is_tried_again_when_the_next_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, watch = Disk(monkeypatch, range(2, 3)), Watch()
     result = train(small(tmp_path), watch)
-    assert disk.steps == [2, 4, 6] and saved(tmp_path) == [2, 6] and result.missing == []
+    assert disk.steps == [2, 4, 6] and saved_steps(tmp_path) == [2, 6] and result.missing == []
     assert watch.warnings == [
         f"can't save the checkpoint of step 4 in {tmp_path / 'checkpoints'}: No space left on device; "
         f"the last good one is {tmp_path / 'checkpoints' / 'step-00000002'}; going on, next try after step 6"
@@ -149,7 +111,7 @@ def test_the_last_state_is_tried_until_it_is_saved(
 ) -> None:
     disk, watch = Disk(monkeypatch, range(3, 6)), Watch()
     result = train(small(tmp_path), watch)
-    assert disk.steps == [2, 4, 6, 6, 6, 6] and saved(tmp_path) == [2, 4, 6] and result.missing == []
+    assert disk.steps == [2, 4, 6, 6, 6, 6] and saved_steps(tmp_path) == [2, 4, 6] and result.missing == []
     assert [text.rpartition("; ")[2] for text in watch.warnings] == [
         "going on, next try at the end", "next try in 1 s", "next try in 2 s"
     ]  # fmt: skip
@@ -178,120 +140,6 @@ def test_what_is_no_failure_of_the_disk_ends_the_run(tmp_path: Path, monkeypatch
         train(small(tmp_path))
 
 
-# ---------------------------------------------------------------------------------------------- records
-
-
-class Full:
-    """An open file on a disk that is full for a time: it takes some bytes, then none."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.room = file, 10**9
-
-    def write(self, data: bytes) -> int:
-        if not self.room:
-            raise OSError(28, "No space left on device")
-        written = self.file.write(data[: self.room])
-        self.room -= written
-        return written
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-
-def test_records_that_can_not_be_written_are_written_with_the_next(tmp_path: Path) -> None:
-    log = JsonLines(tmp_path / "m.jsonl")
-    log._file = disk = Full(log._file)  # type: ignore[assignment]
-    log.write({"step": 1})
-    disk.room = 5  # takes a part of the line
-    for step in (2, 3):
-        with pytest.raises(OutputError, match=r"can't write .*m\.jsonl: No space left on device"):
-            log.write({"step": step})
-    disk.room = 10**9
-    log.write({"step": 4})
-    assert (tmp_path / "m.jsonl").read_text() == "".join(f'{{"step": {n}}}\n' for n in (1, 2, 3, 4))
-
-
-@pytest.mark.parametrize("until", [4, 100], ids=["for a time", "to the end"])
-def test_a_run_outlives_records_that_can_not_be_written(
-    until: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disks: list[Full] = []
-
-    class Watches(Watch):
-        def stepped(self, done: int) -> None:
-            disks[0].room = 0 if 2 <= done < until else 10**9
-
-    class OnFull(JsonLines):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            disks.append(Full(self._file))
-            self._file = disks[0]  # type: ignore[assignment]
-
-    monkeypatch.setattr("fastgpt2.reporters.metrics_file.JsonLines", OnFull)
-    watch = Watches()
-    result = train(small(tmp_path), watch)
-    assert saved(tmp_path) == [2, 4, 6]  # the records are no reason not to save
-    path = tmp_path / "metrics.jsonl"
-    failed = f"can't write {path}: No space left on device"
-    assert watch.warnings == [f"{failed}; going on, the records are kept and written with the next"]  # said once
-    steps = [record["step"] for record in read_json_lines(path)]
-    if until == 4:
-        assert steps == [1, 2, 3, 4, 5, 6] and result.missing == []
-    else:
-        assert steps == [1] and result.missing == [f"the last records are missing: {failed}"]
-
-
-def test_records_are_strict_json(tmp_path: Path) -> None:
-    log = JsonLines(tmp_path / "m.jsonl")
-    log.write({"step": 1, "grad_norm": math.inf, "loss": math.nan, "lr": 1.0})
-    log.close()
-    text = (tmp_path / "m.jsonl").read_text()
-    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "grad_norm": None, "loss": None, "lr": 1.0}
-
-
-def test_lines_of_any_kind_are_read_or_skipped(tmp_path: Path) -> None:
-    lines = [
-        '{"step": 1, "loss": 4.0, "val_loss": null}', "[" * 100_000, '{"step": ' + "9" * 5000 + "}", "7", "null",
-        '{"step": true}', '{"step": 2.0}', '{"step": 3, "loss": "low"}', '{"step": 4, "loss": NaN}',
-        '{"step": 5, "loss": 1e999}', '{"step": 6, "loss": ' + "9" * 400 + "}", '{"step": 7, "loss": [1]}',
-        '{"step": 8, "val_loss": 2.5}', '{"step": 9, "loss": 3}',
-    ]  # fmt: skip
-    path = tmp_path / "m.jsonl"
-    path.write_text("\n".join(lines))
-    records = read_json_lines(path)
-    assert [record["step"] for record in records] == [1, 3, 4, 5, 6, 7, 8, 9]
-    assert curve(records, "loss") == ([1, 9], [4.0, 3.0])
-    assert curve(records, "val_loss") == ([8], [2.5])
-    log = JsonLines(path, keep_up_to_step=8)
-    log.close()
-    assert [json.loads(line, parse_constant=pytest.fail)["step"] for line in path.read_text().splitlines()] == [
-        1, 3, 4, 5, 6, 7, 8
-    ]  # fmt: skip
-
-
-def test_tokens_epoch_and_seconds_go_on_over_a_resume(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    for split in ("train", "val"):
-        write_shard(tmp_path / "data" / f"{split}.bin", np.arange(90, dtype=np.uint16) % 33)
-    (tmp_path / "data" / "meta.json").write_text('{"vocab_size": 33}')
-    config = small(tmp_path / "run", data=str(tmp_path / "data"), grad_accum=2, eval_every=4)
-    train(dataclasses.replace(config, steps=3))
-    path = tmp_path / "run" / "metrics.jsonl"
-    path.write_text(path.read_text().replace('"seconds": ', '"seconds": 1000'))
-    watch = Watch()
-    train(dataclasses.replace(config, resume=True), watch)
-    records = read_json_lines(path)
-    assert records[4:] == watch.records and [r["step"] for r in records] == [1, 2, 3, 3, 4, 4, 5, 6, 6]
-    assert all(r["tokens"] == r["step"] * 2 * 2 * 8 for r in records)
-    windows = watch.run.source.windows  # type: ignore[attr-defined]
-    assert all(r["epoch"] == r["step"] * 4 / windows for r in records if "epoch" in r)
-    seconds = [r["seconds"] for r in records]
-    assert seconds == sorted(seconds) and seconds[4] > 1000
-    assert {step: kept["samples"] for step, kept in progress(tmp_path / "run").items()} == {
-        2: 8, 3: 12, 4: 16, 6: 24
-    }  # fmt: skip
-
-
 # ------------------------------------------------------------------------------------ diverged, not finite
 
 
@@ -315,10 +163,10 @@ def test_a_run_that_diverged_says_so_once_and_its_checkpoints_know(
     losses(monkeypatch, {1: uniform, 2: uniform, 4: uniform + 3.1, 5: 1e9, 10: uniform + 2.9})
     watch = Watch()
     result = train(small(tmp_path, steps=10, log_every=2), watch)
-    assert {step: kept["diverged"] for step, kept in progress(tmp_path).items()} == {
+    assert {step: kept["diverged"] for step, kept in progress_of(tmp_path).items()} == {
         2: False, 4: True, 6: True, 8: False, 10: False
     }  # fmt: skip
-    assert [kept["loss"] for kept in progress(tmp_path).values()] == [
+    assert [kept["loss"] for kept in progress_of(tmp_path).values()] == [
         pytest.approx(record["loss"]) for record in watch.records[1:]
     ]
     (text,) = watch.warnings
@@ -332,7 +180,31 @@ def test_a_run_that_diverged_says_so_once_and_its_checkpoints_know(
 def test_a_rate_that_is_far_too_high_is_said(tmp_path: Path) -> None:
     watch = Watch()
     train(small(tmp_path, lr=1e3, steps=4), watch)
-    assert len(watch.warnings) == 1 and progress(tmp_path)[4]["diverged"]
+    assert len(watch.warnings) == 1 and progress_of(tmp_path)[4]["diverged"]
+
+
+def test_the_step_of_a_non_finite_loss_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found when step 20 is logged, among losses kept on the device."""
+    losses(monkeypatch, {13: math.nan})
+    late = {"steps": 30, "log_every": 10, "save_every": 100}
+    with pytest.raises(NonFiniteLossError, match="the loss of step 13 is nan: no good checkpoint was saved"):
+        train(small(None, **late))
+    train(small(tmp_path, steps=5))
+    with pytest.raises(NonFiniteLossError, match=r"loss of step 13 is nan: the last good checkpoint is .*-00000005 "):
+        train(small(tmp_path, resume=True, **late))
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    class Poison(Watch):
+        def stepped(self, done: int) -> None:
+            if done == 4:
+                self.run.parameters[-1].data[0] = math.inf
+
+    good = tmp_path / "checkpoints" / "step-00000003"
+    message = rf"ln_f\.bias is not finite after step 4: the last good checkpoint is {good} \(continue from it with "
+    with pytest.raises(NonFiniteLossError, match=message):
+        train(small(tmp_path, save_every=1), Poison())
+    assert saved_steps(tmp_path) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
@@ -344,7 +216,7 @@ def test_an_average_of_the_optimizer_that_is_not_finite_is_not_saved(tmp_path: P
 
     with pytest.raises(NonFiniteLossError, match=rf"the optimizer's {key} of wte\.weight is not finite after step 4: "):
         train(small(tmp_path), Poison())
-    assert saved(tmp_path) == [2]
+    assert saved_steps(tmp_path) == [2]
 
 
 def test_a_gradient_of_1e30_is_found_though_the_loss_is_fine(tmp_path: Path) -> None:
@@ -357,7 +229,7 @@ def test_a_gradient_of_1e30_is_found_though_the_loss_is_fine(tmp_path: Path) -> 
     watch = Gradient()
     with pytest.raises(NonFiniteLossError, match=r"exp_avg_sq of ln_f\.bias is not finite after step 4"):
         train(small(tmp_path), watch)
-    assert all(math.isfinite(record["loss"]) for record in watch.records) and saved(tmp_path) == [2]
+    assert all(math.isfinite(record["loss"]) for record in watch.records) and saved_steps(tmp_path) == [2]
 
 
 # ------------------------------------------------------------------------------------------- data that is gone
@@ -377,10 +249,10 @@ def test_data_that_can_not_be_read_any_more_ends_the_run_saved(
     watch = Watch()
     with pytest.raises(DataError):
         train(small(tmp_path, save_every=100, log_every=100), watch)
-    assert saved(tmp_path) == [3] and [record["step"] for record in watch.records] == [1, 3]
+    assert saved_steps(tmp_path) == [3] and [record["step"] for record in watch.records] == [1, 3]
     flags = ["--model", "tiny", "--batch-size", "1", "--device", "cpu", "--out", str(tmp_path / "2")]
     assert main(flags) == 1
-    assert saved(tmp_path / "2") == [3]
+    assert saved_steps(tmp_path / "2") == [3]
     back = f"then continue after step-00000003 with --resume --out {tmp_path / '2'}"
     assert capsys.readouterr().err == f"error: shard.bin: Input/output error; {back}\n"
 
@@ -405,8 +277,8 @@ def test_a_folder_that_is_moved_away_is_said_and_not_made_again(tmp_path: Path, 
     gone = f"{out} was moved or deleted while the run was under way: put it back"
     assert watch.warnings[0] == f"{gone}; going on, next try after step 6"
     if back:
-        assert (result.missing, saved(out)) == ([], [2, 6])
+        assert (result.missing, saved_steps(out)) == ([], [2, 6])
         assert [record["step"] for record in read_json_lines(out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     else:
         assert not out.exists() and len(result.missing) == 2
-        assert saved(away) == [2]
+        assert saved_steps(away) == [2]

@@ -12,18 +12,14 @@ from unittest import mock
 import pytest
 import torch
 
-from fastgpt2 import ConfigError, ModelConfig, TrainConfig, checkpoint, train
+from fastgpt2 import ConfigError, ModelConfig, TrainConfig, train
 from fastgpt2.config import preset_name
 from fastgpt2.data import DummyTokens
 from fastgpt2.ops import Ops
-from fastgpt2.reporter import Reporter
 from fastgpt2.run import Run, build, inductor_recomputing_elementwise, settle
 from fastgpt2.settings import Settled, resolve
-
-
-def tiny(**changes: Any) -> TrainConfig:
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 65, "batch_size": 3}
-    return TrainConfig(**{**shape, "steps": 6, "device": "cpu", "dtype": "float32", "lr": 1e-2, **changes})
+from tests.trainer import runs
+from tests.trainer.runs import Watch, tiny
 
 
 def of_model(name: str) -> Callable[[TrainConfig], Any]:
@@ -66,13 +62,13 @@ def batch_shape(config: TrainConfig) -> tuple[int, ...]:
 
 
 def deterministic(config: TrainConfig) -> bool:
-    class Watch(Reporter):
+    class Algorithms(Watch):
         def started(self, run: Run) -> None:
-            self.seen = torch.are_deterministic_algorithms_enabled()
+            self.deterministic = torch.are_deterministic_algorithms_enabled()
 
-    watch = Watch()
+    watch = Algorithms()
     train(config, watch)
-    return watch.seen
+    return watch.deterministic
 
 
 def compiler(config: TrainConfig) -> Any:
@@ -86,22 +82,15 @@ def compiler(config: TrainConfig) -> Any:
 
 
 def logged_steps(config: TrainConfig) -> list[int]:
-    class Watch(Reporter):
-        def __init__(self) -> None:
-            self.steps: list[int] = []
-
-        def logged(self, record: dict[str, Any]) -> None:
-            self.steps.append(record["step"])
-
     watch = Watch()
     train(config, watch)
-    return watch.steps
+    return [record["step"] for record in watch.records if "loss" in record]
 
 
 def saved_steps(config: TrainConfig) -> list[int]:
     with tempfile.TemporaryDirectory() as folder:
         train(dataclasses.replace(config, out=Path(folder) / "run"))
-        return [int(path.name.removeprefix("step-")) for path in checkpoint.checkpoints(Path(folder) / "run")]
+        return runs.saved_steps(Path(folder) / "run")
 
 
 def validated_sequences(config: TrainConfig) -> int:
@@ -202,7 +191,7 @@ def test_a_cpu_compiles_as_it_was_asked(asked: Any, backend: Any) -> None:
 
 
 def test_no_setting_is_left_out() -> None:
-    # settle, the tests of outputs and resuming, and test_step have these.
+    # Tested below and in test_resume and test_cuda_graph.
     elsewhere = {"device", "out", "resume", "cuda_graph"}
     assert {f.name for f in dataclasses.fields(TrainConfig)} == {name for name, *_ in ARRIVALS} | elsewhere
 
@@ -286,3 +275,40 @@ def test_what_a_gpu_cannot_do_is_refused(two_gpus, changes, message) -> None:
     two_gpus((7, 5))
     with pytest.raises(ConfigError, match=message):
         settle(TrainConfig(**changes))
+
+
+def test_defaults_suit_the_device() -> None:
+    without, with_gpu = resolve(TrainConfig(), cuda=False), resolve(TrainConfig(), cuda=True, memory_bytes=80 << 30)
+    assert (preset_name(without.model_config()), without.batch_size, without.dtype) == ("mini", 8, "float32")
+    assert (preset_name(with_gpu.model_config()), with_gpu.batch_size, with_gpu.dtype) == ("gpt2", 32, "bfloat16")
+    assert resolve(TrainConfig(), cuda=True, bf16=False).dtype == "float32"
+    sizes = {gib: resolve(TrainConfig(), cuda=True, memory_bytes=gib << 30).batch_size for gib in (4, 8, 16, 24, 48)}
+    assert sizes == {4: 1, 8: 4, 16: 8, 24: 16, 48: 32}
+    assert resolve(TrainConfig(model="gpt2"), cuda=False, data_vocab_size=257).vocab_size == 257
+    assert resolve(TrainConfig(vocab_size=300), cuda=False, data_vocab_size=257).vocab_size == 300
+    with pytest.raises(ConfigError, match="--vocab-size 256 is smaller than the vocabulary of --data dummy: 257"):
+        resolve(TrainConfig(vocab_size=256), cuda=False, data_vocab_size=257)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_embd": 33}, "--n-embd 33 is not divisible by --n-head 2: .*try --n-embd 32"),
+        ({"model": "gpt2", "block_size": 2048}, "--block-size 2048 is over the 1024 positions of gpt2"),
+        ({"model": "gpt2-mdium"}, "no preset 'gpt2-mdium': .*did you mean 'gpt2-medium'"),
+        ({"dtype": "float16"}, "--dtype float16 needs a CUDA GPU"),
+        ({"dtype": "bf16"}, "--dtype must be one of .*, got 'bf16'; did you mean 'bfloat16'"),
+        ({"device": "gpu"}, "--device 'gpu' is not cpu, cuda or cuda:N"),
+        ({"attn": "flash"}, "--attn must be one of auto, naive, sdpa, cudnn, flex, triton, got 'flash'"),
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"lr": float("nan")}, "--lr must be a finite number, got nan"),
+        ({"dropout": 1.0}, r"--dropout must be in \[0, 1\), got 1.0"),
+        ({"weight_decay": 0.1}, "--weight-decay needs --optimizer adamw"),
+        ({"resume": True}, "--resume needs --out"),
+        ({"data": "/nowhere"}, "--data /nowhere: no such folder"),
+    ],
+)
+def test_bad_settings_are_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        train(tiny(**changes))
+    assert "\n" not in str(error.value)
