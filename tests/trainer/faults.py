@@ -1,13 +1,13 @@
-"""Do to a run what a week does: kill it, signal it, fill its disk, damage its files; it must come back bitwise.
+"""Kill a run, signal it, fill its disk, damage its files: resumed, it must end with the same bits.
 
     python -m tests.trainer.faults --rounds 20         # every fault 20 times, each round with another seed
     python -m tests.trainer.faults --only killed --seed 7
 
-A fault strikes at a moment drawn from the seed. The run is then continued by the command that a preempted job would
-repeat, `--resume auto`, and must end with the weights, the optimizer's state and the losses of a run that nothing
-happened to. CI does a round (tests/trainer/test_faults.py). A fault that is not survived leaves its folder and its log.
+A fault strikes at a random moment drawn from the seed. The run is then continued with `--resume auto`, the command that
+a preempted job repeats. It must end with the weights, optimizer state and losses of an undisturbed run. CI does one
+round (tests/trainer/test_faults.py). A fault that is not survived leaves its folder and log behind.
 
-The trainer runs in real processes, forked from this one so that PyTorch is imported once.
+The trainer runs in real processes, forked from this one to import PyTorch only once.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 IMPORTED_ONCE = (
     "matplotlib.backends.backend_agg", "matplotlib.figure", "safetensors.torch", "torch._inductor.standalone_compile",
 )  # fmt: skip
-"""What each process would import by itself, for longer than its run takes."""
+"""Imported before the forks: importing these in each process would take longer than its run."""
 PATIENCE = 120
-"""Seconds until a process that should have ended is called hung."""
+"""Seconds after which a process counts as hung."""
 
 
 class Process:
-    """A command of ours in a forked process; what it prints is added to a log."""
+    """One of our commands in a forked process, with its output appended to a log."""
 
     def __init__(
         self, main: Callable[[], int | None], arguments: list[str], log: Path, output: int | None = None
@@ -89,7 +89,7 @@ class Process:
         return not os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
 
     def wait(self) -> int:
-        """Its exit status; -n after signal n."""
+        """Wait for the exit status; -n after signal n."""
         deadline = time.monotonic() + PATIENCE
         while self.alive():
             if time.monotonic() > deadline:
@@ -100,7 +100,7 @@ class Process:
 
 
 class Scene:
-    """A folder with prepared data, where a fault is about to strike a run."""
+    """A folder with prepared data and a run that a fault will strike."""
 
     def __init__(self, folder: Path, data: Path, seed: str) -> None:
         self.folder, self.out, self.log = folder, folder / "run", folder / "log.txt"
@@ -109,12 +109,12 @@ class Scene:
         self.data = Path(shutil.copytree(data, folder / "data"))
 
     def start(self, *flags: str, output: int | None = None) -> Process:
-        """Begin or continue the run, as a job that is started anew after each preemption does."""
+        """Start or continue the run, like a job that restarts after each preemption."""
         always = ["--data", str(self.data), "--out", str(self.out), "--resume", "auto"]
         return Process(fastgpt2.command.main, [*FLAGS, *always, *flags], self.log, output)
 
     def soon(self, run: Process, expected: Expected) -> None:
-        """Wait for a moment of a run: a step of it, or in one of eight cases before the first."""
+        """Wait for a random moment of the run: during a step or, one time in nine, before the first."""
         step = self.random.randrange(-STEPS // 8, STEPS)
         if step < 0:
             time.sleep(self.random.uniform(0, expected.seconds / 2))
@@ -123,11 +123,11 @@ class Scene:
         time.sleep(self.random.uniform(0, expected.seconds / STEPS))
 
     def steps(self) -> list[int]:
-        """The steps on record."""
+        """The steps in metrics.jsonl."""
         return [r["step"] for r in read_json_lines(self.out / "metrics.jsonl") if "last_loss" in r]
 
     def check_saved(self, when: str) -> None:
-        """The last step on record is saved."""
+        """Check that the last recorded step is saved."""
         if steps := self.steps():
             saved = [path.name for path in checkpoint.checkpoints(self.out)]
             assert saved[-1:] == [f"step-{steps[-1]:08d}"], f"step {steps[-1]} is not saved {when}: {saved}"
@@ -136,7 +136,7 @@ class Scene:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def finish(self, expected: Expected, *flags: str) -> None:
-        """Continue the run to its end: the same bits as if nothing had happened."""
+        """Continue the run to its end and compare it with the undisturbed run."""
         status = self.start(*flags).wait()
         assert status == 0, f"continuing ended with {status}"
         expected.check(self.out)
@@ -144,7 +144,7 @@ class Scene:
 
 
 class Expected:
-    """What the run gives where nothing happens to it, and how long it takes."""
+    """The results of an undisturbed run, and how long it takes."""
 
     def __init__(self, folder: Path, data: Path) -> None:
         scene = Scene(folder, data, "")
@@ -167,15 +167,15 @@ class Expected:
 
     def check(self, out: Path) -> None:
         tensors, losses = self._read(out)
-        assert tensors == self.tensors, "the tensors at the end are others"
-        assert losses == self.losses, "the losses are others, or some are lost"
+        assert tensors == self.tensors, "the final tensors differ"
+        assert losses == self.losses, "losses differ or are missing"
 
 
 # ------------------------------------------------------------------------------------------------- processes
 
 
 def killed(scene: Scene, expected: Expected) -> None:
-    """kill -9 at any moment, up to four times in a run."""
+    """kill -9 at random moments, up to four times in a run."""
     for _ in range(scene.random.randint(1, 4)):
         run = scene.start()
         scene.soon(run, expected)
@@ -198,7 +198,7 @@ def signalled(scene: Scene, expected: Expected) -> None:
 
 
 def stalled_reader(scene: Scene, expected: Expected) -> None:
-    """What reads the output stops reading, and then the run is asked to stop."""
+    """The reader of the output stops reading; then the run is asked to stop."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     with contextlib.suppress(BlockingIOError):
@@ -217,18 +217,18 @@ def stalled_reader(scene: Scene, expected: Expected) -> None:
 
 
 def second_process(scene: Scene, expected: Expected) -> None:
-    """The same command again while the run is alive."""
+    """The same command is started again while the run is alive."""
     first = scene.start()
     scene.soon(first, expected)
     second = scene.start()
     statuses = first.wait(), second.wait()
-    # Whoever came second was refused, or found the run complete.
+    # The second process was refused, or found the run complete.
     assert 0 in statuses and set(statuses) <= {0, 2}, f"the two ended with {statuses}"
     scene.finish(expected)
 
 
 def no_reader(scene: Scene, expected: Expected) -> None:
-    """What reads the output goes away."""
+    """The reader of the output goes away."""
     reading, writing = os.pipe()
     run = scene.start(output=writing)
     os.close(writing)
@@ -243,7 +243,7 @@ def no_reader(scene: Scene, expected: Expected) -> None:
 
 
 def full_disk(scene: Scene, expected: Expected) -> None:
-    """No file can grow for a while: neither checkpoint, metrics nor log."""
+    """For a while no file can grow: checkpoints, metrics or log."""
     run = scene.start()
     scene.soon(run, expected)
     under_way = bool(scene.steps())
@@ -253,7 +253,7 @@ def full_disk(scene: Scene, expected: Expected) -> None:
         time.sleep(scene.random.uniform(0, 0.3 * expected.seconds))
         resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (hard, hard))
     status = run.wait()
-    # Before the first step it may be refused; after it, room comes back in time for the last save.
+    # Before the first step the run may be refused. After it, there is room again for the last save.
     assert status in ((0,) if under_way else (0, 1, 2)), f"a full disk ended it with {status}"
     if status == 0:
         expected.check(scene.out)
@@ -261,7 +261,7 @@ def full_disk(scene: Scene, expected: Expected) -> None:
 
 
 def diverged(scene: Scene, expected: Expected) -> None:
-    """The learning rate is far too high for a while: the checkpoint from before is kept all the same."""
+    """The learning rate is far too high for a while: the last good checkpoint is kept."""
     assert scene.start("--steps", str(STEPS // 2)).wait() == 0
     rate = scene.random.choice(("10", "30", "1e3"))
     status = scene.start("--lr", rate, "--keep-checkpoints", "1", "--steps", str(STEPS)).wait()
@@ -275,7 +275,7 @@ def diverged(scene: Scene, expected: Expected) -> None:
 
 
 def damaged_checkpoint(scene: Scene, expected: Expected) -> None:
-    """Bits flipped, bytes zeroed, cut off or added in the newest checkpoint, or a file of it lost."""
+    """The newest checkpoint has a flipped bit, zeroed, missing or extra bytes, or lacks a file."""
     assert scene.start().wait() == 0
     path = checkpoint.checkpoints(scene.out)[-1] / scene.random.choice((*checkpoint.FILES, checkpoint.SUMS))
     contents = bytearray(path.read_bytes())
@@ -297,7 +297,7 @@ def damaged_checkpoint(scene: Scene, expected: Expected) -> None:
 
 
 def own_copies(scene: Scene, expected: Expected) -> None:
-    """The user keeps copies of checkpoints beside ours."""
+    """The user keeps copies of checkpoints beside the run's own."""
     assert scene.start("--steps", str(STEPS // 2)).wait() == 0
     for name in ("step-best", "step-final", "step-00000010.old"):
         shutil.copytree(checkpoint.checkpoints(scene.out)[0], scene.out / "checkpoints" / name)
@@ -306,7 +306,7 @@ def own_copies(scene: Scene, expected: Expected) -> None:
 
 
 def unreadable_checkpoint(scene: Scene, expected: Expected) -> None:
-    """The newest checkpoint can't be read for now: it is neither set aside nor passed over."""
+    """The newest checkpoint is unreadable for now: it is neither set aside nor passed over."""
     assert scene.start("--steps", str(STEPS // 2)).wait() == 0
     path = checkpoint.checkpoints(scene.out)[-1] / checkpoint.MODEL
     kept = path.rename(scene.folder / "kept")
@@ -318,7 +318,7 @@ def unreadable_checkpoint(scene: Scene, expected: Expected) -> None:
 
 
 def lost_settings(scene: Scene, expected: Expected) -> None:
-    """config.toml is lost or cut: the checkpoint has every setting."""
+    """config.toml is lost or truncated: the checkpoint has every setting."""
     assert scene.start("--steps", str(STEPS // 2)).wait() == 0
     path = scene.out / "config.toml"
     if scene.random.random() < 0.5:
@@ -327,7 +327,7 @@ def lost_settings(scene: Scene, expected: Expected) -> None:
         path.write_bytes(path.read_bytes()[: scene.random.randrange(path.stat().st_size)])
     flags = ["--resume", "--out", str(scene.out), "--steps", str(STEPS), "--device", "cpu"]
     status = Process(fastgpt2.command.main, flags, scene.log).wait()
-    if status == 2:  # a file that is cut is said rather than guessed at; without it the run goes on
+    if status == 2:  # a truncated file is an error; without the file the run continues
         path.unlink()
         status = Process(fastgpt2.command.main, flags, scene.log).wait()
     assert status == 0, f"without config.toml it ends with {status}"
@@ -338,7 +338,7 @@ def lost_settings(scene: Scene, expected: Expected) -> None:
 
 
 def flipped_shard(scene: Scene, expected: Expected) -> None:
-    """A bit of a shard is another than when it was prepared: refused by name, nothing trained."""
+    """A bit of a shard is flipped: the shard is named and nothing is trained."""
     shard = scene.random.choice(sorted(scene.data.glob("*.bin")))
     good = shard.read_bytes()
     bad = bytearray(good)
@@ -351,7 +351,7 @@ def flipped_shard(scene: Scene, expected: Expected) -> None:
 
 
 def cut_shard(scene: Scene, expected: Expected) -> None:
-    """A shard is cut while the run reads it."""
+    """A shard is truncated while the run reads it."""
     shard = scene.data / "train_000000.bin"
     good = shard.read_bytes()
     run = scene.start()
@@ -367,7 +367,7 @@ def cut_shard(scene: Scene, expected: Expected) -> None:
 
 
 def killed_prepare(scene: Scene, expected: Expected) -> None:
-    """prepare is killed: what it leaves is whole, refused, or nothing; repeated it gives the same bytes."""
+    """prepare is killed: what it leaves is complete, refused or absent, and running it again gives the same bytes."""
     good = {path.name: path.read_bytes() for path in scene.data.glob("[!.]*")}
     flags = [str(scene.data.parent.parent / "text"), "--out", str(scene.data), "--tokenizer", "byte", "--overwrite"]
     flags += ["--val-fraction", "0.1"]
@@ -377,8 +377,8 @@ def killed_prepare(scene: Scene, expected: Expected) -> None:
     run.wait()
     status = scene.start().wait()
     assert status in (0, 2), f"data that prepare left half done ended with {status}"
-    assert Process(prepare_main, flags, scene.log).wait() == 0, "prepare does not run again"
-    assert good == {name: (scene.data / name).read_bytes() for name in good}, "prepared again, the bytes are others"
+    assert Process(prepare_main, flags, scene.log).wait() == 0, "prepare fails when run again"
+    assert good == {name: (scene.data / name).read_bytes() for name in good}, "prepared again, the bytes differ"
     scene.finish(expected)
 
 
@@ -392,7 +392,7 @@ FAULTS: dict[str, Callable[[Scene, Expected], None]] = {
 
 
 def set_up(folder: Path) -> Expected:
-    """Texts, the data made of them, and the run that nothing happens to."""
+    """Write texts, prepare them, and run once without faults."""
     for module in IMPORTED_ONCE:
         import_module(module)
     (folder / "text").mkdir(parents=True)
@@ -405,10 +405,10 @@ def set_up(folder: Path) -> Expected:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=1, help="how often each fault strikes (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first round; the next has the next (default: 0)")
-    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), help="these faults alone")
+    parser = argparse.ArgumentParser(prog="python -m tests.trainer.faults", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=1, help="how many times each fault strikes (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first round; each round adds 1 (default: 0)")
+    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), help="only these faults")
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     lost = 0

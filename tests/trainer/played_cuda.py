@@ -1,4 +1,4 @@
-"""torch.cuda's streams and graphs, played on a CPU."""
+"""torch.cuda's streams and graphs, simulated on a CPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Stream:
 
 
 class Graph:
-    """A replay computes what was captured: from the captured tokens' memory, into the captured results' memory."""
+    """A replay repeats the captured work: it reads the captured tokens and writes into the captured results."""
 
     work: Callable[[], Results]
     results: Results
@@ -38,7 +38,7 @@ class Graph:
 
 
 class PlayedCuda:
-    """Takes the place of torch.cuda's streams and graphs, and logs what is asked of them."""
+    """Replaces torch.cuda's streams and graphs, and logs the calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
@@ -64,7 +64,7 @@ class PlayedCuda:
         self._graph = None
 
     def capturable(self, work: Callable[..., Results]) -> Callable[..., Results]:
-        """The work, which while a graph is captured computes nothing: its results are memory that a replay fills."""
+        """Wrap the work. While a graph is captured it computes nothing and returns memory that a replay fills."""
         last: Results = ()
 
         def recorded(*args: Any) -> Results:

@@ -1,4 +1,4 @@
-"""A checkpoint: what it holds, and how damage to it is found."""
+"""A checkpoint: what it holds, and how damage is detected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def with_(out: Path, **changes: Any) -> TrainConfig:
 
 
 def test_the_generator_of_the_runs_gpu_is_saved_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the CPU's memory for a GPU's and a generator that is a table."""
+    """Simulated: tensors stay in the CPU's memory, and the GPU's generator is a dict."""
     gpu, generators = torch.device("cuda:1"), {}
     run = build(with_(tmp_path))
     run.step(0, run.next_tokens(0))
@@ -72,7 +72,7 @@ def test_a_checkpoint_from_before_there_were_sums_is_resumed_with_a_note(out: Pa
 
 
 def flip(place: float) -> Callable[[bytes], bytes]:
-    """Turn over one bit at a place between 0, the first byte, and 1, the last."""
+    """Flip one bit; place 0 is the first byte, 1 the last."""
 
     def flipped(data: bytes) -> bytes:
         at = round(place * (len(data) - 1))
@@ -103,7 +103,7 @@ def test_a_damaged_file_is_found_and_an_older_checkpoint_resumed(out: Path, name
     path = step(out, 6) / name
     intact = path.read_bytes()
     path.write_bytes(DAMAGE[damage](intact))
-    if name == checkpoint.SUMS and damage in ("cut by a byte", "a byte more"):  # after the last line's end
+    if name == checkpoint.SUMS and damage in ("cut by a byte", "a byte more"):  # only the final newline
         assert checkpoint.damage(step(out, 6)) is None
         return
     problem = checkpoint.damage(step(out, 6))
@@ -112,7 +112,7 @@ def test_a_damaged_file_is_found_and_an_older_checkpoint_resumed(out: Path, name
         assert problem == f"{path} is damaged: its SHA-256 is not the one in SHA256SUMS"
     found, notes = checkpoint.to_resume(out)
     assert found == step(out, 4) and notes == [f"{problem}; set aside as damaged-step-00000006"]
-    # What was set aside is as it was, and no longer the run's.
+    # The checkpoint set aside is unchanged and no longer counts as one of the run's.
     assert (out / "checkpoints" / "damaged-step-00000006" / name).read_bytes() == DAMAGE[damage](intact)
     assert checkpoint.checkpoints(out) == [step(out, 4)]
 

@@ -1,4 +1,4 @@
-"""The command: what it shows, writes and refuses, and the status it ends with."""
+"""The command `python -m fastgpt2.train`: its output, its files, its config file and its exit status."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_command_shows_and_writes_what_it_promises(tmp_path: Path, capsys: p
         assert text in shown, text
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert len(read_json_lines(tmp_path / "run" / "metrics.jsonl")) == 3
-    # --out alone names the run, and its own settings hold.
+    # --out is enough to continue: the other settings are the run's.
     assert main(["--resume", "--out", "run", "--steps", "20"]) == 0
     assert "continuing after step 12" in capsys.readouterr().out
     assert [r["step"] for r in read_json_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 10, 12, 13, 20]
@@ -98,6 +98,6 @@ def test_a_config_file_gives_way_to_flags_and_refuses_unknown_keys(tmp_path: Pat
         parse(["--config", str(file)])
     file.write_text('steps = "many"\n')
     with pytest.raises(ConfigError, match=r"run\.toml: steps must be a whole number, got 'many'"):
-        parse(["--config", str(file), "--steps", "3"])  # although the flag wins
+        parse(["--config", str(file), "--steps", "3"])  # refused even though the flag overrides it
     with pytest.raises(ConfigError, match="can't read --config"):
         parse(["--config", str(tmp_path / "none.toml")])

@@ -1,4 +1,4 @@
-"""--compile: what it needs, what it keeps for the backward pass, how often it compiles."""
+"""--compile: what it requires, what it stores for the backward pass, and how many runs a process can compile."""
 
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ def test_recomputing_elementwise_without_compile_says_what_to_do() -> None:
 
 @pytest.mark.skipif(CUDA, reason="counts what the CPU's kernels store")
 def test_recomputing_elementwise_stores_two_thirds_of_a_blocks_activations() -> None:
-    """In bfloat16, for each channel of a token: x-hat of both norms in float32, q, k, v and o, and the MLP's four
-    hidden channels are 24 bytes; both norms' outputs and the four after GELU would be 12 more."""
+    """Bytes for each channel of a token in bfloat16.
+
+    24 are stored: x-hat of both norms in float32 (8), q, k, v and o (8), the MLP's four hidden channels (8). Recomputed
+    are both norms' outputs and the four channels after GELU (12).
+    """
     B, T, C = 2, 64, 128
 
     def kept(n_layer: int, backend: Any) -> int:
@@ -47,12 +50,12 @@ def test_recomputing_elementwise_stores_two_thirds_of_a_blocks_activations() -> 
     weights = 2 * 12 * C * C
     for backend, bytes_a_channel, copies in ((inductor_recomputing_elementwise, 24, 0), ("inductor", 36, weights)):
         each = kept(2, backend) - kept(1, backend)
-        # The log-sum-exps of the attention and the norms' statistics are the rest.
+        # The rest is the attention's log-sum-exps and the norms' statistics.
         assert 0 <= each - (bytes_a_channel * B * T * C + copies) <= 4 * B * T * (2 + 2), (backend, each)
 
 
 def test_a_process_compiles_any_number_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As verify does, of every backend; each run has code of its own, which dynamo counts."""
+    """verify compiles one for each backend. dynamo limits how many variants of a function a process compiles."""
     graphs = []
 
     def eager(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -60,7 +63,7 @@ def test_a_process_compiles_any_number_of_runs(monkeypatch: pytest.MonkeyPatch) 
         return graph.forward
 
     monkeypatch.setattr("fastgpt2.run.inductor_recomputing_elementwise", eager)
-    # Not monkeypatch's: what it sets in a module of settings it can't set back.
+    # monkeypatch can't restore values of a torch config module.
     with torch._dynamo.config.patch(recompile_limit=1):
         for changes in ({"loss": "torch"}, {"loss": "chunked"}, {"dropout": 0.1}):
             run = build(tiny(compile=True, recompute="elementwise", **changes))
@@ -94,7 +97,7 @@ assert known() == operators, known()
 
 
 def test_inductor_need_not_find_out_that_it_does_not_know_our_operators() -> None:
-    """With PyTorch 2.11 that took a time exponential in the layers before: a whole GPT-2 was never compiled."""
+    """PyTorch 2.11 takes time exponential in the preceding layers to find out: GPT-2 124M never finished compiling."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", TRACED]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
@@ -103,6 +106,6 @@ def test_inductor_need_not_find_out_that_it_does_not_know_our_operators() -> Non
 
 @pytest.mark.gpu
 def test_a_deep_model_compiles() -> None:
-    """Every slot by our operators, as deep as GPT-2 124M, which PyTorch 2.11 would not do in any time unless told."""
+    """As deep as GPT-2 124M, with our operator in every slot. PyTorch 2.11 would not finish compiling it otherwise."""
     slots = dict.fromkeys(("attn", "mlp", "norm", "loss"), "triton")
     train(tiny_on_gpu(n_layer=12, dtype="bfloat16", compile=True, steps=1, **slots))

@@ -1,4 +1,4 @@
-"""Killed processes, power cuts and full disks: a checkpoint is whole or it is not there."""
+"""Killed processes, power cuts and full disks: a checkpoint is complete or absent."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ run = build(TrainConfig(**{**eval(CONFIG), "out": None, "keep_checkpoints": 1}))
 run.step(0, run.next_tokens(0))
 weights = {n: load_file(trained / f"checkpoints/step-0000000{n}/model.safetensors") for n in (4, 6)}
 weights[8] = run.model.state_dict()
-checkpoint.save(here / "first", 8, run.config, run.state)  # imports what it needs
+checkpoint.save(here / "first", 8, run.config, run.state)  # so that all imports are done
 
 
 def save():
@@ -57,7 +57,7 @@ def save():
 
 
 def killed(action, moment=0, byte=None):
-    '''Fork, and have the child kill itself at the moment-th call that concerns files, or as a file gets to a size.'''
+    '''Fork a child that dies at its moment-th file operation, or when a file reaches `byte` bytes.'''
     child = os.fork()
     if child:
         status = os.waitpid(child, 0)[1]
@@ -88,7 +88,7 @@ def start(damaged):
 
 
 def check(steps, damaged=False):
-    '''What has a checkpoint's name is one, the newest of them is resumed from, and nothing else is left.'''
+    '''Every checkpoint is intact, the newest is resumed, and no temporary folders are left.'''
     if not damaged:
         assert [p for path in checkpoint.checkpoints(out) if (p := checkpoint.damage(path))] == []
     path, notes = checkpoint.to_resume(out)
@@ -182,7 +182,7 @@ def prepare_shards(folder: Path) -> None:
 def test_a_file_is_on_the_disk_before_it_has_its_name(
     write: Callable[[Path], None], names: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And its name before the call returns. Contents and entries are told by their inodes."""
+    """Contents are synced before the rename, and the folder before the call returns. Inodes tell what was synced."""
     out = tmp_path / "run"
     out.mkdir()
     named: dict[str, Path] = {}
@@ -214,7 +214,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
 def test_what_cannot_be_brought_to_the_disk_is_not_taken_for_saved(
     number: int, folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for a folder on a file system that can't do it at all, which says EINVAL."""
+    """Except a folder on a file system that can't sync folders at all: EINVAL."""
 
     def fail(descriptor: int) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode) == folder:
@@ -231,7 +231,7 @@ def test_what_cannot_be_brought_to_the_disk_is_not_taken_for_saved(
 
 @contextlib.contextmanager
 def room_for(size: int) -> Iterator[None]:
-    """No file can grow beyond a size, as where a disk is full: the write that would fails (with EFBIG, not ENOSPC)."""
+    """Simulate a full disk: a write beyond `size` bytes in any file fails, with EFBIG instead of ENOSPC."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -1,4 +1,4 @@
-"""A step captured as a CUDA graph: played on a CPU, and on a GPU the same bits as without."""
+"""A step captured as a CUDA graph: simulated on a CPU, and on a GPU bitwise equal to a step without a graph."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_played_graph_is_captured_once_on_the_stream_that_warmed_it_up(monkeyp
     work = played.capturable(lambda tokens: (tokens.sum(), None))
     step = CapturedStep(torch.device("cpu"))
     results = [step(work, torch.full((2,), i)) for i in range(WARM_UP_STEPS + 3)]
-    # Losses are read long after the next replay.
+    # The meter reads losses many replays later, so each must be a copy.
     assert [(loss.item(), norm) for loss, norm in results] == [(2 * i, None) for i in range(WARM_UP_STEPS + 3)]
     warm_up = ["side waits for main", "work on side", "main waits for side"]
     assert played.log == WARM_UP_STEPS * warm_up + ["capture on side"]
@@ -109,7 +109,7 @@ def test_a_cuda_graph_gives_the_same_losses(changes: dict[str, Any]) -> None:
 
 @pytest.mark.gpu
 def test_replays_draw_new_dropout_masks() -> None:
-    """One batch again and again with a learning rate of 0: what differs between the losses is the masks."""
+    """With one batch and a learning rate of 0, losses differ only by the masks."""
     for attn in ("sdpa", "triton"):
         losses = train(graphed(dropout=0.3, data="dummy-fixed", lr=0.0, attn=attn)).losses
         assert len(set(losses)) == len(losses), attn
@@ -141,7 +141,7 @@ def test_a_graph_goes_with_its_run() -> None:
 
 @pytest.mark.gpu
 def test_a_dead_graph_is_collected_before_a_capture() -> None:
-    """Destroyed in the middle of another's capture it would end that with an error."""
+    """If a graph is destroyed during another graph's capture, the capture fails."""
 
     def work(tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
         gc.collect()

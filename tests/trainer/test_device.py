@@ -1,4 +1,4 @@
-"""What is known of a device, and what a run on a CPU does with memory that it freed."""
+"""Peak FLOPs and memory of a device, and how a run on a CPU reuses and returns freed memory."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ print(sum(of_steps[1:]))
 
 
 def kept_and_given_back(program: str) -> tuple[list[int], list[int]]:
-    """The numbers that a program prints where freed memory is kept, and where it is given back."""
-    # An earlier run in this process has asked for large pages, which a child would inherit.
+    """Run a program twice, keeping freed memory and giving it back; return the numbers that each run prints."""
+    # An earlier run in this process has set this variable; the program must set it itself.
     environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
 
     def numbers(how: str) -> list[int]:
@@ -70,8 +70,8 @@ def kept_and_given_back(program: str) -> tuple[list[int], list[int]]:
 
 def test_a_step_on_a_cpu_reuses_the_memory_of_the_step_before() -> None:
     (kept,), (given_back,) = kept_and_given_back(FAULTS)
-    # Two gradients and a chunk of logits, of 13 MB and more each, in pages of 4 KB, in each of five steps. The kernel
-    # may take a page back, or hand out a large one, at any time: 61 times as many were seen.
+    # Each of five steps allocates two gradients and a chunk of logits of at least 13 MB, in pages of 4 KB. The kernel
+    # may take pages back or hand out large ones at any time. 61 times as many faults were measured.
     assert 10 * kept < given_back
 
 
@@ -95,11 +95,11 @@ print(of_the_run, pages())
 
 
 def test_what_a_run_on_a_cpu_freed_goes_back_to_the_system() -> None:
-    """What the run held, and what is made and freed after it."""
+    """The memory that the run freed, and memory that is freed after the run."""
     for _ in range(3):
         kept, given_back = kept_and_given_back(RESIDENT)
-        # The logits, their gradient and what the loss makes of them are 51 MB each, what is made after the run 134. The
-        # kernel may have put a large page where a block is still in use: then not all goes back, as was seen twice.
+        # The logits, their gradient and the loss's intermediate are 51 MB each; the one made after the run is 134 MB.
+        # A large page that also holds a live block can't be returned, which has happened twice: hence three tries.
         less = [(k - g) * resource.getpagesize() for k, g in zip(kept, given_back, strict=True)]
         if min(less) > 2 * 51e6:
             return

@@ -1,4 +1,4 @@
-"""What a run prints: nothing that can't be printed ends it, and the user's text is shown as it is."""
+"""What a run prints: output that fails never ends it, and the user's text is shown unchanged."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_what_can_not_be_written_is_dropped(make: Callable[[], TextIO]) -> None:
     discard_unwritten(stream)
     assert discard_unwritten(stream) is None or make is closed
     if make not in (closed, GONE[-1]):
-        stream.close()  # which writes what is held back
+        stream.close()  # this writes what is buffered
 
 
 def test_a_reader_that_stops_reading_is_waited_for_once_and_may_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +143,7 @@ def test_a_terminal_may_go_away_under_the_progress_bar(tmp_path: Path, monkeypat
     assert b"writing to" in shown[0] and (tmp_path / "checkpoints" / "step-00000004").is_dir()
 
 
-# Each in a process of its own, forked after the slow imports, that ends as Python does.
+# Each runs in its own process, forked after the slow imports, and exits as Python does.
 ENDINGS = """
 import contextlib, io, os, sys
 from pathlib import Path
@@ -191,11 +191,11 @@ def refuse():
 
 
 with contextlib.redirect_stdout(io.StringIO()):
-    run("first")()  # does the imports
+    run("first")()  # for its imports
 ends("pipes", lambda: pipe(1, 2), run("pipes"))
 ends("full", lambda: file("/dev/full", 1), run("full"))
 ends("closed", close, run("closed"))
-# The output of other commands is what they are for: a status says that it is lost.
+# Other commands exist for their output: if it is lost, the status says so.
 ends("print_pipe", lambda: pipe(1), lambda: print("text"))
 ends("print_full", lambda: file("/dev/full", 1), lambda: print("text"))
 ends("refused", lambda: pipe(2), refuse)
@@ -204,7 +204,7 @@ ends("refused", lambda: pipe(2), refuse)
 
 def test_no_output_changes_how_a_run_ends(tmp_path: Path) -> None:
     line = [sys.executable, "-c", ENDINGS, *RUN]
-    # Where output is not buffered it fails as it is printed, and not at the end.
+    # Unbuffered output would fail when it is printed, not at the end.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -214,7 +214,7 @@ def test_no_output_changes_how_a_run_ends(tmp_path: Path) -> None:
     for name in runs:
         assert (tmp_path / name / "checkpoints" / "step-00000004").is_dir(), name
         text = (tmp_path / name / "metrics.jsonl").read_text()
-        assert text.count("\n") == text.count('{"step": ') == 2, text  # what was printed is not in it
+        assert text.count("\n") == text.count('{"step": ') == 2, text  # nothing printed ended up in it
     assert done.stderr == "error: No space left on device\n"
 
 

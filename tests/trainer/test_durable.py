@@ -1,4 +1,4 @@
-"""Files that anyone may have written, and a folder's lock."""
+"""Reading JSON that may hold anything, and a folder's lock."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_lock_names_its_process_and_dies_with_it(children: tuple[str, ...], tm
         assert str(error.value) == f"{tmp_path} is in use by {error.value.holder}"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        with locked(tmp_path) as held:  # although the child is alive
+        with locked(tmp_path) as held:  # even though the child is alive
             assert held
 
 
@@ -110,7 +110,7 @@ def test_a_lock_keeps_out_its_own_process_until_it_is_given_back(tmp_path: Path)
 
 
 def test_a_lock_outlives_its_file(tmp_path: Path) -> None:
-    """A hidden file looks like litter; and a link in its place leads nobody's writing astray."""
+    """Someone may delete the hidden file. A link in its place is not written through."""
     with locked(tmp_path):
         (tmp_path / LOCK_NAME).unlink()
         with pytest.raises(InUseError), locked(tmp_path):
@@ -125,7 +125,7 @@ def test_a_lock_outlives_its_file(tmp_path: Path) -> None:
 
 
 def test_where_folders_have_no_locks_the_file_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As over NFS, which wants a file that is open for writing."""
+    """NFS, for example, only locks files open for writing."""
     flock = fcntl.flock
 
     def of_files(descriptor: int, how: int) -> None:

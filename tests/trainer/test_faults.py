@@ -1,4 +1,4 @@
-"""A round of tests/faults.py: what happens to a run that is left alone for a week."""
+"""One round of tests/trainer/faults.py: every fault strikes once, and the run recovers."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ def test_a_run_survives_every_fault() -> None:
 
 
 def test_a_fault_that_is_not_survived_is_noticed() -> None:
-    """Checkpoints that are never checked: a damaged one is resumed from, or breaks the resume."""
+    """Without checking, a damaged checkpoint is resumed or breaks the resume."""
     done = subprocess.run([sys.executable, "-c", PLANTED], capture_output=True, text=True)
     assert done.returncode == 1 and ": LOST: " in done.stdout, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, which are passed over, and which can't be read for now."""
+"""Which checkpoints are kept and deleted, and what happens to those that can't be read."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_what_is_not_known_to_be_good_takes_no_good_one_away(tmp_path: Path) -> 
 
 
 def test_a_run_that_diverged_is_good_again_when_its_loss_is_near_the_last_good_one(tmp_path: Path) -> None:
-    """Also over resumes: falling a little, it is not, and the good checkpoint stays."""
+    """Across resumes too. A loss that is still far off leaves the run diverged and the good checkpoint in place."""
     save(tmp_path, 1, Progress(loss=1.0))
     save(tmp_path, 2, Progress(loss=9.0, diverged=True))
     for loss, keeps in ((2.9, [1, 3]), (1.9, [4])):
@@ -88,7 +88,7 @@ def test_copies_are_neither_resumed_nor_counted_nor_deleted(out: Path) -> None:
     others = ("step-best", "step-final", "step-", "step-4x", "step-00000004-copy", "damaged-step-00000001")
     for name in others:
         shutil.copytree(step(out, 2), out / "checkpoints" / name)
-    (out / "checkpoints" / "step-00000099").touch()  # a file is none
+    (out / "checkpoints" / "step-00000099").touch()  # not a folder
     assert train(with_(out=out, steps=8, resume=True)).steps_done == 8
     assert names(out) == sorted([*others, "step-00000006", "step-00000008", "step-00000099"])
 
@@ -113,10 +113,10 @@ def test_a_link_is_deleted_and_what_it_leads_to_stays(out: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("name", [*checkpoint.FILES, checkpoint.SUMS])
 def test_an_unreadable_file_is_not_damaged(out: Path, name: str) -> None:
-    """An input/output error, as of a disk or a network that fails: the contents may be right."""
+    """After an input/output error of a disk or network the contents may still be right."""
     path = step(out, 4) / name
     path.unlink()
-    path.symlink_to("/proc/self/mem")  # its first byte can't be read
+    path.symlink_to("/proc/self/mem")  # reading its first byte fails
     message = (
         f"can't read .*{name}: Input/output error; mend that, or move {step(out, 4)} away to use the one before it"
     )

@@ -1,4 +1,4 @@
-"""What follows a step: its record, a checkpoint, an evaluation; and what happens where one of them fails."""
+"""After a step come its record, a checkpoint and an evaluation: their order, and what happens when one fails."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_reporter_that_asks_to_stop_ends_the_run_after_the_step_at_hand(tmp_pa
 
 
 class Disk:
-    """A disk on which a checkpoint can't be saved at some of its tries, counted from 1."""
+    """A disk that fails at some of its saves, counted from 1."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: range) -> None:
         self.fails, self.steps, self.write = fails, [], checkpoint._write  # type: ignore[var-annotated]
@@ -144,7 +144,7 @@ def test_what_is_no_failure_of_the_disk_ends_the_run(tmp_path: Path, monkeypatch
 
 
 def losses(monkeypatch: pytest.MonkeyPatch, told: dict[int, float]) -> None:
-    """Have steps, counted from 1, tell another loss than theirs."""
+    """Replace the loss of some steps, counted from 1."""
     real = Run.step
 
     def step(self: Run, step: int, tokens: Tensor, *, want_norm: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -157,8 +157,7 @@ def losses(monkeypatch: pytest.MonkeyPatch, told: dict[int, float]) -> None:
 def test_a_run_that_diverged_says_so_once_and_its_checkpoints_know(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Far over in one step of an interval; in its mean; no more; just below. The first intervals' losses are the
-    # seed's.
+    # Over the limit: in one step of an interval, then through its mean; then no longer, and just below it.
     uniform = math.log(33)
     losses(monkeypatch, {1: uniform, 2: uniform, 4: uniform + 3.1, 5: 1e9, 10: uniform + 2.9})
     watch = Watch()
@@ -184,7 +183,7 @@ def test_a_rate_that_is_far_too_high_is_said(tmp_path: Path) -> None:
 
 
 def test_the_step_of_a_non_finite_loss_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is found when step 20 is logged, among losses kept on the device."""
+    """It is found when step 20 is logged: losses stay on the device until then."""
     losses(monkeypatch, {13: math.nan})
     late = {"steps": 30, "log_every": 10, "save_every": 100}
     with pytest.raises(NonFiniteLossError, match="the loss of step 13 is nan: no good checkpoint was saved"):
@@ -262,7 +261,7 @@ def test_data_that_can_not_be_read_any_more_ends_the_run_saved(
 
 @pytest.mark.parametrize("back", [False, True], ids=["for good", "for a while"])
 def test_a_folder_that_is_moved_away_is_said_and_not_made_again(tmp_path: Path, back: bool) -> None:
-    """Another folder of its name would lack all that was written before, and its lock."""
+    """A new folder of that name would lack everything written before, and the lock."""
     out, away = tmp_path / "run", tmp_path / "away"
 
     class Move(Watch):

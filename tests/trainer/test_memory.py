@@ -1,4 +1,4 @@
-"""A run that no machine's memory holds is refused before anything is made; one that runs out of it ends in one line."""
+"""A run too large for any machine is refused before anything is made; one that runs out of memory ends in one line."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_what_no_machine_holds_is_one_line_before_anything_is_made(
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [{}, {"n_layer": 1, "batch_size": 1}, {"batch_size": 64, "grad_accum": 3}], ids=str)
 def test_the_bound_is_under_what_a_step_holds(dtype: str, shape: dict[str, Any]) -> None:
-    """Counted: the weights and their gradients and averages after a step, or what a forward of blocks keeps."""
+    """The bound against what is counted: weights, gradients and moments after a step, or a forward's activations."""
     run = build(TrainConfig(model="tiny", device="cpu", dtype=dtype, recompute="blocks", **shape))
     tokens = run.next_tokens(0)
     kept = memory_of_a_forward(run, tokens[0])
@@ -150,7 +150,7 @@ CPU_ERROR = "[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: 
 
 
 def allocate_too_much(*_: object, **__: object) -> None:
-    torch.empty(2**46)  # more than processes have of addresses
+    torch.empty(2**46)  # beyond a process's address space
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The records of a run: what they hold, and how they are written, kept and read."""
+"""The records of a run: what they hold, how they are written and how they are read back."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_metrics_are_complete(tmp_path: Path) -> None:
             "memory_bytes", "tokens", "seconds", "epoch",
         }  # fmt: skip
         losses = result.losses[before : r["step"]]
-        assert r["loss"] == math.fsum(losses) / len(losses) and r["last_loss"] == losses[-1]  # every digit
+        assert r["loss"] == math.fsum(losses) / len(losses) and r["last_loss"] == losses[-1]  # to the last digit
         assert (r["tokens"], r["epoch"]) == (r["step"] * 96, None)
         assert r["mfu"] is None
         assert r["mfu_formula"] == "llm.c"
@@ -116,7 +116,7 @@ def test_tokens_epoch_and_seconds_go_on_over_a_resume(tmp_path: Path) -> None:
 
 
 class Full:
-    """An open file on a disk that is full for a time: it takes some bytes, then none."""
+    """An open file on a full disk: it accepts `room` more bytes."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.room = file, 10**9
@@ -136,7 +136,7 @@ def test_records_that_can_not_be_written_are_written_with_the_next(tmp_path: Pat
     log = JsonLines(tmp_path / "m.jsonl")
     log._file = disk = Full(log._file)  # type: ignore[assignment]
     log.write({"step": 1})
-    disk.room = 5  # takes a part of the line
+    disk.room = 5  # room for part of the line
     for step in (2, 3):
         with pytest.raises(OutputError, match=r"can't write .*m\.jsonl: No space left on device"):
             log.write({"step": step})
@@ -164,10 +164,10 @@ def test_a_run_outlives_records_that_can_not_be_written(
     monkeypatch.setattr("fastgpt2.reporters.metrics_file.JsonLines", OnFull)
     watch = Watches()
     result = train(dataclasses.replace(SMALL, out=tmp_path, keep_checkpoints=0), watch)
-    assert saved_steps(tmp_path) == [2, 4, 6]  # the records are no reason not to save
+    assert saved_steps(tmp_path) == [2, 4, 6]  # checkpoints are saved all the same
     path = tmp_path / "metrics.jsonl"
     failed = f"can't write {path}: No space left on device"
-    assert watch.warnings == [f"{failed}; going on, the records are kept and written with the next"]  # said once
+    assert watch.warnings == [f"{failed}; going on, the records are kept and written with the next"]  # only once
     steps = [record["step"] for record in read_json_lines(path)]
     if until == 4:
         assert steps == [1, 2, 3, 4, 5, 6] and result.missing == []
@@ -217,7 +217,7 @@ def test_records_that_a_disk_has_damaged_are_left_out(tmp_path: Path) -> None:
 def test_records_past_the_checkpoint_are_dropped_on_resume(tmp_path: Path) -> None:
     train(tiny(out=tmp_path, steps=4, log_every=1))
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')  # logged after the checkpoint, then cut off
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')  # after the checkpoint, the last truncated
     train(tiny(out=tmp_path, steps=6, log_every=1, resume=True))
     records = read_json_lines(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in records] == [1, 2, 3, 4, 5, 6]

@@ -1,4 +1,4 @@
-"""Learning rates, clipping and weight decay, each as it reaches the optimizer."""
+"""Learning rates, gradient clipping and weight decay."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_schedule_scales_each_groups_own_peak() -> None:
 
 
 def test_a_rate_read_from_memory_gives_the_same_bits() -> None:
-    """As a CUDA graph reads it: from a float32 tensor, where a run without has a number of 64 bits."""
+    """A CUDA graph reads the rate from a float32 tensor; without a graph it is a Python float."""
     number, memory = (build(tiny(schedule="cosine", steps=50, lr=1e-3)) for _ in range(2))
     for group in memory.state.optimizer.param_groups:
         group["lr"] = torch.tensor(0.0)

@@ -1,4 +1,4 @@
-"""The precision of a step: autocast, torch's global settings, float16 and its gradient scaler."""
+"""The precision of a step: autocast, torch's global settings, and float16 with its gradient scaler."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_numerics_are_those_asked_for_and_put_back(dtype: str, precision: str, d
 
 @pytest.mark.parametrize("users", [None, ":16:8"])
 def test_cublas_is_told_to_be_deterministic_before_anything_is_computed(users: str | None) -> None:
-    """PyTorch looks at the first product, and refuses every deterministic one after that if it was not set."""
+    """PyTorch reads the variable at the first matmul; if unset, it refuses deterministic matmuls from then on."""
     environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
     environment |= {} if users is None else {"CUBLAS_WORKSPACE_CONFIG": users}
     code = "import fastgpt2, os; print(os.environ['CUBLAS_WORKSPACE_CONFIG'])"

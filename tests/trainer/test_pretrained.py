@@ -1,4 +1,4 @@
-"""Which checkpoint is read, and how: nothing drawn, nothing held twice, by the ops that `auto` chooses."""
+"""Which checkpoint is read, how its weights are loaded, and which ops compute."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 def save(out: Path, step: int, **changes: Any) -> GPT:
-    """A checkpoint of a model of this step's own weights."""
+    """Save a checkpoint whose weights depend on the step."""
     config = resolve(TrainConfig(model="tiny", n_layer=1, data="nowhere", keep_checkpoints=0, **changes), cuda=False)
     torch.manual_seed(step)
     model = GPT(config.model_config()).to(torch.float64 if config.dtype == "float64" else torch.float32)
@@ -41,7 +41,7 @@ def save(out: Path, step: int, **changes: Any) -> GPT:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with checkpoints of the steps 2 and 4."""
+    """A run with checkpoints of steps 2 and 4."""
     out = tmp_path_factory.mktemp("runs") / "run"
     for step in (2, 4):
         save(out, step)
@@ -50,7 +50,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def out(two: Path, tmp_path: Path) -> Path:
-    """A copy to change."""
+    """A copy of it that a test may change."""
     return shutil.copytree(two, tmp_path / "run")
 
 
@@ -59,7 +59,7 @@ def path_of(out: Path, step: int) -> Path:
 
 
 def rewrite(path: Path, change: Callable[[Any], Any]) -> None:
-    """Change state.json or the tensors of a checkpoint, and its sums with it."""
+    """Change state.json or the tensors of a checkpoint and recompute its sums."""
     if path.suffix == ".json":
         path.write_text(json.dumps(change(json.loads(path.read_text()))))
     else:
@@ -68,7 +68,7 @@ def rewrite(path: Path, change: Callable[[Any], Any]) -> None:
     (path.parent / checkpoint.SUMS).write_text("".join(lines))
 
 
-# Which one
+# ------------------------------------------------------------------------------------------------------- which one
 
 
 def test_a_run_a_step_or_a_checkpoint(out: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_run_a_step_or_a_checkpoint(out: Path) -> None:
         assert checkpoint.find(two.with_name(name)) == two.with_name(name)
     moved = shutil.move(two.with_name("step-best"), out.parent / "best")
     assert load_run(Path(moved), CPU)[1]["step"] == load_run(out, CPU, 2)[1]["step"] == 2
-    shutil.copy(two / "model.safetensors", out)  # for others to read
+    shutil.copy(two / "model.safetensors", out)  # a user's copy for other programs
     assert checkpoint.find(out) == four and load_run(out, CPU)[1]["step"] == 4
 
 
@@ -124,7 +124,7 @@ def test_a_damaged_one_names_one_that_is_intact(out: Path) -> None:
             load_run(source, CPU, step)
 
 
-# How it is loaded
+# ----------------------------------------------------------------------------------------------- how it is loaded
 
 
 def test_the_weights_are_the_files_and_none_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_the_precision_saved_is_kept(tmp_path: Path) -> None:
 
 
 def test_reading_a_run_imports_no_compiler(two: Path) -> None:
-    """It takes longer than all the rest. Neither the model on the meta device nor the chunked loss needs it."""
+    """Importing it takes longer than everything else, and neither the meta device nor the chunked loss needs it."""
     program = f"""
 import sys, torch
 from pathlib import Path
@@ -193,11 +193,11 @@ def test_tensors_of_another_model_are_told_in_one_line(out: Path, change: Any, m
     assert "\n" not in str(error.value)
 
 
-# By which operations
+# ------------------------------------------------------------------------------------------- by which operations
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of a tensor that is made, and what the chunked loss was asked for."""
+    """Records the size of the largest new tensor, and which gradients the chunked loss was asked for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,13 +221,13 @@ class OneBatch:
         return iter([self.tokens])
 
     def check(self) -> None:
-        """Sources say here that their data can't be read any more."""
+        """Real sources raise here if their data can no longer be read."""
 
 
 def test_whole_logits_are_never_held_and_no_gradient_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1, vocab_size=4096)
     model, _ = load_run(tmp_path, CPU)
-    monkeypatch.setitem(sys.modules["fastgpt2.kernels.loss"].MEMORY_BUDGET, "cpu", 1)  # as many chunks as can be
+    monkeypatch.setitem(sys.modules["fastgpt2.kernels.loss"].MEMORY_BUDGET, "cpu", 1)  # as many chunks as possible
     with Largest() as seen:
         evaluate_split(model, OneBatch(torch.zeros(4, 65, dtype=torch.int64)), CPU)  # type: ignore[arg-type]
     assert seen.gradients == [(False, False)]
@@ -247,7 +247,7 @@ def test_documents_are_masked_as_in_training(tmp_path: Path) -> None:
     expected = GPT(saved.config, Ops(attn=plain)).eval()
     expected.load_state_dict(saved.state_dict())
     torch.testing.assert_close(model(tokens), expected(tokens))
-    # The mask matters here: without it the logits are others.
+    # Without the mask the logits differ, so this test can fail.
     unmasked = GPT(replace(saved.config, end_of_text=None)).eval()
     unmasked.load_state_dict(saved.state_dict())
     assert (model(tokens) - unmasked(tokens)).abs().max() > 1e-5

@@ -1,4 +1,4 @@
-"""Plotting a run leaves a notebook's matplotlib alone: its backend, and the figure that it draws on."""
+"""Plotting a run leaves a notebook's matplotlib backend and current figure alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any number of reporters, and those that fail."""
+"""Any number of reporters, including some that fail."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Watch(Reporter):
 
 
 class Broken(Reporter):
-    """Raises from its second record on."""
+    """Raises at every record after the first."""
 
     def logged(self, record: dict[str, Any]) -> None:
         if record["step"] >= 2:

@@ -1,4 +1,4 @@
-"""Resuming: the same bits, settings left open and settings changed."""
+"""Resuming: bitwise equal to an uncut run, with settings left open and with settings changed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_checkpoint_without_steps_has_no_moments(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("toml", ["whole", "lost", "damaged"])
 def test_what_a_python_caller_leaves_open_is_as_the_run_has_it(out: Path, toml: str) -> None:
-    """Nothing comes from a default, and nothing from config.toml, which may be lost."""
+    """Open settings come from the checkpoint: not from defaults, nor from config.toml, which may be lost."""
     if toml == "lost":
         (out / "config.toml").unlink()
     if toml == "damaged":
@@ -102,7 +102,7 @@ def test_saved_settings_are_those_of_the_newest_checkpoint_that_can_be_read(out:
     edit_state(step(out, 4), lambda state: state["config"].update(lr=0.5, nonsense=1))
     found = settings()
     assert found is not None and found["lr"] == 0.5 and "nonsense" not in found
-    # One that isn't as it was written.
+    # A damaged checkpoint is passed over.
     (step(out, 4) / "state.json").write_text((step(out, 4) / "state.json").read_text().replace("0.5", "0.7"))
     assert settings() == {**found, "lr": 1e-2}
     shutil.rmtree(out / "checkpoints")
@@ -118,7 +118,7 @@ def test_saved_settings_are_those_of_the_newest_checkpoint_that_can_be_read(out:
 
 
 def test_settings_that_are_not_the_saved_ones_are_named(out: Path) -> None:
-    """A bit of config.toml that turned over is seen, where it is still TOML."""
+    """This also shows a flipped bit in config.toml, if it is still TOML."""
     watch = Watch()
     train(with_(out=out, resume=True), watch)
     assert not any("changed since" in text for text in watch.notes)
@@ -142,7 +142,7 @@ def test_what_no_tensor_depends_on_may_be_changed(out: Path, changes: dict[str, 
 
 
 def test_a_caller_without_a_reporter_is_warned_of_what_is_resumed_otherwise(out: Path) -> None:
-    """Python gives every setting, if only by its default: --lr would fall back to it in silence."""
+    """In Python every setting has a value, if only its default: --lr would change silently."""
     with pytest.warns(RuntimeWarning, match=r"changed since the checkpoint: .*--lr 0\.0003 \(was 0\.01\)"):
         train(TrainConfig(out=out, resume=True, steps=5))
 
@@ -170,7 +170,7 @@ def test_a_scaler_is_kept_begun_or_dropped(out: Path) -> None:
 
 
 def test_adam_goes_on_as_adamw_and_the_reverse(tmp_path: Path) -> None:
-    """Both keep the same two averages: without decay the same numbers."""
+    """Both keep the same two moments, and without weight decay they compute the same."""
     whole = train(with_(steps=6)).losses
     for first, then in (("adam", "adamw"), ("adamw", "adam")):
         watch = Watch()
@@ -181,7 +181,7 @@ def test_adam_goes_on_as_adamw_and_the_reverse(tmp_path: Path) -> None:
 
 
 def test_a_count_of_steps_follows_its_parameter(out: Path) -> None:
-    """A fused optimizer, and a step that is captured as a CUDA graph, need it where the parameter is, in float32."""
+    """Fused optimizers and CUDA graphs need the count in float32 on the parameter's device."""
     for changes in ({}, {"optimizer": "adamw"}):
         model, optimizer = restored(out, torch.amp.GradScaler("cpu", enabled=False), **changes)
         for parameter in model.parameters():

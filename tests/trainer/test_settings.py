@@ -1,4 +1,4 @@
-"""Every setting of TrainConfig arrives where it acts, and a device settles those that were left open."""
+"""Every setting of TrainConfig takes effect, bad ones are refused, and the device settles those left open."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def of_model(name: str) -> Callable[[TrainConfig], Any]:
 
 
 def of_groups(name: str) -> Callable[[TrainConfig], Any]:
-    """Of the parameters that are decayed and of those that aren't."""
+    """The value in each group: parameters with weight decay, then those without."""
     return lambda config: [group[name] for group in build(config).state.optimizer.param_groups]
 
 
@@ -72,7 +72,7 @@ def deterministic(config: TrainConfig) -> bool:
 
 
 def compiler(config: TrainConfig) -> Any:
-    """How a model on a GPU is compiled, played on the meta device; None where it isn't."""
+    """The arguments of model.compile as on a GPU, on the meta device; None if it isn't called."""
     with (
         mock.patch("fastgpt2.run.settle", lambda c: (resolve(c, cuda=True), torch.device("meta"))),
         mock.patch("fastgpt2.model.GPT.compile") as compile_,
@@ -94,7 +94,7 @@ def saved_steps(config: TrainConfig) -> list[int]:
 
 
 def validated_sequences(config: TrainConfig) -> int:
-    """Sequences that one validation draws."""
+    """The number of sequences that one validation draws."""
     with mock.patch("fastgpt2.data.DummyTokens.tokens", autospec=True, side_effect=DummyTokens.tokens) as tokens:
         train(config)
     sources = [call.args[0] for call in tokens.call_args_list]
@@ -104,7 +104,7 @@ def validated_sequences(config: TrainConfig) -> int:
 ELEMENTWISE = {"dynamic": False, "fullgraph": True, "backend": inductor_recomputing_elementwise}
 ONE_EVALUATION = {"eval_every": 6, "grad_accum": 2, "steps": 6}
 ARRIVALS: list[tuple[str, Any, Callable[[TrainConfig], Any], Any, dict[str, Any]]] = [
-    # setting, value, where it must arrive, as what, other settings
+    # setting, value, how to observe it, what must be observed, other settings
     ("model", "tiny", of_model("n_embd"), 64, {"n_embd": None}),
     ("n_layer", 3, of_model("n_layer"), 3, {}),
     ("n_head", 4, of_model("n_head"), 4, {}),
@@ -232,7 +232,7 @@ def test_nothing_that_decides_the_computation_is_left_open() -> None:
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
-    """Play two GPUs of 80 GiB and of a compute capability."""
+    """Pretend to have two GPUs with 80 GiB and the given compute capability."""
 
     def install(capability: tuple[int, int]) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -258,7 +258,7 @@ def test_a_gpu_settles_what_was_left_open(two_gpus, changes, capability, dtype, 
     config, on = settle(TrainConfig(**changes))
     assert (preset_name(config.model_config()), config.batch_size, config.dtype) == ("gpt2", 32, dtype)
     assert on == torch.device(device)
-    # What nobody asked for isn't written for another machine.
+    # Settled values aren't stored as if asked for: another machine may settle others.
     assert (config.model, config.device) == (None, changes.get("device"))
 
 

@@ -1,4 +1,4 @@
-"""Stopping a run by a signal: it saves, says so in one line, and exits with 128 + the signal's number."""
+"""A signal stops a run: it saves, says so in one line, and exits with 128 + the signal's number."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], Any]) -> None:
-    """Act after a step was launched, before its loss is read."""
+    """Call `action` after a step is launched, before its loss is read."""
     stepped = TrainDisplay.stepped
 
     def then(self: TrainDisplay, done: int) -> None:
@@ -70,7 +70,7 @@ def test_every_signal_that_asks_to_stop_saves(
 def test_only_a_second_ctrl_c_ends_at_once(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGHUP and SIGTERM often come together, and one of them twice."""
+    """SIGHUP and SIGTERM often come together, and one of them may come twice."""
     at_step(monkeypatch, 3, lambda: send(number, *signals.STOPPING[1:], number))
     second = number == signal.SIGINT
     with pytest.raises(KeyboardInterrupt) if second else contextlib.nullcontext():
@@ -110,7 +110,7 @@ def test_an_evaluation_is_cut_short_by_a_signal_and_never_delays_a_save(
         if self.stream == "val":
             drawn.append(step)
             assert len(drawn) < 3
-            # The step's record and the checkpoint that was due are there before the evaluation begins.
+            # The step's record and any checkpoint that is due are written before the evaluation begins.
             assert read_json_lines(tmp_path / "metrics.jsonl")[-1]["step"] == 4
             assert saved(tmp_path) == ([4] if save_every == 4 else [])
             if len(drawn) == 2:
@@ -157,7 +157,7 @@ raise SystemExit("still alive")
 
 @EVERY
 def test_a_signal_while_torch_is_imported_ends_in_one_line(number: signal.Signals, tmp_path: Path) -> None:
-    """With a file in torch's place that sends it."""
+    """A file in torch's place sends the signal."""
     (tmp_path / "torch.py").write_text(NO_TORCH)
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{root}", "SIGNAL": number.name}

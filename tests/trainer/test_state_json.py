@@ -1,4 +1,4 @@
-"""state.json: the progress it keeps, what it says of changes, and contents that can't be."""
+"""state.json: progress, notes on what changed since, and checkpoints with valid sums but invalid contents."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ STATES: dict[str, tuple[Edit, str]] = {
 
 
 def refusal(out: Path) -> str:
-    """The line in which a run is not resumed; nothing has been renamed, and nothing large allocated."""
+    """The error of a resume that is refused. Nothing may have been renamed."""
     with pytest.raises(ConfigError) as error:
         train(TrainConfig(out=out, resume=True, device="cpu"))
     assert names(out) == ["step-00000002", "step-00000004"]

@@ -1,4 +1,4 @@
-"""A step: recomputed activations, no waiting for the device, documents masked."""
+"""A step: recomputed activations, no waiting for the device, the document mask."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ SLOT_CHOICES = {
 
 
 def fake_step(config: TrainConfig, ops: Ops) -> None:
-    """Two steps on fake tensors, which have no values: whatever asks for one, as .item() does, raises."""
+    """Run two steps on fake tensors. They have no values, so anything that reads one, such as .item(), raises."""
     config, device = settle(config)
     with FakeTensorMode():
         model = GPT(config.model_config(), ops, recompute=config.recompute == "blocks")
@@ -104,7 +104,7 @@ def test_a_step_that_asks_is_found() -> None:
 def test_the_step_does_not_wait_for_the_gpu(slots: str, dtype: str) -> None:
     flags = SLOT_CHOICES[slots]
     config = tiny_on_gpu(dtype=dtype, grad_clip=1.0, grad_accum=2, **flags)
-    with numerics(config):  # deterministic algorithms are other code
+    with numerics(config):  # deterministic algorithms take other code paths
         run = build(config)
         tokens = run.next_tokens(0)
         run.step(0, tokens)
@@ -132,7 +132,7 @@ def test_another_gpu_than_the_current_one_computes_the_same(slots: str) -> None:
 
 
 def shards(folder: Path, end_of_text: int | None) -> Path:
-    """Documents of 10 tokens that count up from a number of their own, each opened by the end-of-text token."""
+    """Write shards of documents: the end-of-text token, then nine tokens that count up from a random one."""
     folder.mkdir()
     meta = {"vocab_size": 65} | ({} if end_of_text is None else {"end_of_text": end_of_text})
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -153,7 +153,7 @@ def test_the_document_mask_takes_the_datas_end_of_text_token(tmp_path: Path) -> 
     assert build(tiny(data=data)).model.config.end_of_text is None
     masked = train(config).losses
     assert masked != train(tiny(data=data, steps=3)).losses
-    # What the trainer computes is what the naive mask computes, whichever the backend.
+    # Every backend's mask gives the naive mask's losses.
     assert train(dataclasses.replace(config, attn="naive")).losses == pytest.approx(masked, abs=1e-5)
     if not CUDA:
         assert train(dataclasses.replace(config, attn="triton")).losses == pytest.approx(masked, abs=1e-5)

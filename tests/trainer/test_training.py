@@ -1,4 +1,4 @@
-"""The published procedure, promise by promise, and what `train` tells of it."""
+"""The published training procedure, what `train` tells the user about it, and what importing it needs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def weights(config: TrainConfig) -> dict[str, Tensor]:
 
 
 def test_the_step_written_out() -> None:
-    """The whole procedure once more in its plainest form: the losses are bitwise the trainer's."""
+    """Written out in plain PyTorch, the procedure gives the trainer's losses bit for bit."""
     from fastgpt2.model import GPT
 
     plain = dataclasses.replace(TINY, loss="torch")
@@ -39,7 +39,7 @@ def test_the_step_written_out() -> None:
     run = build(plain)
     torch.manual_seed(TINY.seed)
     model = GPT(run.model.config)
-    # The trainer rounds the rate to float32, which a CUDA graph reads it as.
+    # The trainer rounds the learning rate to float32, the type that a CUDA graph reads.
     adam = torch.optim.Adam(model.parameters(), lr=float(np.float32(TINY.lr)), fused=True)
     losses = []
     for step in range(6):
@@ -52,7 +52,7 @@ def test_the_step_written_out() -> None:
         adam.step()
         losses.append(loss.item())
     assert train(plain).losses == losses
-    # The default computes the same in chunks, in another order.
+    # The default loss sums in chunks, so in another order.
     assert train(TINY).losses == pytest.approx(losses, abs=1e-6)
 
 
@@ -114,7 +114,7 @@ def test_evaluation_changes_nothing() -> None:
 
 
 def test_micro_steps_average_to_the_large_batch() -> None:
-    """Four micro-steps of 3 are one batch of 12: the logged loss, and in float64 the weights, agree."""
+    """Four micro-steps of 3 equal one batch of 12, in the logged loss and in the gradients."""
     micro = tiny(grad_accum=4, dtype="float64")
     run = build(micro)
     large = build(tiny(batch_size=12, dtype="float64"))
@@ -123,7 +123,7 @@ def test_micro_steps_average_to_the_large_batch() -> None:
     loss, _ = run.step(0, tokens)
     large_loss, _ = large.step(0, tokens.reshape(1, 12, 17))
     assert loss.item() == pytest.approx(large_loss.item(), rel=1e-14)
-    assert not loss.requires_grad  # or the meter would keep every step's graph
+    assert not loss.requires_grad  # otherwise the meter would keep every step's graph
     for p, q in zip(run.parameters, large.parameters, strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-16)
     assert train(micro).losses[0] == loss.item()
@@ -166,7 +166,7 @@ def test_the_log_says_what_recomputing_saves_and_costs() -> None:
     train(tiny(model="gpt2", n_layer=None, n_head=None, n_embd=None, vocab_size=None, batch_size=1, steps=1,
                block_size=8, recompute="blocks"), watch)  # fmt: skip
     (text,) = (t for t in watch.notes if t.startswith("--recompute blocks"))
-    # Without attention the blocks are 85 of 124 million weights, and a forward is a third of their FLOPs: 23%.
+    # The blocks hold 85 of 124 million weights, and their forward is a third of their FLOPs: 23%, attention aside.
     assert "MiB of activations instead of" in text and "23% more FLOPs" in text
 
 
@@ -189,7 +189,7 @@ def test_the_log_says_what_keeps_sdpa_from_cudnn(changes, pick, measured, said, 
 
     def picks(*_: Any) -> SDPBackend:
         asked.append(torch.are_deterministic_algorithms_enabled())
-        return SDPBackend(int(pick))  # as torch makes it: equal, another object
+        return SDPBackend(int(pick))  # equal but not identical, as torch returns it
 
     monkeypatch.setattr("fastgpt2.run.sdpa_picks", picks)
     monkeypatch.setattr("fastgpt2.run.ablation", lambda device, precision: measured)
@@ -203,7 +203,7 @@ def test_the_log_says_what_keeps_sdpa_from_cudnn(changes, pick, measured, said, 
     assert all("by arithmetic, not measured" in t and "--no-deterministic" in t and "--attn triton" in t for t in texts)
 
 
-# ------------------------------------------------------------------------------------------------------------- dependencies
+# --------------------------------------------------------------------------------------------------------- dependencies
 
 WITHOUT = """
 import sys
@@ -233,7 +233,7 @@ def test_training_needs_neither_triton_nor_the_command_line_packages() -> None:
 
 
 def test_train_is_the_function_whatever_was_imported_before() -> None:
-    """Importing a submodule binds it in its package, which would hide the function behind its command."""
+    """Importing a submodule sets it as an attribute of its package, which would hide the function train."""
     with pytest.raises(ImportError, match=r"in Python: from fastgpt2 import train$"):
         import_module("fastgpt2.train")
     for name in fastgpt2.__all__:
