@@ -11,19 +11,19 @@ Exit status: 0, or 1 if a candidate crashed, hung or is wrong. One that can't ru
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.contest import Missing, hold
+from bench.record import Record
 from bench.report.results import best_peer, gib, mode, number, ratio
 from bench.result import Result
-from bench.stages import new_record, record_file
 from bench.step.lockstep import Limits
 from bench.step.steps import STEPS, StepContest, StepShape
 from bench.timing import ROOT, commit, environment
@@ -52,22 +52,26 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     ends = time.monotonic() + 60 * given.minutes
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # this is about the CPU, whatever else is here
-    record = new_record(given.minutes, commit(given.commit), {**environment(), "cpu_threads": given.threads})
-    file = record_file(given.out, record)
+    record = Record(
+        minutes=given.minutes,
+        commit=commit(given.commit),
+        environment={**environment(), "cpu_threads": given.threads},
+    )
+    file = record.file(given.out)
     failed = False
     for done, cell in enumerate(given.cells):
         share = (ends - time.monotonic()) / (len(given.cells) - done)
         dtype, how = cell.split("-")
         shape = StepShape(given.model, given.batch_size, dtype, given.block_size, given.n_layer)
         failed |= _run_cell(record, shape, how == "compiled", given, time.monotonic() + share)
-        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{file}\n{table(record['results'])}")
-    for missing in record["not_done"]:
-        print(f"not done: {missing['name']}: {missing['reason']}")
+        record.write(file)
+    print(f"\n{file}\n{table(record.results)}")
+    for name, reason in record.not_done.items():
+        print(f"not done: {name}: {reason}")
     return int(failed)
 
 
-def _run_cell(record: dict[str, Any], shape: StepShape, compiled: bool, given: Any, until: float) -> bool:
+def _run_cell(record: Record, shape: StepShape, compiled: bool, given: Any, until: float) -> bool:
     """Run one contest into the record; returns whether a candidate failed."""
     contest = Cell(
         "cpu",
@@ -89,12 +93,12 @@ def _run_cell(record: dict[str, Any], shape: StepShape, compiled: bool, given: A
     for name, outcome in outcomes.items():
         title = f"{contest.group}, {name}"
         if isinstance(outcome, Missing):
-            record["not_done"].append({"name": title, "reason": outcome.reason})
+            record.not_done[title] = outcome.reason
             print(f"{title}: {outcome.reason}\n{outcome.output if outcome.failed else ''}".rstrip(), file=sys.stderr)
             continue
-        record["environment"] = {**outcome.versions, "cpu_threads": given.threads}
-        done.append(contest.result(name, outcome, **shared).to_json() | {"name": title})
-    record["results"] += done
+        record.environment = {**outcome.versions, "cpu_threads": given.threads}
+        done.append(replace(contest.result(name, outcome, **shared), name=title))
+    record.results += done
     print(table(done), flush=True)
     return any(isinstance(outcome, Missing) and outcome.failed for outcome in outcomes.values())
 
@@ -107,11 +111,10 @@ class Cell(StepContest):
         return f"training step, {self.step.model}, {self.step.dtype}, {'compiled' if self.compiled else 'eager'}"
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def table(results: list[Result]) -> str:
     """A line a result, with the speed over the fastest peer's and the memory over the leanest's of its contest."""
     heads = f"{'tokens/s':>9}  {'x fastest peer':<20} {'GiB':>6} {'x leanest':>9}"
     shown = [f"{'dtype':<9} {'mode':<9} {'candidate':<14} {heads}"]
-    results = [Result.from_json(line) for line in lines]
     for _, members in itertools.groupby(results, key=lambda r: r.contest):
         beside = list(members)
         leanest = min((r.peak_memory_bytes or 0 for r in beside if r.role == "peer"), default=None)

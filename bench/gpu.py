@@ -32,18 +32,18 @@ import torch
 
 from bench import kernel_profile, smoke
 from bench.device_state import FIXED_FIELDS, make_state_query, query_gpu
+from bench.record import Record
 from bench.report import targets
-from bench.report.results import Record, summary
-from bench.stages import Files, NotNow, Stage, exit_status, new_record, read_environment, record_file, run_stages
+from bench.report.results import summary
+from bench.stages import Files, NotNow, Stage, exit_status, read_environment, run_stages
 from bench.step.steps import TUNED, Kernels
 from bench.timing import ROOT, commit
 from fastgpt2.flags import Parser
 from fastgpt2.kernels.tools.toolkit import align, find_tool
 from fastgpt2.kernels.tuning import check_table
-from fastgpt2.slots import SLOTS
 
 PARTS = {1: 9.3, 2: 3.0}
-"""The minutes that each part is made for. More minutes raise part 1's limits; part 2's are long already."""
+"""The minutes that each part is made for."""
 SESSIONS = {
     "operations": (
         *(f"kernels/test_{name}.py" for name in ("attention", "attention_documents", "attention_operator")),
@@ -74,16 +74,12 @@ class Run:
         scratch: a folder.
         results: JSON lines that stages append to.
         table: the tuned table, used from when it is there.
-        without: slots whose kernel is known to fail; more may follow from the smoke.
-        pace: factor of the limits of part 1's stages.
     """
 
     scratch: Path
     results: Path
     commit: str
     table: Path
-    without: tuple[str, ...] = ()
-    pace: float = 1.0
 
     @property
     def ceilings(self) -> Path:
@@ -95,8 +91,7 @@ class Run:
 
     def kernels(self) -> Kernels:
         """As known so far."""
-        failed = {*self.without, *smoke.read_failed(self.failed)}
-        return Kernels(tuple(slot for slot in SLOTS if slot in failed), self.table if self.table.exists() else None)
+        return Kernels(smoke.read_failed(self.failed), self.table if self.table.exists() else None)
 
     def options(self, prefix: str) -> list[str]:
         """What is known of the kernels, as options of a command."""
@@ -118,15 +113,15 @@ def part_1(run: Run) -> list[Stage]:
         _bench(run, "ops/bench_mlp", "gelu_mlp, 64k tokens", _MLP, 30, seconds_needed=12),
         _bench(run, "ops/bench_loss", "loss, 64k tokens", f"{large} and {_LOSS}", 30, seconds_needed=12),
         # Minute 4.
-        _tests(run, "operations", 80, seconds_needed=40),
-        _tests(run, "trajectories", 30, seconds_needed=20),
+        _tests("operations", 80, seconds_needed=40),
+        _tests("trajectories", 30, seconds_needed=20),
         Stage("tune", lambda: _tune(run), TUNING_S + 15, seconds_needed=30),
         _step(run, "step, B=64, tuned", "gpt2-B64-compiled-tuned", 75, seconds_needed=40, tuned=True),
         _kernels(run, "the step's kernels: ours, tuned", TUNED, 40, tuned=True),
         # Minute 8.
         _step(run, "step, one slot changed", f"{_ABLATION} and not ({_RARE})", 110, seconds_needed=80),
-        _tests(run, "graphs and equal bits", 40, seconds_needed=20),
-        _tests(run, LARGE, 40, seconds_needed=20),
+        _tests("graphs and equal bits", 40, seconds_needed=20),
+        _tests(LARGE, 40, seconds_needed=20),
     ]
 
 
@@ -150,7 +145,7 @@ def part_2(run: Run) -> list[Stage]:
         # Its checks are among the tests; this is their table.
         Stage("verify", [*_PYTHON, "fastgpt2.verify"], 240, seconds_needed=40, required=True),
         _tool("gpu tests: memory and races", "sanitize", "compute-sanitizer", 300),
-        _tests(run, ALONE, 120, seconds_needed=30),
+        _tests(ALONE, 120, seconds_needed=30),
         step("step, B=64, all peers", "gpt2-B64-compiled-peers"),
         step("step, one slot changed, the others", f"{_ABLATION} and (ours-torch or {_RARE})"),
         step("step, CUDA graphs, B=4", "gpt2-B4 and graph"),
@@ -243,42 +238,32 @@ def _tune(run: Run) -> list[str]:
     if not ops:
         raise NotNow("no kernel that is worth tuning is right")
     options = ["--op", *ops, "--precision", "bfloat16", "--size", "64", "768", "50304"]
-    return [
-        *_PYTHON,
-        "fastgpt2.kernels.tools.tune",
-        *options,
-        "--seconds",
-        "3",
-        "--minutes",
-        str(run.pace * TUNING_S / 60),
-        "--out",
-        str(run.table),
-    ]
+    options += ["--seconds", "3", "--minutes", str(TUNING_S / 60), "--out", str(run.table)]
+    return [*_PYTHON, "fastgpt2.kernels.tools.tune", *options]
 
 
 def _tool(name: str, module: str, tool: str, seconds_limit: float, *options: str) -> Stage:
     """A tool of the kernels that runs a program of the CUDA toolkit, which may be missing."""
-    missing = None if find_tool(tool) else f"{tool} is not installed; it comes with the CUDA toolkit"
-    return Stage(
-        name,
-        [*_PYTHON, f"fastgpt2.kernels.tools.{module}", *options],
-        seconds_limit,
-        seconds_needed=40,
-        missing=missing,
-    )
+
+    def argv() -> list[str]:
+        if not find_tool(tool):
+            raise NotNow(f"{tool} is not installed; it comes with the CUDA toolkit")
+        return [*_PYTHON, f"fastgpt2.kernels.tools.{module}", *options]
+
+    return Stage(name, argv, seconds_limit, seconds_needed=40)
 
 
-def _tests(run: Run, name: str, seconds_limit: float, seconds_needed: float) -> Stage:
+def _tests(name: str, seconds_limit: float, seconds_needed: float) -> Stage:
     """A session's tests marked gpu; with pytest-xdist, which need not be there, by several processes. One that crashes
     is replaced, and one that hangs leaves the tests to the others."""
-    junit, files = run.scratch / f"{name}.xml", gpu_test_sessions()[name]
+    files = gpu_test_sessions()[name]
     in_parallel = importlib.util.find_spec("xdist") and name not in (ALONE, LARGE)
     # Every test of the trajectories computes on the GPU where there is one.
     marks = {"trajectories": [], LARGE: ["-m", "gpu and xdist_group"]}.get(name, ["-m", "gpu and not xdist_group"])
-    options = ["-v", *marks, "--continue-on-collection-errors", f"--junitxml={junit}"]
+    options = ["-v", *marks, "--continue-on-collection-errors"]
     options += processes(min(PROCESSES, os.cpu_count() or 1)) if in_parallel else []
     argv = [*_PYTEST, *options, *(str(file.relative_to(ROOT)) for file in files)]
-    return Stage(f"gpu tests: {name}", argv, seconds_limit, seconds_needed, required=True, junit=junit)
+    return Stage(f"gpu tests: {name}", argv, seconds_limit, seconds_needed, required=True, tests=True)
 
 
 def processes(count: int) -> list[str]:
@@ -305,15 +290,14 @@ def programme(run: Run, part: int | None, only: Sequence[str] | None = None) -> 
     parts: dict[int, Callable[[Run], list[Stage]]] = {1: part_1, 2: part_2}
     stages: dict[str, Stage] = {}
     for number in PARTS if part is None else (part,):
-        pace = run.pace if number == 1 else 1.0
         for stage in parts[number](run):
-            stages.setdefault(stage.name, replace(stage, seconds_limit=pace * stage.seconds_limit))
+            stages.setdefault(stage.name, stage)
     return [stage for name, stage in stages.items() if any(text in name for text in only or [""])]
 
 
 def findings(record: Record) -> str:
     """What a run prints beside the results: the smoke, and the kernels that a step spends its time in."""
-    smokes = [f"smoke: {smoke.words(found['slot'], found)}" for found in record.smokes]
+    smokes = [f"smoke: {smoke.words(found)}" for found in record.smokes]
     return "\n".join([*smokes, *(kernel_profile.table(found) for found in record.step_kernels)])
 
 
@@ -325,8 +309,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="default: bench/results")
     parser.add_argument("--commit", help="what is measured, where there is no git repository to ask")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="only the stages whose name contains one of these")
-    parser.add_argument("--without", nargs="+", default=[], choices=list(SLOTS), help="kernels known to fail: not run")
-    parser.add_argument("--table", type=Path, help="tuned table to start from; tuning writes to it (default: OUT's)")
     given = parser.parse_args(arguments)
     if given.minutes is not None and not given.minutes > 0:
         parser.error(f"--minutes must be positive, got {given.minutes:g}")
@@ -338,31 +320,31 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: python -m bench.gpu needs a CUDA GPU, torch {torch.__version__} sees none here", file=sys.stderr)
         return 2
     began = time.monotonic()
-    usual = PARTS[given.part] if given.part else sum(PARTS.values())
-    minutes = usual if given.minutes is None else given.minutes
+    minutes = given.minutes or (PARTS[given.part] if given.part else sum(PARTS.values()))
     environment = read_environment()
     architecture = f"sm_{environment['compute_capability'].replace('.', '')}"
-    table = (given.table or given.out / f"{architecture}.json").resolve()
-    if given.table and table.stem != architecture:
-        parser.error(f"--table must be named {architecture}.json, after this GPU's architecture, got {given.table}")
-    if given.table or table.exists():
+    table = (given.out / f"{architecture}.json").resolve()
+    if table.exists():
         try:
             check_table(table)
         except ValueError as error:
             parser.error(str(error))
-    source, state = commit(given.commit), make_state_query()
-    record = new_record(minutes, source, environment)
-    record |= {"nvidia_smi": query_gpu(FIXED_FIELDS), "device_state_at_start": state()}
-    file = record_file(given.out, record)
+    state = make_state_query()
+    record = Record(
+        minutes=minutes,
+        commit=commit(given.commit),
+        environment=environment,
+        nvidia_smi=query_gpu(FIXED_FIELDS),
+        device_state_at_start=state(),
+    )
+    file = record.file(given.out)
     with tempfile.TemporaryDirectory() as scratch:
         files = Files(file, file.with_suffix(".log"), Path(scratch) / "results.jsonl")
-        pace = max(1.0, minutes / usual)
-        run = Run(Path(scratch), files.results, source["id"], table, tuple(given.without), pace)
+        run = Run(Path(scratch), files.results, record.commit_id, table)
         stages = programme(run, given.part, given.only)
         run_stages(stages, record, files, seconds=60 * minutes - (time.monotonic() - began), state=state)
-    measured = Record.from_json(record, file)
-    print(f"\n{file}\n{summary(measured)}\n{findings(measured)}")
-    if rows := targets.rows(measured):
+    print(f"\n{file}\n{summary(record)}\n{findings(record)}")
+    if rows := targets.rows(record):
         print(align(rows))
     return exit_status(record, [stage.name for stage in stages if stage.required])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from bench.contest import DEVICE
+from bench.record import StepKernels
 from bench.step.steps import STEPS, Kernels, StepShape
 from bench.timing import append_json_line
 from fastgpt2.config import PRESETS, ConfigError, Dtype
@@ -31,8 +33,12 @@ KEPT, SHOWN = 60, 15
 """Kernels in the record, and in the log: those that take longest."""
 
 
-def profile(step: Callable[[int], object], device: torch.device) -> dict[str, Any]:
-    """Milliseconds a step of all kernels (on a CPU: operators), and of the longest: [name, launches a step, ms a step].
+Seen = tuple[float, list[tuple[str, float, float]]]
+"""StepKernels' ms and kernels; on a CPU of operators."""
+
+
+def profile(step: Callable[[int], object], device: torch.device) -> Seen:
+    """See where some steps' time goes.
 
     Args:
         step: launches the step of an index.
@@ -48,23 +54,23 @@ def profile(step: Callable[[int], object], device: torch.device) -> dict[str, An
     return longest(seen.key_averages(), DeviceType.CUDA if cuda else DeviceType.CPU)
 
 
-def longest(events: Iterable[Any], where: DeviceType) -> dict[str, Any]:
+def longest(events: Iterable[Any], where: DeviceType) -> Seen:
     """The events of a device by their own time; an annotation covers kernels that are there themselves."""
     here = [event for event in events if event.device_type == where and not event.is_user_annotation]
     time = "self_device_time_total" if where == DeviceType.CUDA else "self_cpu_time_total"
-    rows = [[event.key[:120], event.count / STEPS_SEEN, getattr(event, time) / STEPS_SEEN / 1e3] for event in here]
+    rows = [(event.key[:120], event.count / STEPS_SEEN, getattr(event, time) / STEPS_SEEN / 1e3) for event in here]
     rows.sort(key=lambda row: -row[2])
-    return {"ms": sum(row[2] for row in rows), "kernels": rows[:KEPT]}
+    return sum(row[2] for row in rows), rows[:KEPT]
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: StepKernels) -> str:
     """The longest kernels, a line each."""
     rows = [
-        {">ms": f"{ms:.3f}", ">of all": f"{ms / found['ms']:.1%}", ">launches": f"{count:g}", "<kernel": name[:90]}
-        for name, count, ms in found["kernels"][:SHOWN]
+        {">ms": f"{ms:.3f}", ">of all": f"{ms / found.ms:.1%}", ">launches": f"{count:g}", "<kernel": name[:90]}
+        for name, count, ms in found.kernels[:SHOWN]
         if ms
     ]
-    return f"{found['step']}: {found['ms']:.2f} ms a step in kernels\n{align(rows) if rows else 'none was seen'}"
+    return f"{found.step}: {found.ms:.2f} ms a step in kernels\n{align(rows) if rows else 'none was seen'}"
 
 
 def count(text: str) -> int:
@@ -105,10 +111,18 @@ def main(arguments: list[str] | None = None) -> None:
         step(0)
         synchronize(DEVICE)
         return
-    what = {"step": given.step, "shape": shape.info(), "compiled": not given.eager, "table": given.table is not None}
-    found = what | {"slots": step.facts.get("slots")} | profile(step, DEVICE)
+    ms, rows = profile(step, DEVICE)
+    found = StepKernels(
+        step=given.step,
+        shape=shape.info(),
+        compiled=not given.eager,
+        table=given.table is not None,
+        slots=step.facts.get("slots"),
+        ms=ms,
+        kernels=rows,
+    )
     if given.jsonl is not None:
-        append_json_line(given.jsonl, {"kind": "kernels", **found})
+        append_json_line(given.jsonl, {"kind": "kernels", **asdict(found)})
     print(table(found))
 
 

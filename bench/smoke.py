@@ -25,16 +25,16 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
 
-from bench.stages import stop
+from bench.record import Smoke, smoke_from_json
+from bench.stages import run_tied
 from bench.timing import append_json_line, stage_ends
 from fastgpt2.flags import Parser
 
@@ -73,14 +73,11 @@ CHANGES = {
 }
 """By importance: the first that makes a slot right is its `right_with`."""
 
-Found = dict[str, Any]
-"""`status` is "ok", "wrong", "failed", "out of memory", "timed out" or "died"; with the first two the worst tensor, its
-error and budget."""
-Try = Callable[[str, str | None], Found]
+Try = Callable[[str, str | None], Smoke]
 """(slot, a key of CHANGES or None) -> what came of it."""
 
 
-def compare(slot: str, change: str | None = None, device: str = "cuda:0") -> Found:
+def compare(slot: str, change: str | None = None, device: str = "cuda:0") -> Smoke:
     """One comparison, in this process; on a CPU at a size for Triton's interpreter."""
     from fastgpt2 import accuracy as problems
     from fastgpt2.ops import Site, make_ops
@@ -100,10 +97,11 @@ def compare(slot: str, change: str | None = None, device: str = "cuda:0") -> Fou
     except Exception as error:
         traceback.print_exc()
         status = "out of memory" if _out_of_memory(error) else "failed"
-        return {"status": status, "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return Smoke(slot=slot, status=status, reason=reason)
     rows = [(tensor, off, budget) for table in tables for tensor, (off, budget) in table.items()]
     worst, off, budget = max(rows, key=lambda row: problems.excess(row[1], row[2]))
-    return {"status": "ok" if off <= budget else "wrong", "worst": worst, "error": off, "budget": budget}
+    return Smoke(slot=slot, status="ok" if off <= budget else "wrong", worst=worst, error=off, budget=budget)
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -132,7 +130,7 @@ def _changed(change: Change) -> ExitStack:
 def examine(
     slots: Sequence[str],
     attempt: Try,
-    report: Callable[[str, Found], None],
+    report: Callable[[Smoke], None],
     make_room: Callable[[], None],
 ) -> None:
     """Try all slots at once, and the changes of one that isn't right at once; each is reported as soon as it is known.
@@ -143,57 +141,45 @@ def examine(
 
     def one(slot: str) -> None:
         found = attempt(slot, None)
-        report(slot, found)
-        if found["status"] == "out of memory":
+        report(found)
+        if found.status == "out of memory":
             make_room()
             found = attempt(slot, None)
-            report(slot, found)
-        if found["status"] == "ok":
+            report(found)
+        if found.status == "ok":
             return
         names = [name for name, change in CHANGES.items() if slot in change.slots]
         with ThreadPoolExecutor(len(names)) as pool:
             tried = dict(zip(names, pool.map(lambda name: attempt(slot, name), names), strict=True))
-        right = next((name for name in names if tried[name]["status"] == "ok"), None)
-        report(slot, found | {"right_with": right, "changes": tried})
+        right = next((name for name in names if tried[name].status == "ok"), None)
+        report(replace(found, right_with=right, changes=tried))
 
     with ThreadPoolExecutor(len(slots)) as pool:
         list(pool.map(one, slots))
 
 
-def in_a_process(slot: str, change: str | None) -> Found:
+def in_a_process(slot: str, change: str | None) -> Smoke:
     """A comparison in a process of its own, for as long as this one may take; its errors go where this one's do."""
     limit = max(1.0, _left() * (SHARE if change is None else 1.0))
     argv = [*COMPARE, "--slot", slot, *(["--change", change] if change else [])]
     began = time.monotonic()
-    # A file, not a pipe: the end of a pipe would be waited for while anything that it started holds it.
     with tempfile.TemporaryFile("w+") as output:
-        tied = [sys.executable, "-m", "bench.tied", str(os.getpid()), *argv]
-        process = subprocess.Popen(tied, stdout=output, start_new_session=True)
-        try:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(limit)
-        finally:
-            timed_out = stop(process)
+        returncode, timed_out = run_tied(argv, output, limit)
         output.seek(0)
-        said = output.read()
+        said = output.read().splitlines()
+    seconds = round(time.monotonic() - began, 1)
     if timed_out:
-        found = {"status": "timed out", "reason": f"no result within {limit:.0f} s"}
-    else:
-        found = _last_line(said) or {"status": "died", "reason": f"exit status {process.returncode}"}
-    return found | {"seconds": round(time.monotonic() - began, 1)}
+        return Smoke(slot=slot, status="timed out", reason=f"no result within {limit:.0f} s", seconds=seconds)
+    try:
+        return replace(smoke_from_json(json.loads(said[-1])), seconds=seconds)
+    except (IndexError, ValueError):
+        return Smoke(slot=slot, status="died", reason=f"exit status {returncode}", seconds=seconds)
 
 
 def _left() -> float:
     """Seconds."""
     ends = stage_ends()
     return SECONDS if math.isinf(ends) else max(0.0, ends - ENDING_S - time.monotonic())
-
-
-def _last_line(said: str) -> Found | None:
-    try:
-        return json.loads(said.splitlines()[-1])
-    except (IndexError, ValueError):
-        return None
 
 
 def write_failed(path: Path | None, failed: Sequence[str]) -> None:
@@ -230,33 +216,33 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if given.slot:
         found = compare(given.slot, given.change)
-        print(json.dumps(found), flush=True)
-        return int(found["status"] != "ok")
+        print(json.dumps(asdict(found)), flush=True)
+        return int(found.status != "ok")
     failed, lock = dict.fromkeys(SLOTS), threading.Lock()
     write_failed(given.failed, list(failed))
     warm = {name: subprocess.Popen([*WARM, name, "--warm"]) for name in given.warm}
 
-    def report(slot: str, found: Found) -> None:
+    def report(found: Smoke) -> None:
         with lock:
-            if found["status"] == "ok":
-                del failed[slot]
+            if found.status == "ok":
+                del failed[found.slot]
                 write_failed(given.failed, list(failed))
-            final = found["status"] == "ok" or "changes" in found
+            final = found.status == "ok" or found.changes
             if final and given.jsonl is not None:
-                append_json_line(given.jsonl, {"kind": "smoke", "slot": slot, **found})
-            print(words(slot, found), flush=True)
+                append_json_line(given.jsonl, {"kind": "smoke", **asdict(found)})
+            print(words(found), flush=True)
 
     examine(SLOTS, in_a_process, report, make_room=lambda: _end(warm, share=SHARE))
     _end(warm, changed="ours" if failed else None)
     return int(bool(failed))
 
 
-def words(slot: str, found: Found) -> str:
+def words(found: Smoke) -> str:
     """A line for the log and the summary."""
-    error = f": {found['worst']} off by {found['error']:.2e} of {found['budget']:.2e}" if "worst" in found else ""
-    reason = f": {found['reason']}" if "reason" in found else ""
-    right = f"; right with {found['right_with'] or 'none of the changes'}" if "right_with" in found else ""
-    return f"{slot}: {found['status']}{error}{reason}{right}"
+    error = f": {found.worst} off by {found.error:.2e} of {found.budget:.2e}" if found.worst else ""
+    reason = f": {found.reason}" if found.reason else ""
+    right = f"; right with {found.right_with or 'none of the changes'}" if found.changes else ""
+    return f"{found.slot}: {found.status}{error}{reason}{right}"
 
 
 def _end(warm: Mapping[str, subprocess.Popen], changed: str | None = None, share: float = 1.0) -> None:

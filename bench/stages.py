@@ -16,28 +16,21 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bench.device_state import States
-from bench.report.results import FORMAT
+from bench.record import Outcome, Record, Tested
 from bench.timing import ROOT, STAGE_ENDS
 
 LOG_BYTES = 200_000
 """The end of a stage's output that is kept in the log; it bounds the log's size."""
 TAIL_CHARACTERS = 8_000
-"""The end of it that is kept in the JSON."""
+"""The end of it that is kept in the record."""
 GRACE_S = 3.0
 """For a stage that is stopped to print where it stands."""
-KEEP_EVERY_S = 1.0
-"""Between two looks at what a running stage has measured."""
-KINDS = {"benchmark": "results", "profile": "profiles", "smoke": "smokes", "kernels": "step_kernels"}
-"""Where the record keeps a line, by its `kind`."""
 
 
 class NotNow(Exception):
@@ -56,10 +49,8 @@ class Stage:
     """With less time left it does not start: it would be stopped before it had anything to show."""
     required: bool = False
     """Whether the run counts as failed unless this stage passes."""
-    junit: Path | None = None
-    """Where it writes its tests' results."""
-    missing: str | None = None
-    """What it needs and isn't there: it is not run, and the record says so."""
+    tests: bool = False
+    """Whether it is `pytest -v`."""
 
 
 @dataclass(frozen=True)
@@ -69,86 +60,51 @@ class Files:
     record: Path
     log: Path
     results: Path
-    """JSON lines that the stages append to: `kind` is "ceilings" or one of KINDS."""
-
-
-def new_record(minutes: float, source: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
-    """A record of format 2 in which nothing has been measured yet.
-
-    Args:
-        minutes: that the run is given.
-        source, environment: what bench.timing's commit and environment return.
-    """
-    return {
-        "format": FORMAT,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "minutes": minutes,
-        "commit": source,
-        "environment": environment,
-        "nvidia_smi": {},
-        "device_state_at_start": {},
-        "ceilings": None,
-        "stages": [],
-        **{place: [] for place in KINDS.values()},
-        "not_done": [],
-    }
-
-
-def record_file(out: Path, record: dict[str, Any]) -> Path:
-    """Where a record is kept: OUT/<device>/<date>-<commit>.json; makes the folder."""
-    device, identity = record["environment"]["device"], record["commit"]["id"]
-    folder = out.resolve() / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    started = datetime.fromisoformat(record["started"])
-    return folder / f"{started:%Y-%m-%d-%H%M%S}-{re.sub(r'[^A-Za-z0-9]+', '-', identity)[:12]}.json"
+    """JSON lines that the stages append to, for Record.add."""
 
 
 def run_stages(
     stages: Iterable[Stage],
-    record: dict[str, Any],
+    record: Record,
     files: Files,
     *,
     seconds: float,
     state: Callable[[], dict[str, str]] | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Run stages in order until the time is used up; the record is on disk before the first and after each.
 
     Args:
-        record: what is known so far; gains `stages`, `ceilings`, a list for each of KINDS, and `not_done`, a list of
-            {name, reason}.
+        record: gains what the stages measure, how they went, and which were not done.
         seconds: for all stages together; one that is running when they end is stopped.
         state: reads the device's state, every few seconds while a stage runs.
-
-    Returns:
-        The record.
     """
-    # A stage that is stopped with SIGABRT, so that it prints where it hung, is not to leave gigabytes behind.
+    # A stage that is stopped with SIGABRT, so that it prints where it hung, must not leave gigabytes behind.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     ends = time.monotonic() + seconds
     stages = list(stages)
-    record.update(stages=[], ceilings=None, **{place: [] for place in KINDS.values()})
-    kept = _Kept(files, record, {stage.name: "not reached" for stage in stages})
+    record.not_done = {stage.name: "not reached" for stage in stages}
+    record.write(files.record)
     for stage in stages:
         left = ends - time.monotonic()
         try:
             argv = _command(stage, left)
         except NotNow as reason:
-            kept.waiting[stage.name] = str(reason)
+            record.not_done[stage.name] = str(reason)
             continue
         print(f"{stage.name} ...", flush=True)
-        ready = replace(stage, argv=argv, seconds_limit=min(stage.seconds_limit, left))
-        outcome = run_stage(ready, files.log, state, partial(kept.collect, stage.name))
-        record["stages"].append(outcome)
-        if outcome["status"] == "timed out":
-            kept.waiting[stage.name] = f"stopped after {outcome['seconds']:.0f} s; results it had made are kept"
+        outcome = _run_stage(
+            replace(stage, argv=argv, seconds_limit=min(stage.seconds_limit, left)), record, files, state
+        )
+        record.stages.append(outcome)
+        if outcome.status == "timed out":
+            record.not_done[stage.name] = f"stopped after {outcome.seconds:.0f} s; results it had made are kept"
         else:
-            del kept.waiting[stage.name]
-        kept.collect(stage.name, ended=True)
-        print(f"{stage.name}: {outcome['status']} in {outcome['seconds']:.0f} s", flush=True)
-        if outcome["status"] != "passed":
-            print(outcome["output_tail"][-1500:], flush=True)
-    kept.write()
-    return record
+            del record.not_done[stage.name]
+        record.write(files.record)
+        print(f"{stage.name}: {outcome.status} in {outcome.seconds:.0f} s", flush=True)
+        if outcome.status != "passed":
+            print(outcome.output_tail[-1500:], flush=True)
+    record.write(files.record)
 
 
 def _command(stage: Stage, left: float) -> list[str]:
@@ -157,8 +113,6 @@ def _command(stage: Stage, left: float) -> list[str]:
     Raises:
         NotNow: it can't run, can't end in time, or has nothing to do.
     """
-    if stage.missing is not None:
-        raise NotNow(stage.missing)
     if left <= 0:
         raise NotNow("the minutes were used up")
     if left < stage.seconds_needed:
@@ -166,70 +120,110 @@ def _command(stage: Stage, left: float) -> list[str]:
     return stage.argv() if callable(stage.argv) else stage.argv
 
 
-def run_stage(
-    stage: Stage,
-    log: Path,
-    state: Callable[[], dict[str, str]] | None = None,
-    collect: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Run one process to its end or its limit, and say how it went; its output goes to the log.
-
-    Args:
-        collect: called each KEEP_EVERY_S while it runs.
-    """
+def _run_stage(stage: Stage, record: Record, files: Files, state: Callable[[], dict[str, str]] | None) -> Outcome:
+    """Run a stage to its end or its limit; what it measures goes to the record as it comes, its output to the log."""
     assert not callable(stage.argv)
-    began, states, seconds_limit = time.monotonic(), States(state), stage.seconds_limit
-    look_again = began
+    began, states, lines = time.monotonic(), States(state), _Lines(files.results)
+
+    def look() -> None:
+        states.look()
+        if new := lines.new():
+            for line in new:
+                record.add(line)
+            record.write(files.record)
+
     # A Triton that interprets would be neither the kernels nor their time.
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {
+        **inherited,
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONUNBUFFERED": "1",
+        # nvidia-smi counts the devices by their place on the bus: let torch do the same.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        STAGE_ENDS: str(began + stage.seconds_limit),
+    }
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bench.tied", str(os.getpid()), *stage.argv],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            cwd=ROOT,
-            env={
-                **inherited,
-                "PYTHONFAULTHANDLER": "1",
-                "PYTHONUNBUFFERED": "1",
-                # nvidia-smi counts the devices by their place on the bus: let torch do the same.
-                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-                STAGE_ENDS: str(began + seconds_limit),
-            },
-            start_new_session=True,
+        returncode, timed_out = run_tied(
+            stage.argv, output, stage.seconds_limit, look, stderr=subprocess.STDOUT, env=environment
         )
-        try:
-            while process.poll() is None and time.monotonic() - began < seconds_limit:
-                states.look()
-                if time.monotonic() >= look_again:
-                    collect()
-                    look_again = time.monotonic() + KEEP_EVERY_S
-                time.sleep(0.05)
-        finally:
-            timed_out = stop(process)
         output.seek(0)
         whole = output.read()
-    size, text = len(whole), whole[-LOG_BYTES:].decode(errors="replace")
-    tests = None if stage.junit is None else _tests_of(stage.junit, whole.decode(errors="replace"))
-    nothing_ran = tests is not None and tests["run"] == 0
-    status = "timed out" if timed_out else "failed" if process.returncode or nothing_ran else "passed"
-    outcome = {
-        "name": stage.name,
-        "argv": ["python" if part == sys.executable else part for part in stage.argv],
-        "required": stage.required,
-        "status": status,
-        "returncode": process.returncode,
-        "seconds": round(time.monotonic() - began, 2),
-        "seconds_limit": round(seconds_limit, 2),
-        "device_state": states.summary(),
-        "tests": tests,
-        "output_tail": text[-TAIL_CHARACTERS:],
-    }
-    with log.open("a", encoding="utf-8") as file:
-        cut = f" (the last {LOG_BYTES} of {size} bytes)" if size > LOG_BYTES else ""
-        file.write(f"==== {stage.name}: {status}, exit status {process.returncode}{cut}\n{text}\n")
+    look()
+    files.results.unlink(missing_ok=True)  # the last line may be cut off
+    tests = tested(whole.decode(errors="replace")) if stage.tests else None
+    failed = returncode or (tests is not None and tests.run == 0)
+    outcome = Outcome(
+        name=stage.name,
+        argv=["python" if part == sys.executable else part for part in stage.argv],
+        required=stage.required,
+        status="timed out" if timed_out else "failed" if failed else "passed",
+        returncode=returncode,
+        seconds=round(time.monotonic() - began, 2),
+        seconds_limit=round(stage.seconds_limit, 2),
+        device_state=states.summary(),
+        tests=tests,
+        output_tail=whole.decode(errors="replace")[-TAIL_CHARACTERS:],
+    )
+    with files.log.open("a", encoding="utf-8") as file:
+        cut = f" (the last {LOG_BYTES} of {len(whole)} bytes)" if len(whole) > LOG_BYTES else ""
+        text = whole[-LOG_BYTES:].decode(errors="replace")
+        file.write(f"==== {stage.name}: {outcome.status}, exit status {returncode}{cut}\n{text}\n")
     return outcome
+
+
+class _Lines:
+    """The JSON lines of a file, as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._read = path, 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """What was appended since the last call, but for a line that is not whole yet."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            found = file.read()
+        whole = found[: found.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def run_tied(
+    argv: list[str],
+    output: IO,
+    seconds_limit: float,
+    look: Callable[[], None] = lambda: None,
+    *,
+    stderr: int | None = None,
+    env: Mapping[str, str] | None = None,
+) -> tuple[int, bool]:
+    """Run a command to its end or its limit, in a process group that ends with this process (bench.tied).
+
+    Args:
+        output: a file. The end of a pipe would be waited for while anything that the command started holds it.
+        look: called every 50 ms meanwhile.
+
+    Returns:
+        Its exit status, and whether it was stopped.
+    """
+    ends = time.monotonic() + seconds_limit
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.tied", str(os.getpid()), *argv],
+        stdout=output,
+        stderr=stderr,
+        stdin=subprocess.DEVNULL,
+        cwd=ROOT,
+        env=env,
+        start_new_session=True,
+    )
+    try:
+        while process.poll() is None and time.monotonic() < ends:
+            look()
+            time.sleep(0.05)
+    finally:
+        stopped = stop(process)
+    return process.returncode, stopped
 
 
 def stop(process: subprocess.Popen) -> bool:
@@ -245,76 +239,22 @@ def stop(process: subprocess.Popen) -> bool:
     return running
 
 
-class _Kept:
-    """A run's record, kept on disk.
-
-    Args:
-        waiting: the stages that are not done, by name, with the reason.
-    """
-
-    def __init__(self, files: Files, record: dict[str, Any], waiting: dict[str, str]) -> None:
-        self._files, self._record, self.waiting = files, record, waiting
-        self._read = 0
-        self.write()
-
-    def collect(self, stage: str, *, ended: bool = False) -> None:
-        """Move the lines that a stage has written into the record; the last one may be cut off."""
-        results, found = self._files.results, b""
-        if results.exists():
-            with results.open("rb") as file:
-                file.seek(self._read)
-                found = file.read()
-        whole = found[: found.rfind(b"\n") + 1]
-        self._read += len(whole)
-        for line in whole.splitlines():
-            self._keep(stage, json.loads(line))
-        if ended:
-            results.unlink(missing_ok=True)
-            self._read = 0
-        if whole or ended:
-            self.write()
-
-    def _keep(self, stage: str, line: dict[str, Any]) -> None:
-        kind = line.pop("kind")
-        if kind == "ceilings":
-            self._record["ceilings"] = line
-        else:
-            self._record[KINDS[kind]].append({"stage": stage, **line})
-
-    def write(self) -> None:
-        """Aside, and renamed, so that the file is whole whenever the machine goes away."""
-        self._record["not_done"] = [{"name": name, "reason": reason} for name, reason in self.waiting.items()]
-        aside = self._files.record.with_suffix(".writing")
-        aside.write_text(json.dumps(self._record, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, self._files.record)
-
-
-_OUTCOME = "(PASSED|FAILED|ERROR|SKIPPED)"
-_SAID = re.compile(rf"^(?:\[gw\d+\] \[ *\d+%\] {_OUTCOME} (\S+::.*?)|(\S+::.*?) {_OUTCOME}\b.*) *$", re.MULTILINE)
+_OUTCOMES = {"PASSED": "", "FAILED": "failure", "ERROR": "error", "SKIPPED": "skipped"}
+_ONE = f"({'|'.join(_OUTCOMES)})"
+_SAID = re.compile(rf"^(?:\[gw\d+\] \[ *\d+%\] {_ONE} (\S+::.*?)|(\S+::.*?) {_ONE}\b.*) *$", re.MULTILINE)
 """What pytest -v says of a test, with pytest-xdist and without."""
 
 
-def _tests_of(junit: Path, output: str) -> dict[str, Any]:
-    """How many tests ran, and the names of those that did not pass or did not run: from pytest's report, or, where it
-    was stopped before it wrote one, from what it said of each test."""
-    outcomes = {"FAILED": "failure", "ERROR": "error", "SKIPPED": "skipped"}
-    if junit.exists():
-        cases = [
-            (
-                f"{case.get('classname')}::{case.get('name')}",
-                next((o for o in outcomes.values() if case.find(o) is not None), ""),
-            )
-            for case in ElementTree.parse(junit).iter("testcase")
-        ]
-    else:
-        cases = [(m[2] or m[3], outcomes.get(m[1] or m[4], "")) for m in _SAID.finditer(output)]
-    named = {outcome: [name for name, what in cases if what == outcome] for outcome in outcomes.values()}
-    return {"run": len(cases) - len(named["skipped"]), **named}
+def tested(output: str) -> Tested:
+    """What pytest -v said of its tests. Its report says the same, but is written at the end, which may not come."""
+    said = {m[2] or m[3]: _OUTCOMES[m[1] or m[4]] for m in _SAID.finditer(output)}
+    named = {kind: [name for name, what in said.items() if what == kind] for kind in _OUTCOMES.values() if kind}
+    return Tested(run=len(said) - len(named["skipped"]), **named)
 
 
-def exit_status(record: dict[str, Any], required: Iterable[str]) -> int:
+def exit_status(record: Record, required: Iterable[str]) -> int:
     """1 where a stage failed or a required one did not pass; else 0, also where a benchmark ran out of time."""
-    status = {stage["name"]: stage["status"] for stage in record["stages"]}
+    status = {stage.name: stage.status for stage in record.stages}
     failed = "failed" in status.values()
     return int(failed or any(status.get(name) != "passed" for name in required))
 

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.record import Record, RecordError
 from bench.report import auto
-from bench.report.results import Record, RecordError, stored
+from bench.report.results import stored
 from bench.report.sections import SECTIONS
 from bench.timing import ROOT
 from fastgpt2.flags import Parser

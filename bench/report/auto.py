@@ -13,7 +13,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from bench.report.results import Ratio, Record, newest, pick, ratio, work
+from bench.record import Record
+from bench.report.results import Ratio, newest, pick, ratio, work
 from bench.result import Result
 from bench.timing import ROOT
 from fastgpt2.slots import AUTO, SLOTS

@@ -6,99 +6,20 @@ their ratio is taken in each round and the drift of the clocks cancels. A ratio 
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bench.record import Record, load
 from bench.result import Result
 from bench.timing import ROOT, percentile
-from fastgpt2.config import ConfigError
 from fastgpt2.kernels.tools.toolkit import align
 
-FORMAT = 2
 RESULTS = ROOT / "bench" / "results"
 
 Key = tuple[str, ...]
-
-
-class RecordError(ConfigError):
-    """A file is not a usable record; the message is one line."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """What one run measured.
-
-    Args:
-        commit: the commit's `id`, and whether the tree was `dirty`.
-        ceilings: the device's measured speeds.
-        stages, smokes, step_kernels, not_done: what bench.stages writes.
-    """
-
-    path: Path = Path()
-    started: str = ""
-    commit: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    results: Sequence[Result] = ()
-    ceilings: Mapping[str, Any] | None = None
-    stages: Sequence[Mapping[str, Any]] = ()
-    smokes: Sequence[dict[str, Any]] = ()
-    step_kernels: Sequence[dict[str, Any]] = ()
-    not_done: Sequence[Mapping[str, str]] = ()
-
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any], path: Path = Path()) -> Record:
-        known = {name: stored[name] for name in cls.__dataclass_fields__ if name in stored}
-        return cls(**known | {"path": path, "results": [Result.from_json(line) for line in stored["results"]]})
-
-    @property
-    def commit_id(self) -> str:
-        return self.commit["id"]
-
-    @property
-    def date(self) -> str:
-        return self.started[:10]
-
-    @property
-    def device(self) -> str:
-        """What the device calls itself: "NVIDIA H100 80GB HBM3", or "cpu"."""
-        return self.environment["device"]
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.environment.get("compute_capability") is not None
-
-    @property
-    def versions(self) -> dict[str, str]:
-        """The versions that a figure depends on: torch, triton, CUDA, cuDNN, Python and the peers' packages."""
-        found = {name: self.environment.get(name) for name in ("torch", "triton", "cuda", "cudnn", "python")}
-        found |= self.environment.get("packages", {})
-        return {name: str(version) for name, version in found.items() if version}
-
-
-# ----------------------------------------------------------------------------------------------- reading
-
-
-def load(path: Path) -> Record:
-    """Read a stored record.
-
-    Raises:
-        RecordError: the file can't be read or has another format.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecordError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from None
-    found = record.get("format") if isinstance(record, dict) else None
-    if found != FORMAT:
-        raise RecordError(f"{path} has format {found}, this reads {FORMAT}: measure again with python -m bench.gpu")
-    missing = [key for key in ("started", "commit", "environment", "results") if key not in record]
-    if missing:
-        raise RecordError(f"{path} lacks {', '.join(missing)}: it is no record of bench.gpu or bench.cpu")
-    return Record.from_json(record, path)
 
 
 def stored(folder: Path = RESULTS) -> list[Record]:
@@ -167,19 +88,12 @@ class Ratio:
 
 def ratio(mine: Result, theirs: Result) -> Ratio:
     """The speed of a result over another's: round by round where they were timed in turn, else of the medians."""
-    rounds = round_ratios(mine, theirs)
-    if rounds is None:
-        return Ratio(milliseconds(theirs) / milliseconds(mine), None, None)
-    return Ratio(statistics.median(rounds), percentile(rounds, 20), percentile(rounds, 80))
-
-
-def round_ratios(mine: Result, theirs: Result) -> list[float] | None:
-    """The speed of a result over another's in each round; None where they were not timed in turn."""
     ours, other = mine.round_ms, theirs.round_ms
     in_turn = mine.contest is not None and mine.contest == theirs.contest
     if not in_turn or not ours or len(ours) != len(other):
-        return None
-    return [b / a for a, b in zip(ours, other, strict=True)]
+        return Ratio(milliseconds(theirs) / milliseconds(mine), None, None)
+    rounds = [b / a for a, b in zip(ours, other, strict=True)]
+    return Ratio(statistics.median(rounds), percentile(rounds, 20), percentile(rounds, 80))
 
 
 def work(result: Result) -> tuple[str, str, str, str]:
@@ -279,13 +193,13 @@ def summary(record: Record) -> str:
     if text := ceilings(record):
         lines.append(f"measured ceilings: {text}")
     for stage in record.stages:
-        if stage["required"]:
-            counts = f", {stage['tests']['run']} tests run" if stage["tests"] else ""
-            lines.append(f"{stage['name']}: {stage['status']}{counts}")
+        if stage.required:
+            counts = f", {stage.tests.run} tests run" if stage.tests else ""
+            lines.append(f"{stage.name}: {stage.status}{counts}")
     lines.append(table(record.results))
     for result in record.results:
         if seconds := [f"{name} {value:.1f} s" for name, value in result.seconds_to_first.items() if value is not None]:
             text = ", ".join(seconds)
             lines.append(f"to the first step: {work(result)[1]} {mode(result)}, {result.backend}: {text}")
-    lines += [f"not done: {missing['name']}: {missing['reason']}" for missing in record.not_done]
+    lines += [f"not done: {name}: {reason}" for name, reason in record.not_done.items()]
     return "\n".join(lines)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+from bench.record import Record
 from bench.report import auto, targets
 from bench.report.results import (
-    Record,
     best_peer,
     ceilings,
     fastest,

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from bench.record import Record
 from bench.report import auto
-from bench.report.results import Record, milliseconds, pick, ratio
+from bench.report.results import milliseconds, pick, ratio
 from bench.result import Result
 
 TOKENS = 65536

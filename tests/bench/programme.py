@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import Run, programme
-from bench.stages import Files, NotNow, Stage
+from bench.record import Record
+from bench.stages import Files, NotNow, Stage, run_stages
 from bench.timing import ROOT
 
 
@@ -34,12 +35,16 @@ def python(name: str, program: str, seconds_limit: float = 30.0, **kwargs: Any) 
     return Stage(name, [sys.executable, "-c", program], seconds_limit, **kwargs)
 
 
-def files_in(folder: Path) -> Files:
-    return Files(folder / "run.json", folder / "run.log", folder / "lines")
+def ran(folder: Path, *stages: Stage, seconds: float = 60.0, **more: Any) -> Record:
+    """The record of stages that write to a folder: run.json, run.log and lines."""
+    record = Record(environment={"device": "a GPU"}, commit={"id": "abc", "dirty": False})
+    files = Files(folder / "run.json", folder / "run.log", folder / "lines")
+    run_stages(stages, record, files, seconds=seconds, **more)
+    return record
 
 
 def until(done: Callable[[], object]) -> None:
-    ends = time.monotonic() + 60
+    ends = time.monotonic() + 300  # on a machine with much else to do
     while not done():
         assert time.monotonic() < ends
         time.sleep(0.05)
@@ -50,8 +55,8 @@ def none_is_left(folder: Path) -> bool:
     return not any(Path("/proc", path.stem).exists() for path in folder.glob("*.pid"))
 
 
-def run_in(folder: Path, **what: Any) -> Run:
-    return Run(folder, folder / "lines", "abc", folder / "sm_90.json", **what)
+def run_in(folder: Path) -> Run:
+    return Run(folder, folder / "lines", "abc", folder / "sm_90.json")
 
 
 def commands(run: Run, part: int | None = None) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.report.results import Record
+from bench.record import Record
 from bench.timing import percentile
 
 GPU = "Synthetic GPU 80GB"
@@ -67,8 +67,6 @@ def make_record(
     started: str = "2030-01-01T00:00:00+00:00",
     slower: Mapping[str, float] | None = None,
     machine: float = 1.0,
-    noise: float = 0.004,
-    memory: float = 1.0,
     seed: int = 0,
 ) -> dict[str, Any]:
     """A record of format 2, of a GPU with ceilings, or of the CPU where device is "cpu".
@@ -76,8 +74,6 @@ def make_record(
     Args:
         slower: by a result's name, by what factor it is slower.
         machine: by what factor everything is, as where the clocks are lower.
-        noise: the deviation of a round's time, over it, beyond what all candidates of a round share.
-        memory: by what factor ours hold more.
     """
     gpu, random_numbers, results = device != "cpu", random.Random(seed), []
     dtypes, peak = ("bfloat16",) if gpu else ("float32", "bfloat16"), 9.0e14 if gpu else None
@@ -89,10 +85,10 @@ def make_record(
             sizes = "-".join(f"{k}{v}" for k, v in shape.items())
             name = f"{op}[{sizes}-{dtype}{mode}-{backend}]".replace(" ", "_")
             ms = row.pop("ms") * machine * (slower or {}).get(name, 1.0)
-            round_ms = [ms * d * random_numbers.gauss(1.0, noise) for d in drift]
+            round_ms = [ms * d * random_numbers.gauss(1.0, 0.004) for d in drift]
             median = statistics.median(round_ms)
             tokens, flops = row.pop("tokens"), row.pop("flops")
-            held = row.pop("gib", 1.0) * (memory if row["role"] == "ours" else 1.0)
+            held = row.pop("gib", 1.0)
             results.append(
                 {
                     "name": name, "group": f"{op} {sizes}", "contest": f"{op} {sizes} {dtype}", "op": op,
@@ -163,7 +159,7 @@ def make_record(
         "ceilings": CEILINGS if gpu else None,
         "stages": [],
         "results": results,
-        "not_done": [{"name": "verify", "reason": "the minutes were used up"}],
+        "not_done": {"verify": "the minutes were used up"},
     }  # fmt: skip
 
 

@@ -6,8 +6,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +18,12 @@ from torch.autograd import DeviceType
 
 from bench import gpu, kernel_profile, smoke
 from bench.gpu import ALONE, SESSIONS, Run, gpu_test_sessions, programme
-from bench.report.results import load
-from bench.stages import Stage, run_stages
+from bench.record import Smoke, StepKernels, load
+from bench.stages import Stage
 from bench.step.steps import STEPS, Kernels
 from bench.timing import ROOT
 from fastgpt2.kernels import tuning
-from tests.bench.programme import commands, files_in, python, run, run_in
+from tests.bench.programme import commands, python, ran, run, run_in
 
 BLOCKED = ("rich", "safetensors", "matplotlib", "tiktoken", "transformers")
 SM_90 = (tuning.TABLES / "sm_90.json").resolve()
@@ -113,8 +113,8 @@ def test_pytorchs_form_takes_the_place_of_a_slot_that_is_not_right(tmp_path: Pat
 
 
 def test_a_kernel_that_is_known_to_fail_is_not_run(tmp_path: Path) -> None:
-    run = run_in(tmp_path, without=("loss",))
-    smoke.write_failed(run.failed, ["attn"])
+    run = run_in(tmp_path)
+    smoke.write_failed(run.failed, ["attn", "loss"])
     assert run.kernels() == Kernels(("attn", "loss"))
     run.table.touch()
     assert run.kernels().table == run.table
@@ -162,6 +162,10 @@ def test_a_file_that_is_no_table_is_refused(name: str, tmp_path: Path) -> None:
     assert "\n" not in str(refused.value) and path not in tuning._instead.values()
 
 
+def step_kernels(ms: float, kernels: list[tuple[str, float, float]]) -> StepKernels:
+    return StepKernels(step="ours", shape={}, compiled=True, table=False, slots=None, ms=ms, kernels=kernels)
+
+
 def play_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "read_environment", lambda: {"device": "A GPU", "compute_capability": "9.0"})
@@ -173,9 +177,12 @@ def test_the_command_leaves_few_files_and_says_what_it_found(
     """The command on a GPU that isn't there, with stages that write what real ones would."""
 
     def stages(run: Run, part: int | None, only: object) -> list[Stage]:
-        smoked = {"kind": "smoke", "slot": "mlp", "status": "wrong", "right_with": "1 stage", "changes": {}}
-        seen = {"kind": "kernels", "step": "plain", "ms": 2.0, "kernels": [["a_kernel", 12.0, 1.5]]}
-        lines = "".join(json.dumps(line) + "\n" for line in (smoked, seen))
+        tried = {"1 stage": Smoke(slot="mlp", status="ok")}
+        smoked = Smoke(slot="mlp", status="wrong", right_with="1 stage", changes=tried)
+        lines = "".join(
+            json.dumps({"kind": kind, **asdict(line)}) + "\n"
+            for kind, line in (("smoke", smoked), ("kernels", step_kernels(2.0, [("a_kernel", 12.0, 1.5)])))
+        )
         write = f"open({str(run.results)!r}, 'a').write({lines!r})"
         return [
             python("smoke", write),
@@ -189,43 +196,9 @@ def test_the_command_leaves_few_files_and_says_what_it_found(
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(path.suffix for path in files) == [".json", ".json", ".log"] and tmp_path / "sm_90.json" in files
     record = load(next(path for path in files if path.parent.name == "a-gpu" and path.suffix == ".json"))
-    assert record.stages[2]["output_tail"] == "True\n"
-    assert record.smokes[0]["slot"] == "mlp" and record.step_kernels[0]["ms"] == 2.0
+    assert record.stages[2].output_tail == "True\n"
     out = capsys.readouterr().out
     assert "smoke: mlp: wrong; right with 1 stage" in out and "a_kernel" in out and "75.0%" in out
-
-
-@pytest.mark.parametrize(
-    ("part", "minutes", "pace"),
-    [("1", "4.65", 1.0), ("1", "18.6", 2.0), ("2", "30", 1.0), (None, "24.6", 2.0)],
-)
-def test_the_commands_options_reach_the_stages(
-    part: str | None, minutes: str, pace: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    planned: dict[str, Stage] = {}
-
-    def plan(stages: Iterable[Stage], *_: object, **__: object) -> None:
-        planned.update({s.name: replace(s, argv=s.argv() if callable(s.argv) else s.argv) for s in stages})
-
-    play_a_gpu(monkeypatch)
-    monkeypatch.setattr(gpu, "run_stages", plan)
-    number = [] if part is None else ["--part", part]
-    known = ["--without", "loss", "--table", str(SM_90)]
-    given = [*number, "--minutes", minutes, "--out", str(tmp_path), "--commit", "abc", *known]
-    assert gpu.main(given) == 1, "nothing ran"
-    first = {stage.name for stage in programme(run_in(tmp_path), 1)} if part != "2" else set()
-    for stage in programme(run_in(tmp_path), part and int(part)):
-        limit = stage.seconds_limit * (pace if stage.name in first else 1.0)
-        assert planned[stage.name].seconds_limit == limit, stage.name
-    for name, stage in planned.items():
-        for prefix, module in (("--", "bench.kernel_profile"), ("--bench-", "pytest")):
-            if stage.argv[2] == module and "gpu tests" not in name:
-                assert {f"{prefix}without=loss", f"{prefix}table={SM_90}"} <= {*stage.argv}, name
-    if part != "2":
-        argv = planned["tune"].argv
-        assert argv[argv.index("--minutes") + 1] == str(pace) and argv[argv.index("--out") + 1] == str(SM_90)
-        assert "gelu_mlp" in argv and "cross_entropy" not in argv
-        assert "the step's kernels: ours" in planned
 
 
 @pytest.mark.parametrize(
@@ -234,8 +207,6 @@ def test_the_commands_options_reach_the_stages(
         (["--only", "smoke", "nosuch"], "no stage's name contains nosuch; there are ceilings, smoke, "),
         (["--minutes", "0"], "--minutes must be positive, got 0"),
         (["--minutes", "nan"], "--minutes must be positive, got nan"),
-        (["--table", "sm_90.json"], "sm_90.json can't be read as a table"),
-        (["--table", str(SM_90.with_name("sm_80.json"))], "--table must be named sm_90.json"),
     ],
 )
 def test_arguments_that_name_nothing_are_refused(
@@ -265,8 +236,8 @@ def test_a_steps_kernels_are_the_devices_own() -> None:
         event("cudaLaunchKernel", DeviceType.CPU, 9.0, 39),
     ]
     found = kernel_profile.longest(events, DeviceType.CUDA)
-    assert found == {"ms": 11.0, "kernels": [["long", 12.0, 10.0], ["short", 1.0, 1.0]]}
-    table = kernel_profile.table({"step": "ours", **found})
+    assert found == (11.0, [("long", 12.0, 10.0), ("short", 1.0, 1.0)])
+    table = kernel_profile.table(step_kernels(*found))
     assert "11.00 ms" in table and "90.9%" in table
 
 
@@ -336,24 +307,23 @@ def test_the_stages_processes_need_only_torch_triton_numpy_and_pytest(
     (tmp_path / "sitecustomize.py").write_text(BLOCKER)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    files = files_in(tmp_path)
     modules: dict[str, list[str]] = {}
     for argv in commands(run_in(tmp_path)).values():
         modules.setdefault(argv[2], argv[:3])
     tests = [*modules.pop("pytest"), "bench", "--collect-only", "-q"]
-    ours = [*modules["bench.kernel_profile"], "ours-torch", *TINY, "--jsonl", str(files.results)]
+    ours = [*modules["bench.kernel_profile"], "ours-torch", *TINY, "--jsonl", str(tmp_path / "lines")]
     modules["bench.gpu"] = [sys.executable, "-m", "bench.gpu"]
     stages = [Stage(name, [*argv, "--help"], 100.0) for name, argv in modules.items()]
     stages += [Stage("collects", tests, 100.0), Stage("a step of ours", ours, 100.0), python("blocked", "import rich")]
-    record = run_stages(stages, {}, files, seconds=900.0)
-    outcomes = {stage["name"]: (stage["status"], stage["output_tail"][-1500:]) for stage in record["stages"]}
+    record = ran(tmp_path, *stages, seconds=900.0)
+    outcomes = {stage.name: (stage.status, stage.output_tail[-1500:]) for stage in record.stages}
     assert outcomes.pop("blocked")[0] == "failed" and {"bench.smoke", "fastgpt2.verify"} <= outcomes.keys()
     assert all(status == "passed" for status, _ in outcomes.values()), outcomes
-    (seen,) = record["step_kernels"]
-    assert seen["stage"] == "a step of ours" and seen["slots"]["attn"] == "sdpa" and not seen["compiled"]
-    milliseconds = [ms for _, _, ms in seen["kernels"]]
+    (seen,) = record.step_kernels
+    assert seen.slots is not None and seen.slots["attn"] == "sdpa" and not seen.compiled
+    milliseconds = [ms for _, _, ms in seen.kernels]
     assert 0 < len(milliseconds) <= kernel_profile.KEPT and milliseconds == sorted(milliseconds, reverse=True)
-    assert sum(milliseconds) <= seen["ms"] * 1.001 and any("mm" in name for name, _, _ in seen["kernels"])
+    assert sum(milliseconds) <= seen.ms * 1.001 and any("mm" in name for name, _, _ in seen.kernels)
 
 
 COLLECT = """

@@ -15,14 +15,12 @@ from typing import Any
 
 import pytest
 
+from bench.record import RecordError, load
 from bench.report import __main__ as report
 from bench.report.results import (
-    RecordError,
     best_peer,
-    load,
     pick,
     ratio,
-    round_ratios,
     stored,
     summary,
     table,
@@ -52,7 +50,6 @@ def test_a_ratio_is_of_speeds_round_by_round() -> None:
         apart = ratio(mine, replace(theirs, **other))
         # The medians are of different rounds: 3.0 over 2.0.
         assert apart.median == pytest.approx(1.5) and not apart.paired and str(apart) == "~1.50"
-    assert round_ratios(mine, replace(theirs, contest="two")) is None
 
 
 def test_the_best_peer_is_the_fastest_that_was_timed_in_turn_and_does_all_of_the_work() -> None:

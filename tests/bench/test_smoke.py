@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from bench import smoke
+from bench.record import Record, Smoke
 from bench.smoke import CHANGES
 from bench.timing import ROOT
 from fastgpt2.backends.norm import torch_norm
@@ -26,9 +27,9 @@ def attempts(right: dict[tuple[str, str | None], str]) -> tuple[list[tuple[str, 
     """A smoke's comparisons by stand-ins, which are wrong where `right` doesn't say otherwise; and those made."""
     made: list[tuple[str, str | None]] = []
 
-    def attempt(slot: str, change: str | None) -> dict[str, Any]:
+    def attempt(slot: str, change: str | None) -> Smoke:
         made.append((slot, change))
-        return {"status": right.get((slot, change), "wrong")}
+        return Smoke(slot=slot, status=right.get((slot, change), "wrong"))
 
     return made, attempt
 
@@ -36,23 +37,23 @@ def attempts(right: dict[tuple[str, str | None], str]) -> tuple[list[tuple[str, 
 def test_a_slot_that_is_not_right_is_tried_otherwise() -> None:
     right = {("norm", None): "ok", ("mlp", "pointers"): "ok", ("mlp", "4 warps"): "ok", ("loss", None): "timed out"}
     made, attempt = attempts(right)
-    reports: dict[str, list[dict[str, Any]]] = {}
-    smoke.examine(smoke.SLOTS, attempt, lambda slot, found: reports.setdefault(slot, []).append(found), pytest.fail)
+    reports: dict[str, list[Smoke]] = {}
+    smoke.examine(smoke.SLOTS, attempt, lambda found: reports.setdefault(found.slot, []).append(found), pytest.fail)
     plain = [name for name in CHANGES if name != "pointers"]
     tried = {slot: {change for s, change in made if s == slot} for slot in smoke.SLOTS}
     assert tried == {"norm": {None}, "mlp": {None, *CHANGES}, "attn": {None, *plain}, "loss": {None, *plain}}
-    assert reports["norm"] == [{"status": "ok"}]
+    assert [found.status for found in reports["norm"]] == ["ok"]
     first, final = reports["mlp"]
-    assert first == {"status": "wrong"}, "known at once"
-    assert final["right_with"] == "4 warps" and final["changes"]["1 stage"] == {"status": "wrong"}
-    assert reports["attn"][1]["right_with"] is None and reports["loss"][1]["status"] == "timed out"
+    assert first.status == "wrong" and not first.changes, "known at once"
+    assert final.right_with == "4 warps" and final.changes["1 stage"].status == "wrong"
+    assert reports["attn"][1].right_with is None and reports["loss"][1].status == "timed out"
 
 
 def test_a_smoke_finds_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("at the size for Triton's interpreter")
     found = smoke.compare("norm", "1 stage", device="cpu")
-    assert found["status"] == "ok", found
+    assert found.status == "ok", found
 
     def wrong(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         y, total = torch_norm(*inputs)
@@ -61,9 +62,10 @@ def test_a_smoke_finds_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     module = import_module("fastgpt2.kernels.norm")
     monkeypatch.setattr(module, "add_layer_norm", wrong)
     found = smoke.compare("norm", device="cpu")
-    assert found["status"] == "wrong" and found["error"] > found["budget"]
+    assert found.status == "wrong" and found.error is not None and found.budget is not None
+    assert found.error > found.budget
     monkeypatch.delattr(module, "add_layer_norm")
-    assert smoke.compare("norm", device="cpu")["status"] == "failed"
+    assert smoke.compare("norm", device="cpu").status == "failed"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,7 @@ def test_a_kernel_without_memory_is_not_called_wrong(
         raise error
 
     monkeypatch.setattr("fastgpt2.ops.make_ops", raises)
-    assert smoke.compare("norm", device="cpu")["status"] == status
+    assert smoke.compare("norm", device="cpu").status == status
 
 
 def test_a_change_is_every_configurations() -> None:
@@ -102,7 +104,7 @@ def test_a_change_is_pointers_in_place_of_descriptors() -> None:
         assert not module._descriptors(matrix)
     assert module._descriptors(matrix)
     found = smoke.compare("mlp", "pointers", device="cpu")
-    assert found["status"] == "ok", found
+    assert found.status == "ok", found
 
 
 @pytest.mark.parametrize("options", [["--change", "1 stage"], ["--slot", "norm", "--change", "pointers"]])
@@ -128,7 +130,7 @@ if slot == "loss" and not change:
     time.sleep(600)
 right = slot == "attn" or change == ["--change", "4 warps"]
 print("compiled")
-print(json.dumps({"status": "ok" if right else "wrong", "worst": "y", "error": 2.0, "budget": 1.0}))
+print(json.dumps({"slot": slot, "status": "ok" if right else "wrong", "worst": "y", "error": 2.0, "budget": 1.0}))
 """
 """A comparison that is right for attention, wrong for the MLP, dies for the norm and hangs for the loss."""
 
@@ -152,17 +154,18 @@ def test_a_smoke_outlives_comparisons_that_die_or_hang(
     assert smoke.main(["--failed", str(failed), "--jsonl", str(lines)]) == 1
     assert time.monotonic() - began < smoke.ENDING_S + 10
     assert smoke.read_failed(failed) == ("mlp", "norm", "loss")
-    written = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert [line["kind"] for line in written] == 4 * ["smoke"]
-    found = {line["slot"]: line for line in written}
-    assert found["attn"]["status"] == "ok" and "changes" not in found["attn"]
+    record = Record()
+    for line in lines.read_text().splitlines():
+        record.add(json.loads(line))
+    found = {smoked.slot: smoked for smoked in record.smokes}
+    assert len(record.smokes) == 4 and found["attn"].status == "ok" and not found["attn"].changes
     mlp, norm, loss = found["mlp"], found["norm"], found["loss"]
-    assert (mlp["status"], mlp["worst"], mlp["right_with"]) == ("wrong", "y", "4 warps")
-    statuses = {name: tried["status"] for name, tried in mlp["changes"].items()}
+    assert (mlp.status, mlp.worst, mlp.right_with) == ("wrong", "y", "4 warps")
+    statuses = {name: tried.status for name, tried in mlp.changes.items()}
     assert statuses == dict.fromkeys(CHANGES, "wrong") | {"4 warps": "ok"}
-    assert (norm["status"], norm["reason"], norm["right_with"]) == ("died", "exit status 3", None)
-    assert (loss["status"], loss["right_with"]) == ("timed out", "4 warps"), "some time was left for the changes"
-    assert loss["reason"] == f"no result within {smoke.SHARE * 10:.0f} s"
+    assert (norm.status, norm.reason, norm.right_with) == ("died", "exit status 3", None)
+    assert (loss.status, loss.right_with) == ("timed out", "4 warps"), "some time was left for the changes"
+    assert loss.reason == f"no result within {smoke.SHARE * 10:.0f} s"
     assert len(list(tmp_path.glob("*.pid"))) == 2
     until(lambda: none_is_left(tmp_path))
 
@@ -185,11 +188,10 @@ def test_a_slot_without_memory_is_tried_again_when_the_warm_steps_have_ended(
 ) -> None:
     warmed, made = tmp_path / "warmed", []
 
-    def attempt(slot: str, change: str | None) -> dict[str, Any]:
+    def attempt(slot: str, change: str | None) -> Smoke:
         made.append((slot, change))
-        if slot != "mlp":
-            return {"status": "ok"}
-        return {"status": again if warmed.exists() else "out of memory"}
+        without_memory = slot == "mlp" and not warmed.exists()
+        return Smoke(slot=slot, status="out of memory" if without_memory else again if slot == "mlp" else "ok")
 
     program = f"import time; time.sleep(0.5); open({str(warmed)!r}, 'w')"
     monkeypatch.setattr(smoke, "WARM", (sys.executable, "-c", program))
@@ -212,4 +214,4 @@ def test_warm_steps_that_do_not_end_leave_time_for_another_try(monkeypatch: pyte
 @pytest.mark.gpu
 @pytest.mark.parametrize("slot", smoke.SLOTS)
 def test_a_smoke_on_a_gpu(slot: str) -> None:
-    assert smoke.in_a_process(slot, None)["status"] == "ok"
+    assert smoke.in_a_process(slot, None).status == "ok"

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from bench.record import Record
 from bench.report import targets
-from bench.report.results import Record
 from bench.report.targets import TARGETS
 from bench.result import Result
 from bench.timing import ROOT

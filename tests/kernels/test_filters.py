@@ -40,7 +40,6 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
         ("bench.gpu --only nosuch", "smoke"),
         ("bench.gpu --only smoke nosuch", "ceilings"),
         ("bench.gpu --only ''", "ceilings"),
-        ("bench.gpu --without nosuch", "attn"),
         ("bench.cpu --cells nosuch", "float32-eager"),
         ("bench.cpu --candidates nosuch", "ours-auto"),
         ("bench.smoke --failed f --warm ours nosuch", "ours-auto"),

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from bench.record import Record
 from bench.report import auto
 from bench.report.auto import as_text, table
-from bench.report.results import Record, stored
+from bench.report.results import stored
 from bench.result import Result
 from fastgpt2 import ops
 from fastgpt2.kernels import launch
