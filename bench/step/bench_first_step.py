@@ -56,9 +56,9 @@ def seconds_to_first(contest: StepContest, name: str, caches: str) -> float:
     """Run one process to its first step, with its caches of compiled code in a folder."""
     candidate = contest.place(name, contest.compiled)
     candidate.environment.update(TORCHINDUCTOR_CACHE_DIR=f"{caches}/inductor", TRITON_CACHE_DIR=f"{caches}/triton")
-    with Worker(name, candidate) as worker:
+    with Worker(name, candidate, contest.limits) as worker:
         try:
-            worker.build(contest.limits.build)
+            worker.build()
         except WorkerError as error:
             if error.kind != FAILED:
                 pytest.skip(str(error))

@@ -1,17 +1,12 @@
 """Contests between processes: each candidate in a worker of its own, built at leisure, timed strictly one at a time.
 
 A worker has its own compile caches, allocator and peak memory, and one that crashes, hangs or errs costs only itself.
-The parent tells it what to do over a pipe, a line of JSON each way: build, take the first calls, run a round, leave.
-In round r every candidate is timed in turn, the order rotated by r, so that what drifts (clocks, temperature, other
-work on the machine) meets all of them alike and cancels in ratios formed round by round.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import select
 import signal
 import statistics
 import subprocess
@@ -21,16 +16,14 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 from bench.contest import Candidate, Measured, Missing, Values
-from bench.step.worker import FAILED, OUT_OF_MEMORY, UNAVAILABLE
+from bench.step.worker import FAILED, OUT_OF_MEMORY, UNAVAILABLE, Built, Failure, Round
 from bench.timing import ROOT, Timed, take_turns
-from fastgpt2.cuda_graph import WARM_UP_STEPS
 
-FIRST_CALLS = WARM_UP_STEPS + 2
-"""Calls before the first round; what they come to is compared between candidates. A CUDA graph's last two are replays:
-nothing that is timed has not been compared."""
 UNTIMED_BELOW_S = {"cuda": float("inf"), "cpu": 0.25}
 """A round begins with an untimed call where a call is shorter than this. On a GPU it also takes back the memory that
 was left to the others; on a CPU what it warms is gone from a longer one's caches before it ends."""
@@ -48,15 +41,14 @@ CLOCK = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds that a worker may take to answer."""
+    """Seconds that a worker may take: to be built, first calls included, and for a round."""
 
-    build: float = 600.0
-    """To be built, and for the first calls, which compile: each."""
-    round: float = 120.0
+    build: float = 300.0
+    round: float = 30.0
 
 
 class WorkerError(Exception):
-    """A worker's answer was an error, or there was none."""
+    """A worker's answer was a failure, or there was none."""
 
     def __init__(self, reason: str, kind: str = FAILED) -> None:
         super().__init__(reason)
@@ -86,14 +78,12 @@ def contest(
     Args:
         rounds: at most.
         seconds: about how long a candidate is timed in all rounds together; a round has one call at least.
-        references: the first of these that came so far has the values that the others' must agree with; where none
-            did, the first of all.
+        references: the first of these that was built has the values that the others' must agree with; where none was,
+            the first of all.
         agree: one that doesn't is lost, and not timed.
-        at_once: how many are built at the same time. One for which memory doesn't suffice meanwhile goes on when it has
-            the device to itself.
+        at_once: how many are built at the same time. One that lacked memory then goes on alone.
         untimed: candidates that only give their values, and leave as soon as they have.
-        built_by: time.monotonic() after which nothing is waited for that is not built: a candidate that hangs costs the
-            others no round.
+        built_by: time.monotonic() after which nothing is waited for that is not built.
         until: time.monotonic() after which no round starts.
         say: told of each step, for a log.
 
@@ -102,55 +92,43 @@ def contest(
     """
     limits = limits or Limits()
     outcomes: dict[str, Measured | Missing] = {}
+
+    def lose(name: str, error: Exception) -> None:
+        if not isinstance(error, WorkerError):
+            raise error
+        worker = workers.pop(name)
+        worker.close()
+        outcomes[name] = Missing(str(error), error.kind == FAILED, worker.output())
+        say(f"{name}: lost: {error}")
+
     with contextlib.ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(name, candidate)) for name, candidate in candidates.items()}
-        lose = _Lose(workers, outcomes, say)
-        _build(workers, lose, limits.build, built_by, at_once, untimed, say)
-        _check(workers, lose, references, agree)
+        share = seconds / rounds
+        workers = {n: stack.enter_context(Worker(n, c, limits, share)) for n, c in candidates.items()}
+        for name, error in _build(workers, built_by, at_once, untimed, say).items():
+            lose(name, error)
+        right = next((workers[name] for name in (*references, *workers) if name in workers), None)
+        for name, worker in list(workers.items()):
+            if right and agree and (problem := agree(name, worker.values, right.name, right.values)):
+                lose(name, WorkerError(f"not timed: {problem}"))
         for name in untimed:
             workers.pop(name, None)
-        for worker in workers.values():
-            worker.round_s, worker.round_limit_s = seconds / rounds, limits.round
         take_turns(workers, rounds, lose=lose, until=until, say=say)
         for name, worker in list(workers.items()):
             try:
-                outcomes[name] = worker.finish(limits.round)
+                outcomes[name] = worker.finish()
             except WorkerError as error:
                 lose(name, error)
     return {name: outcomes[name] for name in candidates if name not in untimed}
 
 
-class _Lose:
-    """Takes a candidate out of the contest."""
-
-    def __init__(
-        self, workers: dict[str, Worker], outcomes: dict[str, Measured | Missing], say: Callable[[str], None]
-    ) -> None:
-        self._workers, self._outcomes, self._say = workers, outcomes, say
-
-    def __call__(self, name: str, error: Exception) -> None:
-        if not isinstance(error, WorkerError):
-            raise error
-        worker = self._workers.pop(name)
-        worker.close()
-        self._outcomes[name] = Missing(str(error), error.kind == FAILED, worker.output())
-        self._say(f"{name}: lost: {error}")
-
-
 def _build(
-    workers: dict[str, Worker],
-    lose: _Lose,
-    limit: float,
-    by: float,
-    at_once: int,
-    untimed: Collection[str],
-    say: Callable[[str], None],
-) -> None:
-    """Build all and take their first calls; only then is anything timed."""
+    workers: dict[str, Worker], by: float, at_once: int, untimed: Collection[str], say: Callable[[str], None]
+) -> dict[str, WorkerError]:
+    """Build all; returns why some could not be. Only then is anything timed."""
 
     def build(worker: Worker) -> WorkerError | None:
         try:
-            worker.build(limit, by)
+            worker.build(by)
         except WorkerError as error:
             return error
         say(f"{worker.name}: built, {worker.seconds_to_first:.1f} s to the first call done")
@@ -163,18 +141,8 @@ def _build(
     for name, error in errors.items():
         if error is not None and error.kind == OUT_OF_MEMORY and at_once > 1:
             say(f"{name}: lacked memory beside the others: again, with the device to itself")
-            error = build(workers[name])
-        if error is not None:
-            lose(name, error)
-
-
-def _check(workers: dict[str, Worker], lose: _Lose, references: Sequence[str], agree: Agree | None) -> None:
-    if agree is None or not workers:
-        return
-    right = next(workers[name] for name in (*references, *workers) if name in workers)
-    for name, worker in list(workers.items()):
-        if problem := agree(name, worker.values, right.name, right.values):
-            lose(name, WorkerError(f"not timed: {problem}"))
+            errors[name] = build(workers[name])
+    return {name: error for name, error in errors.items() if error is not None}
 
 
 class Worker:
@@ -183,19 +151,14 @@ class Worker:
     What it prints goes to a file that lives as long as this object.
     """
 
-    def __init__(self, name: str, candidate: Candidate) -> None:
-        self.name, self._candidate = name, candidate
-        self.values: Values = []
-        self.round_ms: list[float] = []
-        self.samples_ms: list[float] = []
-        self.round_s, self.round_limit_s = 0.0, Limits.round
-        self.seconds_to_build = self.seconds_to_first = self._began = 0.0
-        self._host_ms: list[float] = []
-        self._built: dict[str, Any] = {}
-        self._call_s = 0.0
-        self._unread = b""
+    def __init__(self, name: str, candidate: Candidate, limits: Limits, round_s: float = 0.0) -> None:
+        self.name, self._candidate, self._limits, self._round_s = name, candidate, limits, round_s
+        self._rounds: list[Round] = []
         self._printed = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self._process: subprocess.Popen | None = None
+        self._pipe: Connection
+        self._began = 0.0
+        self.built: Built
 
     def __enter__(self) -> Worker:
         return self
@@ -204,122 +167,108 @@ class Worker:
         self.close()
         self._printed.close()
 
-    def build(self, limit: float, by: float = float("inf")) -> None:
-        """Start the process, make the contestant and take the first calls; where memory was lacking on the way, called
-        again it goes on from there.
+    @property
+    def values(self) -> Values:
+        """What each of the first calls came to."""
+        return self.built.values
+
+    @property
+    def seconds_to_first(self) -> float:
+        return self.built.first_call_at - self._began
+
+    def build(self, by: float = float("inf")) -> None:
+        """Start the process, make the contestant and take the first calls; called again, go on where memory lacked.
 
         Args:
-            limit: seconds that each answer may take.
-            by: time.monotonic() after which none is waited for.
+            by: time.monotonic() after which it is not waited for.
 
         Raises:
-            WorkerError: as `ask`; also where the time was up before something was begun.
+            WorkerError: as `ask`; also where the time was up before it began.
         """
+        if time.monotonic() >= by:
+            raise WorkerError("the time was up before it was built", UNAVAILABLE)
+        if self._process is None:
+            self._start()
+        limit = min(self._limits.build, by - time.monotonic())
+        self.built = self.ask("build", limit, make=self._candidate.load, arguments=self._candidate.arguments)
 
-        def left() -> float:
-            if time.monotonic() >= by:
-                raise WorkerError("the time was up before it was built", UNAVAILABLE)
-            return min(limit, by - time.monotonic())
-
-        if not self._built:
-            self._start(left())
-        while len(self.values) < FIRST_CALLS:
-            self._call_s = self.ask("first", left())["seconds"]
-            if not self.values:
-                self.seconds_to_first = time.monotonic() - self._began
-            self.values.append(self.ask("check", left())["values"])
-        self.ask("rest", left())
-
-    def _start(self, limit: float) -> None:
-        self.close()
+    def _start(self) -> None:
         self._began = time.monotonic()
+        self._pipe, theirs = Pipe()
+        program = f"from bench.step.worker import serve; serve({theirs.fileno()})"
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.step.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            [sys.executable, "-c", program],
+            stdin=subprocess.DEVNULL,
+            stdout=self._printed,
             stderr=self._printed,
+            pass_fds=[theirs.fileno()],
             cwd=ROOT,
             env={**os.environ, **self._candidate.environment, "PYTHONFAULTHANDLER": "1"},
             start_new_session=True,  # its compilers are ended with it
         )
-        self._unread = b""
-        self._built = self.ask("build", limit, make=self._candidate.load, arguments=self._candidate.arguments)
-        self.seconds_to_build = time.monotonic() - self._began
+        theirs.close()
 
     def round(self) -> float:
-        """Time about as many calls as fit into round_s seconds, at least one."""
-        calls = max(1, int(self.round_s / self._call_s))
-        untimed = int(self._call_s < UNTIMED_BELOW_S[self._built["device"]])
-        answer = self.ask("round", self.round_limit_s + 2 * self.round_s, calls=calls, untimed=untimed)
-        self.round_ms.append(answer["ms"])
-        self.samples_ms += answer["samples_ms"]
-        if answer["host_ms"] is not None:
-            self._host_ms.append(answer["host_ms"])
-        self._call_s = min(self._call_s, answer["ms"] / 1e3)
-        return answer["ms"]
+        """Time about as many calls as fit into the round's seconds, at least one."""
+        call_s = min([self.built.call_s, *(done.ms / 1e3 for done in self._rounds)])
+        calls, untimed = max(1, int(self._round_s / call_s)), int(call_s < UNTIMED_BELOW_S[self.built.device])
+        self._rounds.append(self.ask("round", self._limits.round + 2 * self._round_s, calls=calls, untimed=untimed))
+        return self._rounds[-1].ms
 
-    def finish(self, limit: float) -> Measured:
+    def finish(self) -> Measured:
         """What was measured; ends the process.
 
         Raises:
             WorkerError: as `ask`; also if it was in no round.
         """
-        last = self.ask("finish", limit)
+        versions, peak_memory_bytes = self.ask("finish", self._limits.round)
         self.close()
-        if not self.round_ms:
+        if not self._rounds:
             raise WorkerError("the time was up before its first round", UNAVAILABLE)
-        host_ms = statistics.median(self._host_ms) if self._host_ms else None
-        kind = self._built["device"]
+        built, host_ms = self.built, [done.host_ms for done in self._rounds if done.host_ms is not None]
         facts = {
-            **self._built["facts"],
-            "peak_memory_bytes": last["peak_memory_bytes"],
-            "peak_memory_meaning": MEMORY_MEANING[kind],
-            "first_losses": [values["loss"] for values in self.values if "loss" in values],
-            "seconds_to_build": self.seconds_to_build,
+            **built.facts,
+            "peak_memory_bytes": peak_memory_bytes,
+            "peak_memory_meaning": MEMORY_MEANING[built.device],
+            "first_losses": [values["loss"] for values in built.values if "loss" in values],
+            "seconds_to_build": built.made_at - self._began,
         }
-        timed = Timed(self.round_ms, self.samples_ms, host_ms, CLOCK[kind])
-        return Measured(timed, facts, self.values, last["versions"], self.seconds_to_first)
+        timed = Timed(
+            [done.ms for done in self._rounds],
+            [ms for done in self._rounds for ms in done.samples_ms],
+            statistics.median(host_ms) if host_ms else None,
+            CLOCK[built.device],
+        )
+        return Measured(timed, facts, built.values, versions, self.seconds_to_first)
 
-    def ask(self, command: str, limit: float, **arguments: Any) -> dict[str, Any]:
+    def ask(self, command: str, limit: float, **arguments: Any) -> Any:
         """Send a command and wait for the answer.
 
         Raises:
             WorkerError: the worker says that it failed, has died, or took longer than the limit (seconds).
         """
-        assert self._process is not None and self._process.stdin is not None
-        message = json.dumps({"command": command, **arguments}) + "\n"
         try:
-            self._process.stdin.write(message.encode())
-            self._process.stdin.flush()
-        except OSError:
+            self._pipe.send((command, arguments))
+            answer = self._pipe.recv() if self._pipe.poll(limit) else None
+        except (OSError, EOFError):
             raise WorkerError(self._death()) from None
-        answer = json.loads(self._line(command, limit))
-        if "error" in answer:
-            raise WorkerError(answer["error"], answer["kind"])
+        if answer is None:
+            self._wait(signal.SIGABRT, 1.0)  # Python's fault handler prints where it hangs
+            raise WorkerError(f"no answer to {command!r} within {limit:.0f} s")
+        if isinstance(answer, Failure):
+            raise WorkerError(*answer)
         return answer
 
-    def _line(self, command: str, limit: float) -> bytes:
-        assert self._process is not None and self._process.stdout is not None
-        answers, ends = self._process.stdout.fileno(), time.monotonic() + limit
-        while b"\n" not in self._unread:
-            ready, _, _ = select.select([answers], [], [], max(0.0, ends - time.monotonic()))
-            if not ready:
-                self._process.send_signal(signal.SIGABRT)  # Python's fault handler prints where it hangs
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(1.0)
-                raise WorkerError(f"no answer to {command!r} within {limit:.0f} s")
-            read = os.read(answers, 1 << 16)
-            if not read:
-                raise WorkerError(self._death())
-            self._unread += read
-        line, self._unread = self._unread.split(b"\n", 1)
-        return line
+    def _wait(self, send: int, seconds: float) -> int | None:
+        """Send a signal (0: none), give it some time to end; returns its status."""
+        assert self._process is not None
+        self._process.send_signal(send)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        return self._process.returncode
 
     def _death(self) -> str:
-        assert self._process is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5.0)
-        status = self._process.returncode
+        status = self._wait(0, 5.0)
         if status is not None and status < 0:
             maybe = " (out of memory?)" if status == -signal.SIGKILL else ""
             return f"the worker was ended by {signal.Signals(-status).name}{maybe}"
@@ -338,8 +287,5 @@ class Worker:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)  # its session, made for it alone
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(OSError):  # what was not flushed to a dead process
-                pipe.close()
+        self._pipe.close()
         self._process = None

@@ -34,7 +34,6 @@ from fastgpt2.config import PRESETS, ModelConfig
 from fastgpt2.model import FLOPS_PER_TOKEN
 from fastgpt2.slots import OURS, REFERENCE, SLOTS, TORCH, implementation
 
-LIMITS = Limits(build=240.0, round=30.0)
 AT_ONCE = min(8, max(1, len(os.sched_getaffinity(0)) // 2)) if CUDA else 1
 """Candidates that are built at the same time: each is traced by one thread, and compiled by processes of its own."""
 
@@ -242,7 +241,7 @@ class StepContest(Contest):
     eager: bool = True
     threads: int | None = None if CUDA else 1
     kernels: Kernels | None = None
-    limits: Limits = LIMITS
+    limits: Limits = Limits()
     until: float | None = None
     device: torch.device = DEVICE
     op = "training step"

@@ -25,7 +25,7 @@ from bench.ops.peers import torch_add_layer_norm
 from bench.report.results import table
 from bench.result import Result
 from bench.step.bench_data import NEEDED_TOKENS_PER_S, TOKENS, DataContest, nanogpt, write_counting_shard
-from bench.step.worker import FAILED, OUT_OF_MEMORY, _explain
+from bench.step.worker import FAILED, OUT_OF_MEMORY, Failure, explain
 from bench.timing import ROOT
 from fastgpt2.backends.attention import sdpa_attention
 from fastgpt2.backends.mlp import torch_mlp
@@ -306,8 +306,8 @@ def test_without_pytest_benchmark_a_line_says_what_is_missing() -> None:
 def test_lacking_memory_is_no_failure(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     assert Missing.because(error) == Missing("out of memory on a GPU", failed=False)
-    assert _explain(error) == {"error": "out of memory on the device", "kind": OUT_OF_MEMORY}
-    assert Missing.because(ValueError("memory")).failed and _explain(ValueError("memory"))["kind"] == FAILED
+    assert explain(error) == Failure("out of memory on the device", OUT_OF_MEMORY)
+    assert Missing.because(ValueError("memory")).failed and explain(ValueError("memory")).kind == FAILED
 
 
 OUTSIDE = """

@@ -24,10 +24,10 @@ from bench.contest import Candidate, Measured, Missing
 from bench.report.results import load, ratio
 from bench.step.bench_train_step import ON_A_CPU, ON_A_GPU
 from bench.step.build import HuggingFace, initial_weights, make_plain
-from bench.step.lockstep import FIRST_CALLS, Limits, Worker, contest
+from bench.step.lockstep import Limits, Worker, contest
 from bench.step.plain_gpt2 import PlainGPT2
 from bench.step.steps import STEPS, StepContest, StepShape, agree_in
-from bench.step.worker import _Serving
+from bench.step.worker import FIRST_CALLS, Built, Round, Serving
 from bench.timing import ROOT, Timed
 from fastgpt2.config import PRESETS, ModelConfig, TrainConfig
 from fastgpt2.hugging_face import to_hugging_face
@@ -150,7 +150,7 @@ def test_a_candidate_that_hangs_while_it_is_built_costs_the_others_no_round(tmp_
     outcomes = contest(candidates, rounds=2, seconds=0.0, at_once=2, built_by=by, until=by + 60)
     hangs, fine = outcomes["hangs"], outcomes["fine"]
     assert isinstance(fine, Measured) and len(fine.timed.round_ms) == 2
-    assert isinstance(hangs, Missing) and hangs.failed and "no answer to 'first'" in hangs.reason
+    assert isinstance(hangs, Missing) and hangs.failed and "no answer to 'build'" in hangs.reason
     assert 'contestants.py", line' in hangs.output, "a hang says where it hung"
     nothing = contest({"late": sleeper("late", log)}, rounds=1, seconds=0.0, built_by=time.monotonic())
     assert nothing == {"late": Missing("the time was up before it was built", False, "")}
@@ -159,11 +159,11 @@ def test_a_candidate_that_hangs_while_it_is_built_costs_the_others_no_round(tmp_
 def test_a_worker_whose_parent_is_killed_goes_too(tmp_path: Path) -> None:
     program = f"""
 from bench.contest import Candidate
-from bench.step.lockstep import Worker
+from bench.step.lockstep import Limits, Worker
 arguments = {{"name": "x", "log": {str(tmp_path / "calls")!r}, "what": "hang", "at": 0}}
-worker = Worker("x", Candidate("peer", "tests.bench.contestants:Trouble", arguments))
+worker = Worker("x", Candidate("peer", "tests.bench.contestants:Trouble", arguments), Limits())
 import threading
-threading.Thread(target=lambda: worker.build(600), daemon=True).start()
+threading.Thread(target=lambda: worker.build(), daemon=True).start()
 while worker._process is None: pass
 print(worker._process.pid, flush=True)
 threading.Event().wait()
@@ -221,29 +221,29 @@ def test_a_round_on_a_gpu_is_one_wall_clock_over_consecutive_calls(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr("bench.step.worker.time", SimpleNamespace(perf_counter=lambda: clock.host_s))
-    serving = _Serving()
+    serving = Serving()
     serving.contestant = Queued()
     answer = serving._cuda_round(5)
     assert serving.index == 5
     # The first call starts when it has been launched, later ones when the one before has ended.
-    assert answer["samples_ms"] == pytest.approx([12.0, 10.0, 10.0, 10.0, 10.0])
-    assert answer["ms"] == pytest.approx(52.0 / 5) and answer["host_ms"] == pytest.approx(2.0)
+    assert answer.samples_ms == pytest.approx([12.0, 10.0, 10.0, 10.0, 10.0])
+    assert answer.ms == pytest.approx(52.0 / 5) and answer.host_ms == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(("kind", "call_s", "untimed"), [("cuda", 1.0, 1), ("cpu", 1.0, 0), ("cpu", 0.1, 1)])
 def test_a_round_on_a_gpu_begins_with_a_call_that_takes_back_its_memory(
     monkeypatch: pytest.MonkeyPatch, kind: str, call_s: float, untimed: int
 ) -> None:
-    worker, asked = Worker("x", sleeper("x", Path("unused"))), {}
+    asked: dict[str, Any] = {}
 
-    def ask(command: str, limit: float, **arguments: Any) -> dict[str, Any]:
+    def ask(command: str, limit: float, **arguments: Any) -> Round:
         asked.update(arguments)
-        return {"ms": 1e3 * call_s, "samples_ms": [1e3 * call_s], "host_ms": None}
+        return Round(1e3 * call_s, [1e3 * call_s], None)
 
-    monkeypatch.setattr(worker, "ask", ask)
-    worker._built, worker._call_s = {"device": kind}, call_s
-    worker.round_s = 2.5
-    worker.round()
+    with Worker("x", sleeper("x", Path("unused")), Limits(), round_s=2.5) as worker:
+        monkeypatch.setattr(worker, "ask", ask)
+        worker.built = Built(kind, {}, [], call_s, 0.0, 0.0)
+        worker.round()
     assert asked == {"calls": int(2.5 / call_s), "untimed": untimed}
 
 
