@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from bench.contest import CUDA, DEVICE, Contest, Missing, free_memory, hold
-from bench.ops.op_contest import KERNEL
 from bench.result import Result
 from bench.roofline import read_or_measure
 from bench.step.steps import STEPS, TUNED, Kernels
 from bench.timing import append_json_line, commit, environment, replay
 from fastgpt2.kernels.tuning import use_table
-from fastgpt2.slots import SLOTS
+from fastgpt2.slots import OURS, SLOTS
 
 if not torch.cuda.is_available():
     # A waiting thread spins. On cores shared with other work that can cost a hundredfold.
@@ -84,8 +83,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def left_out(item: Any) -> bool:
         name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
-        if name == KERNEL:
-            return item.module.CONTEST.slot in known.without
+        contest = getattr(item.module, "CONTEST", None)
+        if contest is not None and name == OURS[contest.slot]:
+            return contest.slot in known.without
         if name not in STEPS:
             return False
         same = STEPS[name].with_kernels(known).settings == STEPS["ours-torch"].settings and name != "ours-torch"
@@ -173,20 +173,12 @@ def compete(
     selected: list[str],
     measured_ceilings: Callable[[], dict[str, Any] | None],
 ) -> Callable[[Contest, str], None]:
-    """Show a candidate's figures in a contest, which the first of its tests runs with all that are selected.
-
-    With --benchmark-disable the candidate is checked and called once instead.
-    """
+    """Show a candidate's figures in a contest, which the first of its tests runs with all that are selected."""
 
     def show(contest: Contest, name: str) -> None:
         benchmark.group = contest.group
         if contest.candidates[name].needs_gpu and not CUDA:
             pytest.skip(contest.candidates[name].needs_gpu)
-        if not benchmark.enabled:
-            benchmark.pedantic(lambda: None)
-            if missing := contest.try_out(name):
-                stop(missing)
-            return
         held = request.session.stash.setdefault(HELD, {})
         if contest.group not in held:
             able = [other for other in selected if CUDA or not contest.candidates[other].needs_gpu]

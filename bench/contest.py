@@ -142,10 +142,6 @@ class Contest(ABC):
     def run(self, names: Sequence[str]) -> dict[str, Measured | Missing]:
         """Check the candidates, then time them against each other. One that fails doesn't cost the others."""
 
-    @abstractmethod
-    def try_out(self, name: str) -> Missing | None:
-        """Check a candidate and call it, untimed."""
-
     @property
     def group(self) -> str:
         """Title of pytest-benchmark's table."""

@@ -174,7 +174,7 @@ def part_2(run: Run) -> list[Stage]:
 
 _PYTHON = [sys.executable, "-m"]
 _PYTEST = [*_PYTHON, "pytest", "-p", "no:cacheprovider"]
-_FAST = "triton or sdpa-flash or sdpa-cudnn"
+_FAST = "triton or sdpa-flash or cudnn"
 _MLP = "C768-B64 and forward+backward and (triton or torch)"
 _LOSS = "(training and (triton or matmuls or torch))"
 """The candidates that the targets compare."""

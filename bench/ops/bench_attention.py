@@ -13,13 +13,11 @@ from torch import Tensor
 from bench.contest import CUDA, DEVICE, Candidate, Contest, Function, Unavailable
 from bench.ops.budget import assert_within_budget
 from bench.ops.op_contest import ONCE, Drawn, SlotContest
-from bench.ops.peers import PEERS
 from bench.roofline import Work
 from bench.timing import REPLAY, Call
 from fastgpt2.accuracy import attention_problem, error_and_budget
-from fastgpt2.backends.attention import naive_attention
 
-LONGEST_NAIVE = 2048
+LONGEST_PLAIN = 2048
 """The plain form keeps all scores. At 65,536 tokens, 12 heads and T = 2048 they take 10 GB, and twice as much at 2 T."""
 FLOPS = {"forward": "4 B H T^2 D / 2 (causal)", "backward": "2.5 * 4 B H T^2 D / 2 (causal)"}
 
@@ -57,20 +55,17 @@ else:
 
 
 def too_long() -> Function:
-    raise Unavailable(f"keeps T^2 scores a head: timed up to T = {LONGEST_NAIVE}")
+    raise Unavailable(f"keeps T^2 scores a head: timed up to T = {LONGEST_PLAIN}")
 
 
 class AttentionContest(SlotContest):
-    slot, peers, plain = "attn", "attention", naive_attention
+    slot, title = "attn", "attention"
     size: AttentionShape
 
     def __init__(self, size: AttentionShape, direction: str, outside: Sequence[str] = ()) -> None:
         super().__init__(size, direction, outside)
-        if size.T > LONGEST_NAIVE:
-            self.candidates = {
-                **self.candidates,
-                **dict.fromkeys(("naive", "naive-compiled"), Candidate("peer", too_long)),
-            }
+        if size.T > LONGEST_PLAIN:
+            self.candidates |= dict.fromkeys((self.plain, f"{self.plain}-compiled"), Candidate("peer", too_long))
 
     def draw_set(self, seed: int) -> Drawn:
         """qkv (B, T, 3, H, D), and the gradient of the output (B, T, H, D)."""
@@ -80,7 +75,7 @@ class AttentionContest(SlotContest):
         return [draw(B, T, 3, H, D).requires_grad_()], [draw(B, T, H, D)]
 
     def prepare(self, name: str, function: Function, sets: Sequence[Drawn]) -> Call:
-        if apart(name):
+        if self.candidates[name].role == "floor":  # it takes q, k and v, each (B, H, T, D)
             sets = [(unpack(inputs[0]), gradients) for inputs, gradients in sets]
         return super().prepare(name, function, sets)
 
@@ -96,16 +91,11 @@ class AttentionContest(SlotContest):
         def last_head(qkv: Tensor) -> Tensor:
             full = rest.clone()
             full[-1:, :, :, -1:] = qkv
-            inputs = full.permute(2, 0, 3, 1, 4).unbind(0) if apart(name) else [full]
+            inputs = full.permute(2, 0, 3, 1, 4).unbind(0) if self.candidates[name].role == "floor" else [full]
             return function(*inputs)[-1:, :, -1:]
 
         problem = attention_problem((1, T, 1, D))
         assert_within_budget(error_and_budget(last_head, problem, self.size.dtype, DEVICE, once=True))
-
-
-def apart(name: str) -> bool:
-    """Whether a candidate takes q, k and v, each (B, H, T, D), and not the packed projection that the model has."""
-    return name in PEERS["attention"] and PEERS["attention"][name].role == "floor"
 
 
 def unpack(qkv: Tensor) -> list[Tensor]:

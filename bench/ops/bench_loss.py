@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from bench.contest import CUDA, DEVICE, Candidate, Contest, Function
-from bench.ops.op_contest import KERNEL, Drawn, SlotContest, differentiate
+from bench.ops.op_contest import Drawn, SlotContest, differentiate
 from bench.roofline import Work
 from bench.timing import REPLAY, Call
-from fastgpt2.kernels.loss import linear_cross_entropy_reference
 
 FLOPS = {"training": "6 N C V (three matmuls)", "evaluation": "2 N C V (one matmul)"}
 
@@ -46,22 +45,19 @@ if CUDA:
     SHAPES += [HeadShape(16384, C, 50304, torch.bfloat16) for C in (1024, 1280, 1600)]
 else:
     SHAPES = [HeadShape(64, 32, 1024, torch.float32)]
-MATMULS = "matmuls-alone"
 
 
 class HeadContest(SlotContest):
-    slot, peers, plain = "loss", "linear_cross_entropy", linear_cross_entropy_reference
+    slot, title = "loss", "linear_cross_entropy"
     names = ("loss", "dhidden", "dweight")
-    ours = (KERNEL, "chunked")
     size: HeadShape
 
     def __init__(self, size: HeadShape, direction: str, outside: Sequence[str] = ()) -> None:
         super().__init__(size, direction, outside)
-        floor = Candidate("floor", lambda: functools.partial(matmuls, direction))
-        self.candidates = {**self.candidates, MATMULS: floor}
+        self.candidates["matmuls-alone"] = Candidate("floor", lambda: functools.partial(matmuls, direction))
 
-    def load_ours(self, name: str) -> Function:
-        return functools.partial(super().load_ours(name), vocab_size=self.size.V)
+    def load(self, name: str) -> Function:
+        return functools.partial(super().load(name), vocab_size=self.size.V)
 
     def draw_set(self, seed: int) -> Drawn:
         """hidden (N, C), weight (V, C) and targets (N,); logits have a standard deviation of 1."""
@@ -72,25 +68,24 @@ class HeadContest(SlotContest):
         return [hidden.to(size.dtype).requires_grad_(), weight.to(size.dtype).requires_grad_(), targets], None
 
     def prepare(self, name: str, function: Function, sets: Sequence[Drawn]) -> Call:
-        if name != MATMULS:
-            return super().prepare(name, function, sets)
-        return lambda i: function(*sets[i % len(sets)][0])
+        if self.candidates[name].role == "floor":
+            return lambda i: function(*sets[i % len(sets)][0])
+        return super().prepare(name, function, sets)
 
-    def results(self, function: Function, seed: int = 0, *, double: bool = False) -> Sequence[Tensor]:
+    def results(self, function: Function, seed: int = 0, *, plain_in: torch.dtype | None = None) -> Sequence[Tensor]:
         """Loss and gradients of every k-th row, 512 in all: 65,536 would not fit in float64. A candidate is given all
         rows and must ignore the others' targets; the plain form is given only these rows."""
         every = slice(None, None, max(1, self.size.N // 512))
         (hidden, weight, targets), _ = self.draw_set(seed)
         kept = torch.full_like(targets, -100)
         kept[every] = targets[every]
-        rows = every if function is type(self).plain else slice(None)
-        dtype = torch.float64 if double else self.size.dtype
-        given = [x.detach().to(dtype).requires_grad_() for x in (hidden[rows], weight)]
+        rows = every if plain_in else slice(None)
+        given = [x.detach().to(plain_in or self.size.dtype).requires_grad_() for x in (hidden[rows], weight)]
         loss, dhidden, dweight = differentiate(function, [*given, kept[rows]], None)
         return [loss, dhidden if rows == every else dhidden[every], dweight]
 
     def check(self, name: str, function: Function) -> None:
-        if name != MATMULS:
+        if self.candidates[name].role != "floor":
             super().check(name, function)
 
 

@@ -13,7 +13,6 @@ from bench.contest import CUDA, DEVICE, Contest
 from bench.ops.op_contest import ONCE, Drawn, SlotContest
 from bench.roofline import Work
 from bench.timing import REPLAY
-from fastgpt2.backends.mlp import torch_mlp
 
 FLOPS = {
     "forward": "2 * 2 N C F",
@@ -55,7 +54,7 @@ else:
 
 
 class MlpContest(SlotContest):
-    slot, peers, plain = "mlp", "mlp", torch_mlp
+    slot, title = "mlp", "mlp"
     names = ("y", "dx", "dw_fc", "db_fc", "dw_proj", "db_proj")
     size: MlpShape
 

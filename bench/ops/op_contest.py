@@ -31,18 +31,15 @@ from bench.contest import (
     free_memory,
 )
 from bench.ops.budget import Yardstick
-from bench.ops.peers import PEERS
+from bench.ops.peers import PEERS, compiled
 from bench.roofline import Work
 from bench.timing import Call, Timed, input_sets, peak_memory
 from fastgpt2.config import ConfigError
-from fastgpt2.device import synchronize
 from fastgpt2.ops import Site, make_ops
-from fastgpt2.slots import implementation
+from fastgpt2.slots import REFERENCE, SLOTS, implementation, is_outside
 
 SECONDS = 0.2 if CUDA else 0.1
 """About how long a candidate is timed in all rounds of a contest."""
-KERNEL = "triton"
-"""The implementation of a slot that is our kernel."""
 ONCE = "what it is given, gives and keeps, once"
 """What the bytes of a forward or backward count."""
 
@@ -91,18 +88,6 @@ class OpContest(Contest):
         for name, timed in timing.contest(calls, self.clock, seconds=SECONDS).items():
             outcomes[name] = Measured(timed, facts[name]) if isinstance(timed, Timed) else Missing.because(timed)
         return outcomes
-
-    def try_out(self, name: str) -> Missing | None:
-        _compile_anew_for(self)
-        try:
-            with self._compiling():
-                self._enter(name, self.draw(), _allocated())
-                synchronize(DEVICE)
-        except Exception as error:
-            return Missing.because(error)
-        finally:
-            free_memory()
-        return None
 
     def _enter(self, name: str, sets: Sequence[Any], inputs_bytes: int) -> tuple[Call, dict[str, Any]]:
         """Load, check, prepare and call a candidate; returns what is timed, and facts for its result.
@@ -155,32 +140,35 @@ Drawn = tuple[list[Tensor], Any]
 
 
 class SlotContest(OpContest):
-    """A slot's implementations beside PyTorch's own forms and other packages'.
+    """A slot's implementations, those named from outside, its plain form compiled, and the slot's PEERS.
 
     Args:
         size: a dataclass of the shape and the dtype, with a method work(direction).
         direction: "forward" and "backward" are timed apart, "forward+backward" and "training" together; "evaluation"
             records no gradients.
+        outside: "module:function".
     """
 
     slot: str
-    peers: str
-    """Key of PEERS, and the operation's name in results."""
-    plain: Callable[..., Any]
-    """The plain form, which defines what is right."""
+    title: str
+    """The operation's name in results."""
     names: Sequence[str]
     """Of the outputs and the gradients of the inputs."""
-    ours: Sequence[str] = (KERNEL,)
 
     def __init__(self, size: Any, direction: str, outside: Sequence[str] = ()) -> None:
         self.size, self.direction = size, direction
-        self.op, self.dtype = f"{self.peers} {direction}", str(size.dtype).removeprefix("torch.")
+        self.op, self.dtype = f"{self.title} {direction}", str(size.dtype).removeprefix("torch.")
         self.work: Work = size.work(direction)
         self.retains = direction in ("forward", "backward")
-        ours = {name: Candidate("ours", functools.partial(self.load_ours, name)) for name in (*self.ours, *outside)}
-        self.candidates = ours | PEERS[self.peers]
+        self.plain = REFERENCE[self.slot]
+        self.candidates = {}
+        for name in (*SLOTS[self.slot], *outside):
+            role = "ours" if is_outside(name) or implementation(self.slot, name).ours else "peer"
+            self.candidates[name] = Candidate(role, functools.partial(self.load, name))
+        self.candidates[f"{self.plain}-compiled"] = Candidate("peer", lambda: compiled(self.load(self.plain)))
+        self.candidates |= PEERS.get(self.slot, {})
 
-    def load_ours(self, name: str) -> Function:
+    def load(self, name: str) -> Function:
         """The trainer's implementation of the slot, or "module:function" from outside."""
         if implementation(self.slot, name).interpreted and not CUDA:
             raise Unavailable("Triton on a CPU is interpreted: its time would say nothing about the kernel")
@@ -209,15 +197,17 @@ class SlotContest(OpContest):
 
     @functools.cached_property
     def _yardstick(self) -> Yardstick:
-        plain = type(self).plain
+        plain = self.load(self.plain)
         return Yardstick(
-            self.names, lambda seed: self.results(plain, seed, double=True), lambda s: self.results(plain, s)
+            self.names,
+            lambda seed: self.results(plain, seed, plain_in=torch.float64),
+            lambda seed: self.results(plain, seed, plain_in=self.size.dtype),
         )
 
-    def results(self, function: Function, seed: int = 0, *, double: bool = False) -> Sequence[Tensor]:
-        """Outputs and gradients."""
+    def results(self, function: Function, seed: int = 0, *, plain_in: torch.dtype | None = None) -> Sequence[Tensor]:
+        """Outputs and gradients; of the plain form in a precision of its own."""
         inputs, gradients = self.draw_set(seed)
-        if double:
+        if plain_in == torch.float64:
             inputs = [in_float64(x) for x in inputs]
             gradients = [in_float64(g) for g in gradients]
         return differentiate(function, inputs, gradients)

@@ -17,7 +17,7 @@ from bench.report.results import milliseconds, pick, ratio
 from bench.result import Result
 
 TOKENS = 65536
-KERNELS = ("sdpa-flash", "sdpa-flash-apart", "sdpa-cudnn", "sdpa-cudnn-apart", "flex")
+KERNELS = ("sdpa-flash", "sdpa-flash-apart", "cudnn", "sdpa-cudnn-apart", "flex")
 """PyTorch's attentions, with and without the copy that packs the gradient."""
 PLAIN = ("plain", "plain-flash", "plain-cudnn", "plain-efficient")
 """The plain PyTorch GPT-2, with each of SDPA's kernels."""

@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +241,7 @@ class StepContest(Contest):
     eager: bool = True
     threads: int | None = None if CUDA else 1
     kernels: Kernels | None = None
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     until: float | None = None
     device: torch.device = DEVICE
     op = "training step"
@@ -265,10 +265,6 @@ class StepContest(Contest):
 
     def shape(self) -> dict[str, Any]:
         return self.step.info()
-
-    def try_out(self, name: str) -> Missing | None:
-        (outcome,) = dataclasses.replace(self, rounds=1).run([name]).values()
-        return outcome if isinstance(outcome, Missing) else None
 
     def run(self, names: Sequence[str]) -> dict[str, Measured | Missing]:
         # Nothing of ours and no compiler is in it. It comes first: it is done with the device while the others compile.

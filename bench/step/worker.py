@@ -106,9 +106,7 @@ class Serving:
             self.first_call_at = self.first_call_at or time.monotonic()
             self.values.append(self.contestant.check())
         self._rest()
-        return Built(
-            device.type, self.contestant.facts, self.values, self.call_s, self.made_at, self.first_call_at
-        )
+        return Built(device.type, self.contestant.facts, self.values, self.call_s, self.made_at, self.first_call_at)
 
     def round(self, calls: int, untimed: int) -> Round:
         for _ in range(untimed):

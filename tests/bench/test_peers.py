@@ -16,19 +16,11 @@ from bench.ops import peers
 from bench.ops.bench_attention import AttentionContest, AttentionShape
 from bench.ops.bench_loss import HeadContest, HeadShape
 from bench.ops.op_contest import SlotContest
-from bench.ops.peers import PEERS, torch_add_layer_norm
 from fastgpt2.backends.attention import naive_attention
-from fastgpt2.backends.mlp import torch_mlp
-from fastgpt2.kernels.loss import linear_cross_entropy_reference
+from fastgpt2.slots import SLOTS
 
 ATTENTION: SlotContest = AttentionContest(AttentionShape(2, 19, 2, 16, torch.float32), "backward")
 HEAD: SlotContest = HeadContest(HeadShape(24, 32, 96, torch.float32), "training")
-PLAIN = {
-    "attention": naive_attention,
-    "mlp": torch_mlp,
-    "add_layer_norm": torch_add_layer_norm,
-    "linear_cross_entropy": linear_cross_entropy_reference,
-}
 
 
 @pytest.mark.parametrize(
@@ -50,19 +42,26 @@ def test_pytorchs_own_are_within_budget(monkeypatch: pytest.MonkeyPatch, contest
     contest.check(name, function)
 
 
-@pytest.mark.parametrize("op", PEERS)
-def test_what_is_compiled_is_the_plain_form_in_one_graph(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+def test_what_is_compiled_is_the_plain_form_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "CUDA", True)
-    monkeypatch.setattr(torch, "compile", lambda function, **options: (function, options))
-    name = "naive-compiled" if op == "attention" else "torch-compiled"
-    assert PEERS[op][name].loaded() == (PLAIN[op], {"fullgraph": True, "dynamic": False})
+    monkeypatch.setattr(torch, "compile", lambda function, **options: (function.func, options))
+    compiled = ATTENTION.candidates["naive-compiled"].loaded()
+    assert compiled == (naive_attention, {"fullgraph": True, "dynamic": False})
 
 
-def test_every_peer_loads_or_says_in_a_line_why_not() -> None:
-    for name, peer in ((name, peer) for table in PEERS.values() for name, peer in table.items()):
-        assert peer.role == ("floor" if name.endswith("-apart") else "peer")
+def test_the_slots_implementations_are_candidates_and_ours_are_ours() -> None:
+    ours = {name for name, candidate in HEAD.candidates.items() if candidate.role == "ours"}
+    assert ours == {"chunked", "triton"} and set(SLOTS["loss"]) <= HEAD.candidates.keys()
+    assert [name for name, candidate in ATTENTION.candidates.items() if candidate.role == "floor"] == [
+        "sdpa-cudnn-apart",
+        "sdpa-flash-apart",
+    ]
+
+
+def test_every_candidate_loads_or_says_in_a_line_why_not() -> None:
+    for candidate in (*ATTENTION.candidates.values(), *HEAD.candidates.values()):
         try:
-            assert callable(peer.loaded())
+            assert callable(candidate.loaded())
         except Unavailable as error:
             assert "\n" not in str(error) and len(str(error)) < 120
 
@@ -72,7 +71,7 @@ def test_compiling_on_a_cpu_without_a_compiler(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("CXX", "surely-no-compiler")
     expected = "torch.compile on a CPU needs a C\\+\\+ compiler and surely-no-compiler is not found"
     with pytest.raises(Unavailable, match=expected):
-        PEERS["mlp"]["torch-compiled"].loaded()
+        HEAD.candidates["torch-compiled"].loaded()
 
 
 def test_an_attention_kernel_that_cannot_take_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,4 +85,4 @@ def test_an_attention_kernel_that_cannot_take_the_inputs(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", lacking)
     with pytest.raises(Unavailable, match="PyTorch has no CUDNN_ATTENTION kernel for these inputs here"):
-        PEERS["attention"]["sdpa-cudnn"].loaded()(torch.randn(1, 5, 3, 2, 16))
+        ATTENTION.candidates["sdpa-cudnn-apart"].loaded()(*torch.randn(3, 1, 2, 5, 16))

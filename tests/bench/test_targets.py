@@ -51,7 +51,7 @@ RESULTS = [
     step(32, "plain", 99.0),
     # The fastest step of all stands beside no peer.
     step(32, "ours-attn-triton", 1.0, contest="an ablation"),
-    *attention("forward", 1024, triton=0.25, sdpa_flash=0.40, sdpa_cudnn=0.30, sdpa_cudnn_apart=0.28, naive=0.01),
+    *attention("forward", 1024, triton=0.25, sdpa_flash=0.40, cudnn=0.30, sdpa_cudnn_apart=0.28, naive=0.01),
     *attention("backward", 1024, triton=0.50, flex=0.55),
     *attention("forward", 4096, triton=1.0, sdpa_flash=0.9),
     result("linear_cross_entropy training", HEAD, "triton", 30.0, peak_memory_bytes=2 * GIB),
