@@ -79,9 +79,11 @@ def fake_step(config: TrainConfig, ops: Ops) -> None:
             run.step(step, tokens, want_norm=True)
 
 
-@pytest.mark.parametrize("recompute", ["none", "blocks"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("slots", SLOT_CHOICES)
+@pytest.mark.parametrize(
+    ("slots", "recompute"),
+    [*((slots, "none") for slots in SLOT_CHOICES), ("auto", "blocks"), ("all triton", "blocks")],
+)
 def test_the_step_asks_the_device_for_no_value(slots: str, dtype: str, recompute: str) -> None:
     config = tiny(dtype=dtype, grad_clip=1.0, grad_accum=2, dropout=0.1, recompute=recompute, document_mask=True,
                   end_of_text=3)  # fmt: skip
