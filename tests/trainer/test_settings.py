@@ -38,7 +38,8 @@ def asked_of_ops(name: str) -> Callable[[TrainConfig], Any]:
             mock.patch("fastgpt2.run.make_ops", return_value=(Ops(), {})) as make,
         ):
             build(config)
-        return (make.call_args.args[0] | make.call_args.kwargs)[name]
+        choices, site = make.call_args.args
+        return (choices | vars(site))[name]
 
     return asked
 
@@ -110,6 +111,7 @@ ARRIVALS: list[tuple[str, Any, Callable[[TrainConfig], Any], Any, dict[str, Any]
     ("n_head", 4, of_model("n_head"), 4, {}),
     ("n_head", 4, asked_of_ops("head_dim"), 8, {}),
     ("n_embd", 64, of_model("n_embd"), 64, {}),
+    ("n_embd", 64, asked_of_ops("n_embd"), 64, {}),
     ("block_size", 8, of_model("block_size"), 8, {}),
     ("block_size", 8, batch_shape, (1, 3, 9), {}),
     ("vocab_size", 80, of_model("vocab_size"), 80, {}),
@@ -299,7 +301,10 @@ def test_defaults_suit_the_device() -> None:
         ({"dtype": "float16"}, "--dtype float16 needs a CUDA GPU"),
         ({"dtype": "bf16"}, "--dtype must be one of .*, got 'bf16'; did you mean 'bfloat16'"),
         ({"device": "gpu"}, "--device 'gpu' is not cpu, cuda or cuda:N"),
-        ({"attn": "flash"}, "--attn must be one of auto, naive, sdpa, cudnn, flex, triton, got 'flash'"),
+        (
+            {"attn": "flash"},
+            "--attn must be one of auto, naive, sdpa, cudnn, flex, triton or module:function, got 'flash'",
+        ),
         ({"steps": 0}, "--steps must be at least 1, got 0"),
         ({"lr": float("nan")}, "--lr must be a finite number, got nan"),
         ({"dropout": 1.0}, r"--dropout must be in \[0, 1\), got 1.0"),
