@@ -148,7 +148,7 @@ def part_2(run: Run) -> list[Stage]:
         _tests(ALONE, 120, seconds_needed=30),
         step("step, B=64, all peers", "gpt2-B64-compiled-peers"),
         step("step, one slot changed, the others", f"{_ABLATION} and (ours-torch or {_RARE})"),
-        step("step, CUDA graphs, B=4", "gpt2-B4 and graph"),
+        *(step(f"step, CUDA graphs, B={B}", f"gpt2-B{B}- and graph") for B in (4, 64)),
         step("step, B=32", "gpt2-B32-compiled-peers"),
         _tool("attention's counters", "profile", "ncu", 150, "--jsonl", str(run.results)),
         bench("attention T=1024, the others", attn, f"{attention} and not ({_FAST})", 150),
@@ -179,7 +179,7 @@ _MLP = "C768-B64 and forward+backward and (triton or torch)"
 _LOSS = "(training and (triton or matmuls or torch))"
 """The candidates that the targets compare."""
 _ABLATION = "gpt2-B32-compiled-ablation"
-_RARE = "flex or chunked or triton-any-order"
+_RARE = "flex or chunked"
 """Forms that `auto` rarely picks on a GPU. Part 2 times them; part 1 times the others, which compile together."""
 
 

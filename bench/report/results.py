@@ -50,10 +50,14 @@ def newest(records: Iterable[Record], results_of: Callable[[Record], Sequence[An
 def pick(record: Record, op: str) -> list[Result]:
     """A record's timed results of operations that begin with `op`; the first where a contest was repeated."""
     found: dict[Key, Result] = {}
-    for result in record.results:
-        if result.op.startswith(op) and result.ms_median:
-            found.setdefault(key(result), result)
+    for result in timed(record, op):
+        found.setdefault(key(result), result)
     return list(found.values())
+
+
+def timed(record: Record, op: str) -> list[Result]:
+    """A record's timed results of operations that begin with `op`, of repeated contests too."""
+    return [result for result in record.results if result.op.startswith(op) and result.ms_median]
 
 
 def milliseconds(result: Result) -> float:

@@ -52,6 +52,7 @@ ON_A_GPU = [
     StepContest("ablation", _gpt2(32), True, ABLATION),
     StepContest("graph", _gpt2(1), True, GRAPH),
     StepContest("graph", _gpt2(4), True, GRAPH),
+    _at_64("graph", GRAPH[:2], rounds=5),
     StepContest("peers", _gpt2(32), False, FEWER),
     # A candidate holds 16 bytes a parameter between its rounds: the larger the model, the fewer fit.
     StepContest("peers", StepShape("gpt2-medium", 16, "bfloat16"), True, FEWER),

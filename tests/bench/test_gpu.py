@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bench import gpu, kernel_profile, smoke
+from bench import contest, gpu, kernel_profile, smoke
 from bench.gpu import ALONE, SESSIONS, Run, gpu_test_sessions, programme
 from bench.record import Smoke, StepKernels, load
 from bench.stages import Stage
@@ -49,7 +49,8 @@ def test_every_gpu_test_is_in_one_session() -> None:
         assert found == {Path(stem).stem.removeprefix("test_") for stem in stems}, name
 
 
-def test_every_stage_finds_what_it_runs_and_can_end(tmp_path: Path) -> None:
+def test_every_stage_finds_what_it_runs_and_can_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "find_tool", lambda name: f"/toolkit/{name}")
     run = run_in(tmp_path)
     run.table.touch()
     stages = programme(run, None)
@@ -251,7 +252,7 @@ def test_a_profile_is_of_the_step_that_the_options_say(monkeypatch: pytest.Monke
         built.update(arguments)
         return lambda index: None
 
-    monkeypatch.setattr(kernel_profile, "import_module", lambda name: SimpleNamespace(make_ours=make))
+    monkeypatch.setattr(contest, "import_module", lambda name: SimpleNamespace(make_ours=make))
     kernel_profile.main(["ours-auto", *TINY, "--warm", "--without", "mlp", "--table", str(SM_90)])
     tiny = {"model": "tiny", "n_layer": 1, "batch_size": 1, "block_size": 16, "dtype": "float32", "compile": False}
     assert built["settings"].items() >= {**tiny, "mlp": "torch"}.items() and built["table"] == str(SM_90)
