@@ -22,11 +22,11 @@ from bench.record import Smoke, StepKernels, load
 from bench.stages import Stage
 from bench.step.steps import STEPS, Kernels
 from bench.timing import ROOT
-from fastgpt2.kernels import tuning
+from fastgpt2.kernels.tuning import TABLES
 from tests.bench.programme import commands, python, ran, run, run_in
 
 BLOCKED = ("rich", "safetensors", "matplotlib", "tiktoken", "transformers")
-SM_90 = (tuning.TABLES / "sm_90.json").resolve()
+SM_90 = (TABLES / "sm_90.json").resolve()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -120,47 +120,6 @@ def test_a_kernel_that_is_known_to_fail_is_not_run(tmp_path: Path) -> None:
     run.table.touch()
     assert run.kernels().table == run.table
     assert run.options("--") == ["--without=attn", "--without=loss", f"--table={run.table}"]
-
-
-USES = """
-import json, sys
-from pathlib import Path
-from fastgpt2.kernels import tuning
-
-key = ("sm_90", "attention_forward", "bfloat16", 64)
-print(tuning.configuration(*key).block_m)
-table = tuning.read_table("sm_90")
-for entry in table["entries"]:
-    entry["config"]["block_m"] = 7
-path = Path(sys.argv[1]) / "sm_90.json"
-path.write_text(json.dumps(table))
-tuning.use_table(path)
-print(tuning.configuration(*key).block_m, tuning.configuration("sm_80", *key[1:]).block_m)
-"""
-
-
-def test_a_tuned_table_takes_the_place_of_the_architectures_own(tmp_path: Path) -> None:
-    done = run("-c", USES, str(tmp_path))
-    own, tuned, other = done.stdout.split()
-    assert tuned == "7" != own and other != "7", done.stderr
-
-
-NO_TABLES = {
-    "tuned.json": ('{"entries": [], "shared_memory": 1}', "not named after an architecture: sm_80"),
-    "sm_90.json": ("", "can't be read as a table"),
-    "sm_80.json": ("[]", "is not a table: it has no entries"),
-    "sm_100.json": (None, "can't be read as a table"),
-}
-
-
-@pytest.mark.parametrize("name", NO_TABLES)
-def test_a_file_that_is_no_table_is_refused(name: str, tmp_path: Path) -> None:
-    path, (text, reason) = tmp_path / name, NO_TABLES[name]
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(ValueError, match=reason) as refused:
-        tuning.use_table(path)
-    assert "\n" not in str(refused.value) and path not in tuning._instead.values()
 
 
 def step_kernels(ms: float, kernels: list[tuple[str, float, float]]) -> StepKernels:
@@ -261,8 +220,6 @@ def test_a_profile_is_of_the_step_that_the_options_say(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--model", "nosuch"], "argument --model: invalid choice: 'nosuch'"),
-        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--table", "tuned.json"], "--table: tuned.json is not named after an architecture"),
         *[([flag, "0"], f"argument {flag}: must be at least 1, got 0") for flag in ("--B", "--T", "--n-layer")],
     ],
