@@ -9,9 +9,10 @@
 
 The position in the data is a number of samples: a batch is a function of (seed, samples before it, rank).
 
-A checkpoint is written under another name, synced, and only then renamed: whenever the process is killed, a checkpoint
-with its final name is complete. Every read is checked first. A run resumes from the newest intact checkpoint and sets
-damaged ones aside without asking: nobody may be there, and an older checkpoint leads to the same bits.
+A checkpoint is written under a temporary name, synced, and then renamed: a checkpoint with its final name is complete,
+whenever the process is killed. Checksums are verified before tensors are read. A run resumes from the newest intact
+checkpoint and sets damaged ones aside without asking: it may be unattended, and an older checkpoint leads to the same
+bits.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from fastgpt2.tensors import check_tensors, read_shapes, read_tensors
 
 
 def tensor_file(part: str) -> str:
-    """The file of a part that holds tensors."""
+    """The file name of a part that holds tensors."""
     return f"{part}.safetensors"
 
 
@@ -56,10 +57,10 @@ _PASS_OVER = "move {} away to use the one before it"
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first: the folders named step-<digits>; any other is the user's.
+    """The checkpoints of a run, oldest first: the folders named step-<digits>. Other folders are the user's.
 
     Raises:
-        ConfigError: the folder is there and can't be read.
+        ConfigError: the folder exists but can't be read.
     """
     folder = out / "checkpoints"
     try:
@@ -83,7 +84,7 @@ def save(
     """Write the checkpoint of a run after `step` steps and delete those beyond `config.keep_checkpoints`.
 
     Raises:
-        OutputError: it can't be written, as on a full disk; those before it are as they were.
+        OutputError: it can't be written, for example to a full disk. Earlier checkpoints are unchanged.
     """
     from safetensors import SafetensorError
 
@@ -118,7 +119,7 @@ def _write(
     state: RunState,
     progress: Progress,
 ) -> None:
-    """A checkpoint's files, on the disk when this returns."""
+    """Write a checkpoint's files. They are on disk when this returns."""
     from safetensors.torch import save_file
 
     parts = state.state_dict()
@@ -126,7 +127,7 @@ def _write(
         save_file(_contiguous(parts[name]), folder / tensor_file(name))
     values = make_state(step, config, {name: parts[name] for name in VALUES}, progress, state.device)
     (folder / STATE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    # safetensors writes for the owner alone; the other files have the mode that the user's umask gives.
+    # safetensors makes files that only their owner can read: give them the mode of the others, from the umask.
     mode = stat.S_IMODE((folder / STATE).stat().st_mode)
     for name in map(tensor_file, TENSORS):
         (folder / name).chmod(mode)
@@ -141,7 +142,7 @@ def _sum_line(path: Path) -> str:
 
 def _remove_old(out: Path, keep: int) -> None:
     """Delete all checkpoints except the newest `keep` and the newest one that had not diverged."""
-    with contextlib.suppress(ConfigError):  # the new one is saved, whatever can't be deleted
+    with contextlib.suppress(ConfigError):  # the new checkpoint is saved even if an old one can't be deleted
         saved, good = checkpoints(out), newest_good(out)
         for old in saved[:-keep]:
             if old != good:
@@ -149,16 +150,16 @@ def _remove_old(out: Path, keep: int) -> None:
 
 
 def newest_good(out: Path) -> Path | None:
-    """The newest checkpoint of a run that had not diverged, or None. Doesn't check the sums.
+    """The newest checkpoint saved while the run had not diverged, or None. Doesn't verify checksums.
 
     Raises:
-        ConfigError: the folder of the checkpoints is there and can't be read.
+        ConfigError: the folder of checkpoints exists but can't be read.
     """
     return next((c for c in reversed(checkpoints(out)) if (p := progress_of(c)) is not None and not p.diverged), None)
 
 
 def progress_of(checkpoint: Path) -> Progress | None:
-    """The progress in a checkpoint, or None if state.json can't be used. Doesn't check the sums."""
+    """The progress in a checkpoint, or None if state.json is unusable. Doesn't verify checksums."""
     try:
         state = read_json(checkpoint / STATE)
         check_state(state, checkpoint / STATE)
@@ -168,7 +169,7 @@ def progress_of(checkpoint: Path) -> Progress | None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint. Renamed first, so that a kill leaves no checkpoint that lacks a file."""
+    """Delete a checkpoint. Rename it first: if the process is killed, no incomplete checkpoint remains."""
     doomed = checkpoint.with_name(f"{_REMOVING}{checkpoint.name}")
     with contextlib.suppress(OSError):
         os.replace(checkpoint, doomed)
@@ -184,7 +185,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a folder and its contents; delete only the link if it is one."""
+    """Delete a folder and its contents, or only the link if it is a link."""
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -204,10 +205,10 @@ def newest(out: Path) -> Path:
 
 
 def damage(checkpoint: Path, files: tuple[str, ...] = FILES) -> str | None:
-    """What is wrong with files of a checkpoint, None where nothing is or where it has no checksums to tell by.
+    """Describe the damage to files of a checkpoint, or return None if they are intact or have no checksums.
 
     Raises:
-        ConfigError: a file is there and can't be read: that says nothing of its contents.
+        ConfigError: a file exists but can't be read, so its contents are unknown.
     """
     path = checkpoint / SUMS
     try:
@@ -221,7 +222,7 @@ def damage(checkpoint: Path, files: tuple[str, ...] = FILES) -> str | None:
         problem = f"can't read {error.filename or path}: {error.strerror}"
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
             return problem
-        raise ConfigError(f"{problem}; mend that, or {_PASS_OVER.format(checkpoint)}") from None
+        raise ConfigError(f"{problem}; fix that, or {_PASS_OVER.format(checkpoint)}") from None
     return None
 
 
@@ -231,7 +232,7 @@ def _sums(checkpoint: Path) -> list[bytes] | None:
         with open_regular(checkpoint / SUMS) as file:
             return file.read(1 << 20).split(b"\n")
     except FileNotFoundError:
-        sha256(checkpoint / STATE)  # raises OSError where it can't be read
+        sha256(checkpoint / STATE)  # raises OSError if it can't be read
         with contextlib.suppress(ConfigError):
             if read_json(checkpoint / STATE).get("format") == 1:
                 return None
@@ -239,10 +240,10 @@ def _sums(checkpoint: Path) -> list[bytes] | None:
 
 
 def to_resume(out: Path) -> tuple[Path, list[str]]:
-    """The newest intact checkpoint of a run, and what the user should know; damaged ones are set aside.
+    """Find the newest intact checkpoint of a run and set damaged ones aside. Returns it and notes for the user.
 
     Raises:
-        ConfigError: there is no checkpoint, none that is intact, or a newer one can't be read or can't be right.
+        ConfigError: there is no checkpoint, none is intact, or a newer one can't be read or is invalid.
     """
     newest(out)
     _remove_leftovers(out / "checkpoints")
@@ -260,16 +261,16 @@ def to_resume(out: Path) -> tuple[Path, list[str]]:
         raise ConfigError(f"{error}; {_PASS_OVER.format(checkpoint)}") from None
     notes = [f"{problem}; {_set_aside(path)}" for path, problem in damaged]
     if not (checkpoint / SUMS).exists():
-        notes.append(f"{checkpoint} has no {SUMS} to check it by: it was written before there were any")
+        notes.append(f"{checkpoint} has no {SUMS} and was not checked: an older version wrote it")
     if read_progress(state).diverged:
         good = newest_good(out)
-        back = f"the last good one is {good}: move the newer away to go back" if good else "none before it was good"
+        back = f"the last good one is {good}: move newer ones away to go back" if good else "none before it was good"
         notes.append(f"the loss had diverged when {checkpoint} was saved; {back}")
     return checkpoint, notes
 
 
 def _set_aside(checkpoint: Path) -> str:
-    """Rename a damaged checkpoint so that the run skips it; returns what was done."""
+    """Rename a damaged checkpoint to make the run skip it. Returns what was done."""
     name = f"{_DAMAGED}{checkpoint.name}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     place = next(p for name in names if not os.path.lexists(p := checkpoint.with_name(name)))
@@ -281,15 +282,15 @@ def _set_aside(checkpoint: Path) -> str:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, checked: its types, its bounds, and that the model it describes is the one saved.
+    """Read and check state.json of a checkpoint: types, bounds, and that it describes the saved model.
 
     Raises:
-        ConfigError: it can't be read, was written in another format, or can't be right.
+        ConfigError: it can't be read, has another format, or is invalid.
     """
     path = checkpoint / STATE
     state = read_json(path)
     check_state(state, path)
-    # Before anything is allocated by these sizes.
+    # Check the sizes before allocating anything by them.
     shape, stored = ModelConfig(**state["model"]), read_shapes(checkpoint / MODEL)
     numbers = sum(math.prod(size) for size, _ in stored.values())
     expected = parameter_count(shape, padded=True)
@@ -302,21 +303,21 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_shape(checkpoint: Path, model: ModelConfig) -> dict[str, Any]:
-    """state.json of a checkpoint that fits a model; what no tensor depends on may differ.
+    """Check that a checkpoint fits a model and return its state.json. Fields that no tensor depends on may differ.
 
     Raises:
-        ConfigError: the checkpoint is of another shape; the message names each difference.
+        ConfigError: the checkpoint has another shape. The message names each difference.
     """
     state = read_state(checkpoint)
     wanted = {k: v for k, v in dataclasses.asdict(model).items() if k not in ("dropout", "end_of_text")}
-    different = [f"{k} {state['model'][k]} not {v}" for k, v in wanted.items() if state["model"][k] != v]
+    different = [f"{k} {state['model'][k]}, not {v}" for k, v in wanted.items() if state["model"][k] != v]
     if different:
-        raise ConfigError(f"{checkpoint} is a checkpoint of another shape: it has {', '.join(different)}")
+        raise ConfigError(f"{checkpoint} has another shape: {'; '.join(different)}")
     return state
 
 
 def saved_config(out: Path) -> dict[str, Any] | None:
-    """The configuration, by field name, in the newest checkpoint of a run whose state.json is intact; None without."""
+    """The configuration, by field name, in a run's newest intact state.json; None if there is none."""
     with contextlib.suppress(ConfigError):
         for checkpoint in reversed(checkpoints(out)):
             with contextlib.suppress(ConfigError):
@@ -326,14 +327,14 @@ def saved_config(out: Path) -> dict[str, Any] | None:
 
 
 def find(source: Path | str, step: int | None = None) -> Path:
-    """The checkpoint to read: a run's newest, a run's of a step, or the folder of one itself.
+    """Find the checkpoint to read: a run's newest, a run's checkpoint of one step, or the given checkpoint.
 
     Args:
-        source: a run's --out folder, or the folder of a checkpoint, whatever its name (a copy, one set aside).
-        step: of a run's folder, the steps done.
+        source: a run's --out folder, or the folder of a checkpoint under any name (a copy, one set aside).
+        step: the step of the checkpoint, if source is a run's folder.
 
     Raises:
-        ConfigError: there is none; the message says what there is.
+        ConfigError: there is none. The message lists those that exist.
     """
     source = Path(os.path.expanduser(source))
     try:
@@ -362,27 +363,27 @@ def find(source: Path | str, step: int | None = None) -> Path:
 def load_model(
     source: Path | str, device: torch.device | str = "cpu"
 ) -> tuple[dict[str, Tensor], ModelConfig, dict[str, Any]]:
-    """Parameters by name, shape, and state.json of the checkpoint that `find` gives for source.
+    """Load the checkpoint that `find` returns for source: parameters by name, the model's shape, and state.json.
 
     Raises:
-        ConfigError: no checkpoint, or one that can't be read or is damaged; the message names one that is intact.
+        ConfigError: there is no checkpoint, or it is damaged or can't be read. The message names an intact one.
     """
     checkpoint = find(source)
     if problem := damage(checkpoint, (MODEL, STATE)):
         run = checkpoint.parent.parent
         others = (c for c in reversed(checkpoints(run)) if c != checkpoint and damage(c) is None)
         intact = next(others, None)
-        instead = f"{intact} is intact: give that one" if intact else f"no other checkpoint of {run} is intact"
+        instead = f"{intact} is intact: use that one" if intact else f"no other checkpoint of {run} is intact"
         raise ConfigError(f"{problem}; {instead}")
     state = read_state(checkpoint)
     return read_tensors(checkpoint / MODEL, device), ModelConfig(**state["model"]), state
 
 
 def restore(checkpoint: Path, state: RunState) -> int:
-    """Load everything that `save` wrote; returns the number of steps done. Doesn't check the sums.
+    """Load everything that `save` wrote. Returns the number of steps done. Doesn't verify checksums.
 
     Raises:
-        ConfigError: a file can't be read, or its tensors are not those of this model and this optimizer.
+        ConfigError: a file can't be read, or its tensors don't fit this model and optimizer.
     """
     saved = read_state(checkpoint)
     shapes = state.shapes(saved["step"])
@@ -397,7 +398,7 @@ def restore(checkpoint: Path, state: RunState) -> int:
 
 
 class _Parts(Mapping[str, Part]):
-    """The parts of a checkpoint. One is read when it is asked for, so that no two are in memory at once."""
+    """The parts of a checkpoint, each read on access: no two are in memory at once."""
 
     def __init__(
         self, checkpoint: Path, saved: dict[str, Any], shapes: dict[str, Shapes], device: torch.device
@@ -421,7 +422,9 @@ def _read_finite(path: Path, device: torch.device | str) -> dict[str, Tensor]:
     tensors = read_tensors(path, device)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ConfigError(f"{path}: {name} is not finite, the run had diverged; {_PASS_OVER.format(path.parent)}")
+            raise ConfigError(
+                f"{path}: {name} is not finite because the run diverged; {_PASS_OVER.format(path.parent)}"
+            )
     return tensors
 
 

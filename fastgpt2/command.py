@@ -1,4 +1,4 @@
-"""What `python -m fastgpt2.train` does: read the command line, train with a live display, say what is missing."""
+"""What `python -m fastgpt2.train` does: read the command line, train with a live display, report what is missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastgpt2.training import train
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: train with a live display, write the outputs, print a summary."""
+    """Train with a live display, write the outputs, print a summary."""
     config, origins = read_command_line(sys.argv[1:] if arguments is None else arguments)
     refuse_several_processes()
     with contextlib.ExitStack() as folder, TrainDisplay() as display, naming_files(origins):
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not is_out_of_memory(error):
                 raise
             kind = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
-            display.error(f"out of {kind}: halve --batch-size and double --grad-accum for the same step in less")
+            display.error(f"out of {kind}: halve --batch-size and double --grad-accum to make the same step in less")
             return 1
         for text in result.missing:
             display.error(text)

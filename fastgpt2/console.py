@@ -1,4 +1,4 @@
-"""How every command prints and ends: output that can't fail a run, one clear line for an error, and a status."""
+"""How every command prints and exits: output never fails a run, an error is one clear line, with an exit status."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ _ESCAPES = {code: f"\\u{code:04x}" for code in (*_CONTROLS, *_BIDIRECTIONAL)} | 
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Call main and exit: with its result (None is 0), 2 on a ConfigError (one line), 130 on Ctrl-C, 1 where what it
-    printed could not be written (one line, none where the reader of a pipe has gone away)."""
+    """Call main and exit.
+
+    The status is main's result (0 for None), 2 for a ConfigError, 130 for Ctrl-C, and 1 if memory ran out or output
+    could not be written. Errors are one line each; Ctrl-C and a pipe whose reader has closed it print nothing.
+    """
     _open_standard_streams()
     try:
         status = main() or 0
@@ -39,17 +42,17 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        _say("error: out of memory: ask for less at a time, by --batch-size where the command has it")
+        _say("error: out of memory: lower --batch-size if the command has it")
         status = 1
     except BrokenPipeError:
         status = 1
     except OSError as error:
-        if error.filename is not None:  # not of a stream that is open
+        if error.filename is not None:  # an error in opening a file, not in writing to a stream
             raise
         _say(f"error: {error.strerror or error}")
         status = 1
     finally:
-        # Otherwise the interpreter fails again at exit, with its own status.
+        # Otherwise the interpreter would fail again at exit, with a status of its own.
         discard_unwritten(sys.stdout)
         discard_unwritten(sys.stderr)
     sys.exit(status)
@@ -68,7 +71,7 @@ class _Unfailing:
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
             if self._descriptor is not None:
                 self._write_bytes(text.encode(self.encoding, "backslashreplace"))
             elif self._stream is not None:
@@ -76,7 +79,7 @@ class _Unfailing:
         return len(text)
 
     def _write_bytes(self, data: bytes) -> None:
-        """Write in parts that a pipe takes whole or not at all. Wait once for a reader that has stopped reading."""
+        """Write in chunks that a pipe takes whole or not at all. Wait once for a reader that has stopped reading."""
         assert self._stream is not None and self._descriptor is not None
         self._stream.flush()
         for begin in range(0, len(data), select.PIPE_BUF):
@@ -109,13 +112,13 @@ def _descriptor(stream: TextIO | None) -> int | None:
 
 
 def printable(text: object) -> str:
-    """A user's text, such as a path, made safe for a line of output: escapes control characters, line ends, characters
+    """Make a user's text, such as a path, safe for a line of output. Escapes control characters, line ends, characters
     that change the direction of text, and the bytes of a path that is not UTF-8."""
     return str(text).translate(_ESCAPES).encode(errors="backslashreplace").decode()
 
 
 def shell_word(path: object) -> str:
-    """A path quoted for a shell; one with control characters in the form that bash and zsh read."""
+    """Quote a path for a shell. Control characters are quoted in a form that bash and zsh read."""
     text = str(path)
     if printable(text) == text:
         return shlex.quote(text)
@@ -123,7 +126,7 @@ def shell_word(path: object) -> str:
 
 
 def discard_unwritten(stream: TextIO | None) -> OSError | ValueError | None:
-    """Write what a stream holds back. What can't be written is thrown away, and the error returned."""
+    """Flush a stream. If that fails, discard its buffer and return the error."""
     try:
         if stream is not None:
             stream.flush()
@@ -141,8 +144,8 @@ def _say(line: str) -> None:
 
 
 def _open_standard_streams() -> None:
-    """Open those that are closed on /dev/null: the next file to be opened would get their number, and with it all that
-    is printed by number."""
+    """Open closed standard streams on /dev/null. Otherwise the next file opened would take a stream's descriptor and
+    receive what is written to it."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)

@@ -1,9 +1,9 @@
 """The whole training step as one CUDA graph: forward, backward, clip and optimizer, replayed with new tokens.
 
-A step of a small batch is a few hundred kernels that take longer to launch than to run; a graph launches them at
-once. The first steps run as usual on the stream to be captured, so that libraries and the allocator finish their
-first-time work. The next step is captured, which computes nothing, and replayed from then on. Every step counts: none
-is computed for the warm-up alone, and the losses equal those of a run without a graph.
+A step of a small batch is a few hundred kernels that take longer to launch than to run. A graph launches them all at
+once. The first steps run normally on the stream to be captured, to finish the first-time work of libraries and the
+allocator. The next step is captured, which computes nothing, and replayed from then on. The warm-up steps train too:
+the losses equal those of a run without a graph.
 
 What changes from step to step is in device memory that the graph reads: the tokens, the learning rate, the
 optimizer's step count, and the generator's offset, which a replay advances as the step would have.
@@ -33,7 +33,7 @@ class CapturedStep:
     garbage collector runs.
 
     Args:
-        device: the CUDA device that is worked on.
+        device: the CUDA device of the run.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -44,7 +44,7 @@ class CapturedStep:
         self.results: tuple[Tensor, Tensor | None]
 
     def __call__(self, work: Work, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One step of the work, the same in every call. Returns copies of the loss and the norm."""
+        """Run one step. Pass the same work in every call. Returns copies of the loss and the norm."""
         if self.warm_up:
             self.warm_up -= 1
             return self._on_stream(work, tokens)

@@ -1,4 +1,4 @@
-"""Files that are still there, and still right, after a crash, a power cut or a bad disk."""
+"""Files that survive a crash, a power cut or a bad disk: atomic writes, checksums, locks."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from fastgpt2.config import ConfigError
 
 LOCK_NAME = ".lock"
 JSON_BYTES = 16 << 20
-"""The largest JSON file that is read: the meta.json of 100,000 shards has 12 MB."""
+"""The largest JSON file that is read. The meta.json of 100,000 shards has 12 MB."""
 
 
 class OutputError(RuntimeError):
-    """An output of a run can't be written: the disk is full, or gone. The message is one line."""
+    """An output of a run can't be written: the disk is full or gone. The message is one line."""
 
 
 def sync(path: Path) -> None:
     """Wait until a file's contents, or a folder's entries, are on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+    if os.name == "nt" and path.is_dir():  # Windows can't open folders
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems can't do it for a folder.
+        # Some network file systems can't sync a folder.
         if not (path.is_dir() and error.errno == errno.EINVAL):
             raise
     finally:
@@ -42,16 +42,16 @@ def sync(path: Path) -> None:
 
 
 class SameFolder:
-    """A folder that must stay the one that it was at the start: another of its name would lack what was written."""
+    """A folder that must stay the same one during a run: a new folder of that name would lack earlier outputs."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._was = self._identity()
 
     def check(self) -> None:
-        """Raises OutputError: it was moved, deleted or replaced."""
+        """Raise OutputError if the folder was moved, deleted or replaced."""
         if self._identity() != self._was:
-            raise OutputError(f"{self.path} was moved or deleted while the run was under way: put it back")
+            raise OutputError(f"{self.path} was moved or deleted during the run: put it back")
 
     def _identity(self) -> tuple[int, int] | None:
         try:
@@ -62,10 +62,10 @@ class SameFolder:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file atomically: whatever happens, either the old or the new one is there, whole.
+    """Replace a small file atomically: a crash leaves the old or the new contents, complete.
 
     Raises:
-        OutputError: it can't be written; the old one is as it was.
+        OutputError: the file can't be written. The old contents are unchanged.
     """
     aside = path.with_name(f".{path.name}.writing")
     try:
@@ -80,10 +80,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file to read its bytes. A pipe or a device is an error: it could block or never end.
+    """Open a file to read its bytes. Refuses a pipe or a device, which could block or never end.
 
     Raises:
-        OSError: it can't be opened, or is no regular file (IsADirectoryError).
+        OSError: the file can't be opened or is not a regular file (IsADirectoryError).
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -99,10 +99,11 @@ def sha256(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file that anyone may have written; its keys and values are for the caller to check.
+    """Read the object in an untrusted JSON file. The caller checks its keys and values.
 
     Raises:
-        ConfigError: "can't read PATH: reason": it is missing, can't be read, is over JSON_BYTES, or is no JSON object.
+        ConfigError: "can't read PATH: reason". The file is missing, unreadable, larger than JSON_BYTES, or not a JSON
+            object.
     """
     try:
         with open_regular(path) as file:
@@ -110,17 +111,17 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error.strerror}") from None
     if len(data) > JSON_BYTES:
-        raise ConfigError(f"can't read {path}: it has over {JSON_BYTES:,} bytes")
+        raise ConfigError(f"can't read {path}: it is larger than {JSON_BYTES:,} bytes")
     try:
         value = json.loads(data.decode("utf-8"))
     except RecursionError:
         raise ConfigError(f"can't read {path}: it is nested too deeply") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"can't read {path}: {error}") from None
-    except ValueError:  # of int(), at thousands of digits
+    except ValueError:  # int() refuses thousands of digits
         raise ConfigError(f"can't read {path}: a number is too long") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"can't read {path}: it holds no JSON object but a {type(value).__name__}")
+        raise ConfigError(f"can't read {path}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -137,7 +138,7 @@ _held: set[int] = set()
 
 
 def _leave_locks_to_the_parent() -> None:
-    """Close a forked child's copies: it would keep the locks after its parent's death. Closing a copy releases none."""
+    """Close a forked child's copies: they would keep the locks after its parent ends. Closing one releases no lock."""
     while _held:
         os.close(_held.pop())
 
@@ -151,17 +152,17 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.E
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Hold a folder for this process alone. The lock ends with the process, however that ends.
+    """Lock a folder for this process. The lock ends with the process, even if it is killed.
 
     Yields:
-        True, or False if the file system has no locks: then nothing keeps a second process out.
+        True if locked. False if the file system has no locks: nothing keeps a second process out.
 
     Raises:
         InUseError: another process (or another caller in this one) holds it.
         OSError: the folder or the lock file can't be opened.
     """
-    # Lock the folder itself, which nobody deletes by mistake; the file names the holder. Network file systems lock only
-    # files.
+    # Lock the folder itself, which nobody deletes by mistake. The file names the holder, and is locked where a network
+    # file system can lock only files.
     with _opened(folder, os.O_RDONLY | os.O_DIRECTORY) as itself, _opened(folder / LOCK_NAME, _LOCK_FILE) as file:
         held = _try_to_lock(itself, folder, file) or _try_to_lock(file, folder, file)
         if held:
@@ -179,13 +180,13 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
     try:
         yield descriptor
     finally:
-        if descriptor in _held:  # not so in a forked child
+        if descriptor in _held:  # false in a forked child
             _held.remove(descriptor)
             os.close(descriptor)
 
 
 def _try_to_lock(descriptor: int, folder: Path, holder: int) -> bool:
-    """Whether it is locked now; False where the file system can't."""
+    """Try to lock a file or folder. Returns False if the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -198,7 +199,7 @@ def _try_to_lock(descriptor: int, folder: Path, holder: int) -> bool:
 
 
 def _write_holder(descriptor: int) -> None:
-    """Write who holds a lock, for the message to other processes. A full disk is no reason to give up the lock."""
+    """Write who holds a lock, for the message to other processes. If that fails (full disk), keep the lock."""
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(errors="replace"), 0)

@@ -1,4 +1,4 @@
-"""Losses and time of a run, read without stalling the device, and the file of records.
+"""Losses and timing of a run, read without stalling the device, and the file of its records.
 
 Losses stay on the device as they are computed; `Meter.read` fetches all of them at once at a logging
 step. Between two reads the host only launches work.
@@ -22,7 +22,7 @@ from fastgpt2.durable import OutputError, write_text
 
 class NonFiniteLossError(RuntimeError):
     """The loss, a weight or the optimizer's state became infinite or NaN. `step` is the first such step, counted from
-    1, and `loss` its loss. `what` says more than the loss does, `advice` what to try."""
+    1, and `loss` its loss. `what` describes the problem, by default the loss; `advice` says what to try."""
 
     def __init__(self, step: int, loss: float, advice: str = "", what: str = "") -> None:
         self.step, self.loss, self.what = step, loss, what or f"the loss of step {step} is {loss}"
@@ -30,9 +30,9 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Meter:
-    """Losses and the clock of a run.
+    """Collects the losses of a run and times its steps.
 
-    Time spent outside steps (evaluation, checkpoints) is left out: stop the clock around it.
+    Pause the clock during work outside steps, such as evaluation and checkpoints.
     """
 
     def __init__(self, device: torch.device, start_step: int, tokens_per_step: int) -> None:
@@ -48,7 +48,7 @@ class Meter:
         """(steps, seconds) of each interval between two reads."""
 
     def add(self, loss: Tensor) -> None:
-        """Keep a step's loss, a scalar on the device, without waiting for it."""
+        """Store a step's loss, a scalar on the device, without waiting for it."""
         self._waiting.append(loss)
 
     @property
@@ -57,10 +57,10 @@ class Meter:
         return len(self._waiting)
 
     def read(self) -> float:
-        """Wait for the device, move the waiting losses into `losses`, return the mean ms a step since the last read.
+        """Wait for the device and move the losses into `losses`. Returns the mean ms a step since the last read.
 
         Raises:
-            NonFiniteLossError: with the first step whose loss is not finite; `losses` holds those before it.
+            NonFiniteLossError: a loss is not finite. It names the first such step; `losses` holds those before it.
         """
         values = torch.stack(self._waiting).tolist() if self._waiting else []
         synchronize(self.device)
@@ -87,20 +87,20 @@ class Meter:
         self._skipped += time.perf_counter() - self._paused
 
     def tokens_per_s(self) -> float:
-        """Over the run without its first interval, which holds warm-up and compilation; over all if that is all."""
+        """Mean throughput without the first interval (warm-up and compilation), unless there is no other."""
         intervals = self.seconds[1:] or self.seconds
         steps, seconds = (sum(column) for column in zip(*intervals, strict=True)) if intervals else (0, 0.0)
         return steps * self.tokens_per_step / seconds if seconds else 0.0
 
 
 class JsonLines:
-    """A file of one JSON object a line, written at once; on the disk after `sync`."""
+    """A file with one JSON object a line. A line is written immediately, and is on disk after `sync`."""
 
     def __init__(self, path: Path, *, keep_up_to_step: int | None = None) -> None:
-        """Start the file anew, or keep the records up to a step, where a resumed run goes on.
+        """Start a new file, or keep the records up to the step at which a run resumes.
 
         Raises:
-            OutputError: it can't be read or written.
+            OutputError: the file can't be read or written.
         """
         self.kept: list[dict[str, Any]] = []
         """The records that were kept."""
@@ -115,23 +115,23 @@ class JsonLines:
         self._unwritten = b""
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add a record.
+        """Append a record.
 
         Raises:
-            OutputError: the disk is full, or gone; the record is kept and written with the next one.
+            OutputError: the disk is full or gone. The record is kept and written with the next one.
         """
         self._unwritten += _line(record).encode()
         self.flush()
 
     def flush(self) -> None:
-        """Write what could not be written before.
+        """Write the records that could not be written before.
 
         Raises:
-            OutputError: it still can't be written.
+            OutputError: they still can't be written.
         """
         try:
             while self._unwritten:
-                # A disk that becomes full takes a part of a line. The next try goes on in the middle of it.
+                # A disk that fills up takes part of a line. The next attempt continues in the middle of it.
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
             raise OutputError(f"can't write {self._path}: {error.strerror}") from None
@@ -161,14 +161,14 @@ class JsonLines:
 
 
 def _line(record: dict[str, Any]) -> str:
-    """A record as strict JSON, which has no infinity and no NaN: null stands for them."""
+    """A record as strict JSON: infinity and NaN, which JSON lacks, become null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(finite) + "\n"
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file, none if there is no file. Lines that are no record of a step, such as one
-    truncated by a crash, are skipped. NaN and infinity, which are no JSON, are read as None.
+    """The records of a metrics file, or an empty list if it doesn't exist. Lines that are not step records, such as one
+    truncated by a crash, are skipped. NaN and infinity, which are not valid JSON, are read as None.
 
     Raises:
         OSError: the file can't be read.
@@ -187,6 +187,6 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def curve(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the records that have a finite number under a name."""
+    """Steps and values of the records that have a finite number under `name`."""
     points = [(r["step"], r[name]) for r in records if type(r.get(name)) in (int, float) and abs(r[name]) < 1e300]
     return [step for step, _ in points], [float(value) for _, value in points]

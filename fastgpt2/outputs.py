@@ -1,7 +1,7 @@
-"""What a run leaves in its folder: config.toml, starts.jsonl, checkpoints.
+"""The outputs in a run's folder: config.toml, starts.jsonl, checkpoints.
 
-A disk that is full for an hour must not end a run of a week: what can't be written is told and tried again, and only
-what is still missing at the end counts.
+A disk that is full for an hour must not end a week-long run: a failed write is reported and retried, and only what is
+still missing at the end is an error.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from fastgpt2.run import Run
 
 
 class Outputs:
-    """The outputs of a run; of one without a folder, none. The records are `reporters.metrics_file`'s.
+    """Writes the outputs of a run, or nothing if it has no folder. `reporters.metrics_file` writes the records.
 
     Args:
-        warn: is told what can't be written, a line each.
+        warn: called with one line for each failed write.
 
     Raises:
-        OutputError: the folder can't be written at the start, before anything was computed.
+        OutputError: the folder can't be written at the start, before anything is computed.
     """
 
     def __init__(self, run: Run, warn: Callable[[str], None]) -> None:
@@ -36,10 +36,10 @@ class Outputs:
             record_start(self.folder.path, run)
 
     def save(self, step: int, progress: checkpoint.Progress, otherwise: str) -> bool:
-        """Save a checkpoint; whether that worked. The records up to it must be on the disk.
+        """Save a checkpoint and return whether that worked. The records up to it must already be on disk.
 
         Args:
-            otherwise: what happens if not, for the warning.
+            otherwise: what happens if it fails, for the warning.
         """
         run = self.run
         assert self.folder is not None
@@ -54,7 +54,7 @@ class Outputs:
         return True
 
     def missing(self, step: int) -> list[str]:
-        """What is missing in the folder of a run that ends after a step, a line each."""
+        """What is missing from the folder if the run ends after `step`, one line each."""
         if self.saves and self.saved_step != step:
             return [f"the state after step {step} is not saved: {self._save_error}"]
         return []

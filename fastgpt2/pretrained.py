@@ -18,19 +18,19 @@ from fastgpt2.tensors import check_tensors
 
 
 def load_run(source: Path, device: torch.device, step: int | None = None) -> tuple[GPT, dict[str, Any]]:
-    """The model of a checkpoint, in evaluation mode, and the checkpoint's state.json.
+    """Load a checkpoint's model, in evaluation mode, and its state.json.
 
-    The weights keep the precision that they were saved in, float32 unless the run was in float64. The ops are what
-    `auto` chooses on the device in that precision, so that a loss never holds whole logits; one from outside
-    ("module:function") is imported again.
+    Weights keep their saved precision: float64 for a float64 run, otherwise float32. `auto` chooses the operations for
+    the device and that precision: its losses never store all logits. An operation from outside ("module:function") is
+    imported again.
 
     Args:
-        source: a run's --out folder, whose newest checkpoint is taken, or the folder of a checkpoint.
-        step: of a run's folder, take the checkpoint of this step.
+        source: a run's --out folder, or the folder of a checkpoint.
+        step: the step of the checkpoint, if source is a run's folder; its newest by default.
 
     Raises:
-        ConfigError: no such checkpoint, one that can't be read or doesn't hold the model that its state.json describes,
-            or a run with an operation that this version doesn't know or can't import.
+        ConfigError: the checkpoint is missing, unreadable, or contradicts its state.json, or this version doesn't have
+            or can't import an operation of the run.
     """
     checkpoint = find(source, step)
     tensors, shape, state = load_model(checkpoint, device)
@@ -45,7 +45,7 @@ def load_run(source: Path, device: torch.device, step: int | None = None) -> tup
         ops, _ = make_ops(outside, site)
     except ConfigError as error:
         raise ConfigError(f"{source} was trained with {error}") from None
-    # Nothing is drawn, and nothing held twice.
+    # Draw no weights, and hold none twice.
     with torch.device("meta"), _Undrawn():
         model = GPT(shape, ops)
     check_tensors(checkpoint / MODEL, {name: tuple(weight.shape) for name, weight in model.state_dict().items()})
@@ -67,31 +67,31 @@ def check_operations(source: Path, config: Mapping[str, Any]) -> None:
     """Check that this version knows every operation that a run was trained with.
 
     All implementations in a table compute the same function, so any of them may evaluate any run. An unknown one may
-    have computed another function, and must not be replaced silently.
+    have computed another function and must not be replaced silently.
 
     Raises:
-        ConfigError: it doesn't.
+        ConfigError: it doesn't know one.
     """
     for slot, table in SLOTS.items():
         name = config.get(slot, "auto")
         if name not in ("auto", *table) and not is_outside(name):
             raise ConfigError(
-                f"{source} was trained with --{slot} {name}, which this version doesn't have: "
-                f"evaluated with another, it may be another model (there are {', '.join(table)})"
+                f"{source} was trained with --{slot} {name}, which this version doesn't have "
+                f"(it has {', '.join(table)}): another implementation may compute another function"
             )
 
 
 def check_vocabulary(what: str, vocab_size: int, model: ModelConfig) -> None:
-    """Check that a vocabulary fits the model: the sizes are equal, or the model's is the other one padded.
+    """Check that a vocabulary fits the model: the model's size is the same, or the same after padding.
 
     Args:
-        what: whose the vocabulary is, as the message begins.
+        what: what has the vocabulary; the message begins with it.
 
     Raises:
-        ConfigError: they can't: the ids would mean other text.
+        ConfigError: it doesn't fit: ids would stand for other text.
     """
     padded = ModelConfig(vocab_size=vocab_size).padded_vocab_size
     if not vocab_size <= model.vocab_size <= padded:
         raise ConfigError(
-            f"{what} has {vocab_size:,} tokens, the model {model.vocab_size:,}: it was trained with another vocabulary"
+            f"{what} has {vocab_size:,} tokens, but the model has {model.vocab_size:,}: it was trained with another vocabulary"
         )

@@ -1,4 +1,4 @@
-"""OUT/starts.jsonl: what ran, a line a start: versions, commit, device, implementations, every setting."""
+"""OUT/starts.jsonl: a line for each start of a run: versions, commit, device, implementations, every setting."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def record_start(out: Path, run: Run) -> None:
-    """Add a line on a run that is about to step, on the disk when this returns.
+    """Append a line about a run that is about to step. It is on disk when this returns.
 
     Raises:
-        OutputError: it can't be written.
+        OutputError: the line can't be written.
     """
     device = run.device
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -59,14 +59,14 @@ def record_start(out: Path, run: Run) -> None:
 
 
 def last_config(out: Path) -> dict[str, Any] | None:
-    """The configuration of a run's last start, by field name and as JSON has it; None where it isn't on record."""
+    """The configuration of a run's last start as a JSON object by field name, or None if there is no record of it."""
     try:
         with open_regular(out / NAME) as file:
             lines = file.read(JSON_BYTES).splitlines()
     except OSError:
         return None
     for line in reversed(lines):
-        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):  # a line cut off by a crash
+        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):  # a line truncated by a crash
             config = json.loads(line)["config"]
             if isinstance(config, dict):
                 return config
@@ -78,7 +78,7 @@ def _append(path: Path, line: str) -> None:
         with path.open("ab+") as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a crash cut the last line off
+                if file.read(1) != b"\n":  # a crash truncated the last line
                     file.write(b"\n")
             file.write(line.encode("ascii") + b"\n")
             file.flush()
@@ -88,7 +88,7 @@ def _append(path: Path, line: str) -> None:
 
 
 def package_version(package: str) -> str | None:
-    """The version of an installed package, None where it isn't installed."""
+    """The version of an installed package, or None if it isn't installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -96,14 +96,16 @@ def package_version(package: str) -> str | None:
 
 
 def commit(seconds: float = 1.0) -> dict[str, Any]:
-    """The commit that this code is at: {"id", "dirty"}.
+    """The commit of this code: {"id", "dirty"}.
+
+    "id" is "unknown" outside a checkout, without git, or if git takes too long. "dirty" says whether tracked files have
+    changes, or is None if git can't tell.
 
     Args:
-        seconds: the most that git may take. "id" is "unknown" outside a checkout, without git and where it takes
-            longer; "dirty", whether files that git tracks have changes, is None where nobody can tell.
+        seconds: the time limit for git.
     """
     found: dict[str, Any] = {"id": "unknown", "dirty": None}
-    if not (ROOT / ".git").exists():  # git would answer for a repository further up
+    if not (ROOT / ".git").exists():  # otherwise git would answer for an enclosing repository
         return found
     ends = time.monotonic() + seconds
     try:
@@ -118,7 +120,7 @@ _commit_once = functools.cache(commit)
 
 
 def _git(*arguments: str, ends: float) -> str:
-    # Without optional locks nothing is written, and a git that the user runs meanwhile isn't disturbed.
+    # Without optional locks git writes nothing and doesn't disturb another git that the user is running.
     line = ["git", "--no-optional-locks", *arguments]
     left = max(0.0, ends - time.monotonic())
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=left, check=True)

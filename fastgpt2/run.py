@@ -1,4 +1,4 @@
-"""A run that is ready to step: what `build` makes of a configuration, and one step of it.
+"""A run that is ready to step: `build` makes it from a configuration, and `Run.step` makes one step.
 
 A step draws tokens (grad_accum, B, T + 1), splits them into inputs and the targets that follow, takes the
 mean cross-entropy, and steps the optimizer. Nothing in it waits for the device.
@@ -47,27 +47,27 @@ class Run:
     start: int = 0
     """Steps already done by the run that this one resumes."""
     resumed: Progress = UNKNOWN
-    """Where the run stood that this one resumes."""
+    """The progress of the run that this one resumes."""
     found_other_data: bool = False
-    """Whether its data, or their contents, are not those of this one: their losses don't compare."""
+    """Whether that run had other data: its losses can't be compared with this one's."""
     samples_before: int = 0
-    """Sequences that those steps took from the data."""
+    """Sequences that the steps before `start` took from the data."""
     found: list[str] = field(default_factory=list)
-    """What the user should know of the checkpoints that were found."""
+    """Notes for the user about the checkpoints that were found."""
     captured: CapturedStep | None = None
-    """The step as a CUDA graph, where one is asked for."""
+    """The step as a CUDA graph; None without --cuda-graph."""
 
     def __post_init__(self) -> None:
         self.model = self.state.model
         self.parameters = list(self.model.parameters())
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Mixed precision: 16-bit matmuls over float32 weights; nothing in the other precisions."""
+        """16-bit matmuls over float32 weights; does nothing in float32 and float64."""
         dtype = self.config.torch_dtype
         return torch.autocast(self.device.type, dtype=dtype) if dtype.itemsize == 2 else contextlib.nullcontext()
 
     def next_tokens(self, step: int) -> Tensor:
-        """The tokens of a step counted from 0, (grad_accum, B, T + 1), on their way to the device."""
+        """Copy the tokens (grad_accum, B, T + 1) of a step counted from 0 to the device, without waiting."""
         return copy_async(self.source.tokens(step), self.device)
 
     @property
@@ -80,15 +80,15 @@ class Run:
         return self.samples_before + (done - self.start) * self.samples_per_step
 
     def check_data(self) -> None:
-        """Wait until the data has been verified: what was trained on damaged data is not to be saved.
+        """Wait until the data is verified: a model trained on damaged data must not be saved.
 
         Raises:
-            DataError: it is damaged, or was changed since.
+            DataError: the data is damaged or has changed.
         """
         self.source.check()
 
     def step(self, step: int, tokens: Tensor, *, want_norm: bool = False) -> tuple[Tensor, Tensor | None]:
-        """One optimizer step; launches work and waits for nothing.
+        """Make one optimizer step. Launches work without waiting for it.
 
         Args:
             step: counted from 0; decides the learning rate.
@@ -128,21 +128,21 @@ class Run:
         return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def epoch(self, done: int) -> float | None:
-        """Passes over the data in the first `done` steps; None for dummy tokens, which have no end."""
+        """Passes over the data in the first `done` steps; None for dummy tokens, which are endless."""
         return self.samples_done(done) / self.source.windows if isinstance(self.source, ShardTokens) else None
 
     def progress(self, done: int, loss: float, diverged: bool) -> Progress:
-        """What a checkpoint after `done` steps keeps beside the tensors."""
+        """What a checkpoint after `done` steps stores besides the tensors."""
         return Progress(self.samples_done(done), self.fingerprint, loss, diverged)
 
     @property
     def fingerprint(self) -> str | None:
-        """What identifies the contents of the data, see Progress.data."""
+        """Identifies the contents of the data; see Progress.data."""
         val = self.val_source.fingerprint if self.val_source else ""
         return f"{self.source.fingerprint}+{val}".rstrip("+") or None
 
     def skipped_steps(self, done: int) -> int:
-        """Of the `done` steps, those that the gradient scaler left out: the fused optimizer didn't count them."""
+        """How many of `done` steps the gradient scaler skipped: the fused optimizer didn't count those."""
         updates = self.state.updates() if self.state.scaler.is_enabled() else None
         return 0 if updates is None else done - updates
 
@@ -157,12 +157,12 @@ def build(
     """Check everything that can be checked, then make the model, the data and the optimizer.
 
     Args:
-        held: keeps other runs out of --out until it is closed; without it they are kept out until this returns.
-        ops: functions for slots, in place of the configuration's.
-        source: training tokens, in place of --data's.
+        held: holds the lock on --out until it is closed. By default the lock ends when this returns.
+        ops: functions by slot, used instead of the configuration's.
+        source: training tokens, used instead of --data's.
 
     Raises:
-        ConfigError: the request can't be carried out on this machine.
+        ConfigError: this machine can't do what the configuration asks.
     """
     with contextlib.ExitStack() as until_it_returns:
         return _build(config, held or until_it_returns, as_choices(ops), source)
@@ -191,7 +191,7 @@ def _build(
     if device.type == "cpu":
         keep_freed_memory()
     source, val_source = _open_sources(config, own_source)
-    # Last of the checks, since it makes a folder.
+    # The last check, because it makes a folder.
     claimed = claim(config, held) if config.out is not None else Claim(None, [])
     notes = [*source.notes, *(val_source.notes if val_source else ()), *claimed.notes]
     if claimed.latest is not None:
@@ -202,7 +202,7 @@ def _build(
     model.to(device=device, dtype=torch.promote_types(config.torch_dtype, torch.float32))
     model.train()
     if config.compile:
-        # torch.compile caches at most eight variants of a function and raises on the ninth: forget earlier runs'.
+        # torch.compile caches at most eight variants of a function and raises on the ninth: forget earlier runs.
         torch.compiler.reset()
         elementwise = config.recompute == "elementwise"
         backend = inductor_recomputing_elementwise if elementwise else "inductor"
@@ -218,11 +218,11 @@ def _build(
 
 
 def refuse_several_processes() -> None:
-    """Raises ConfigError under torchrun: each of its processes would train the whole run, in one folder."""
+    """Raise ConfigError under torchrun: each process would train the whole run in the same folder."""
     world = os.environ.get("WORLD_SIZE", "")
     if world.isdecimal() and int(world) > 1:
         raise ConfigError(
-            f"{world} processes were started (WORLD_SIZE, as torchrun sets it), and fastgpt2 trains in one: "
+            f"WORLD_SIZE is {world}, but fastgpt2 trains in one process: "
             f"start python -m fastgpt2.train without torchrun"
         )
 
@@ -230,8 +230,8 @@ def refuse_several_processes() -> None:
 def inductor_recomputing_elementwise(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
     """torch.compile's own backend, allowed to recompute elementwise results that a matmul of the backward pass reads.
 
-    By default it stores these: GELU, LayerNorm's output, weights cast to 16 bits. Recomputing them leaves 24 of the 36
-    bytes that a token stores for each channel of a block in bfloat16.
+    By default it stores them: GELU, LayerNorm's output, weights cast to 16 bits. Recomputing them reduces what a block
+    stores for each token and channel in bfloat16 from 36 bytes to 24.
     """
     import torch._functorch.config as partitioning
     from torch._inductor.compile_fx import compile_fx
@@ -241,12 +241,12 @@ def inductor_recomputing_elementwise(graph: torch.fx.GraphModule, inputs: Sequen
 
 
 def activation_bytes(run: Run, *, recompute: bool) -> int:
-    """Bytes that the forward of a micro-step keeps for its backward, counted on fake tensors: nothing is computed."""
+    """Bytes that a micro-step's forward pass stores for the backward pass, counted on fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     config, weights = run.config, run.model.state_dict()
     ops = run.model.ops
-    if not implementation("attn", run.chosen["attn"]).fake:  # it keeps what sdpa does without a mask
+    if not implementation("attn", run.chosen["attn"]).fake:  # it stores what SDPA without a mask stores
         ops = dataclasses.replace(ops, attn=lambda qkv, dropout_p, documents: sdpa_attention(qkv, dropout_p))
     with FakeTensorMode() as mode, run.device, run.autocast():
         model = GPT(run.model.config, ops, recompute=recompute)
@@ -257,10 +257,10 @@ def activation_bytes(run: Run, *, recompute: bool) -> int:
 
 
 def settle(config: TrainConfig) -> tuple[Settled, torch.device]:
-    """The settled configuration and its device.
+    """Settle a configuration for this machine. Returns it and its device.
 
     Raises:
-        ConfigError: no such device, or one that can't compute in the precision asked for.
+        ConfigError: there is no such device, or it can't compute in the requested precision.
     """
     device = pick_device(config.device)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -274,7 +274,7 @@ def settle(config: TrainConfig) -> tuple[Settled, torch.device]:
             f"--dtype bfloat16 needs compute capability 8.0, this GPU has {capability}: use --dtype float16"
         )
     if config.compile and device.type == "cpu" and shutil.which(cxx := os.environ.get("CXX", "g++")) is None:
-        raise ConfigError(f"--compile on a CPU needs a C++ compiler and {cxx} is not found: install it or set CXX")
+        raise ConfigError(f"--compile on a CPU needs a C++ compiler, but {cxx} is not found: install it or set CXX")
     if config.cuda_graph and device.type != "cuda":
         raise ConfigError("--cuda-graph needs a CUDA GPU: leave it out")
     settled = resolve(
@@ -290,9 +290,9 @@ def settle(config: TrainConfig) -> tuple[Settled, torch.device]:
 
 @contextlib.contextmanager
 def numerics(config: TrainConfig) -> Iterator[None]:
-    """Set torch's global numerics for a run and restore them: exact float32 products unless tf32 is asked for, and
-    deterministic algorithms unless --no-deterministic. Otherwise SDPA's flash and memory-efficient backwards on CUDA
-    add in any order; they still do if torch is only told to warn."""
+    """Set torch's global numerics during a run: exact float32 products except with --dtype tf32, and deterministic
+    algorithms except with --no-deterministic. SDPA's flash and memory-efficient backward passes on CUDA otherwise sum
+    in any order, even in PyTorch's warn-only mode."""
     precision = torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -309,8 +309,8 @@ def numerics(config: TrainConfig) -> Iterator[None]:
 
 
 def kept_from_cudnn(run: Run) -> bool:
-    """Whether deterministic algorithms keep SDPA, without documents, from cuDNN, which PyTorch would pick here
-    otherwise, and nobody has measured on this GPU what that costs."""
+    """Whether deterministic algorithms keep SDPA without documents from cuDNN, PyTorch's own choice here, at a cost not
+    measured on this GPU."""
     config, size = run.config, run.model.config
     asked = (
         implementation("attn", run.chosen["attn"]).picks_kernel and size.end_of_text is None and config.deterministic
@@ -340,10 +340,10 @@ def _open_sources(config: Settled, own: TokenSource | None) -> tuple[TokenSource
 
 
 def _continue_data(run: Run, state: dict[str, Any]) -> None:
-    """Make a resumed run continue with the samples after its checkpoint's, and note if the data differ."""
+    """Continue with the samples after the checkpoint's, and add a note if the data differ."""
     saved, run.resumed = state["config"], read_progress(state)
     samples = run.resumed.samples
-    # A checkpoint older than the field: all its batches had one size.
+    # The checkpoint is older than this field: all its batches had one size.
     run.samples_before = run.start * saved["batch_size"] * saved["grad_accum"] if samples is None else samples
     run.source.begin_at(run.start, run.samples_before)
     data = run.config.data
@@ -352,4 +352,4 @@ def _continue_data(run: Run, state: dict[str, Any]) -> None:
     if other:
         run.found += other
     elif run.fingerprint and saved["seed"] != run.config.seed:
-        run.found.append(f"--seed {run.config.seed} is another order of {data}: windows may come twice in this epoch")
+        run.found.append(f"--seed {run.config.seed} shuffles {data} in another order: this epoch may repeat windows")

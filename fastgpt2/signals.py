@@ -1,4 +1,4 @@
-"""The signals that ask a process to stop, as a terminal, a scheduler or a cloud sends them."""
+"""The signals by which a terminal, a scheduler or a cloud asks a process to stop."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ Handler = Callable[[int, FrameType | None], None]
 STOPPING = [
     signal.Signals[name]
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-    if name in signal.Signals.__members__  # Windows has the first two alone
+    if name in signal.Signals.__members__  # Windows has only the first two
 ]
 
 
 def handle(handler: Handler) -> dict[signal.Signals, Any]:
-    """Call a function on each signal that asks to stop; returns the previous handlers, for `put_back`.
+    """Set a handler for each signal that asks to stop. Returns the previous handlers, for `put_back`.
 
-    An ignored SIGHUP stays ignored, as nohup asks. Off the main thread nothing changes: Python sets none there.
+    An ignored SIGHUP stays ignored, as nohup wants. Outside the main thread this does nothing: Python can't set
+    handlers there.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
@@ -41,22 +42,22 @@ def put_back(handlers: dict[signal.Signals, Any]) -> None:
 def end_at_once(number: int, frame: FrameType | None = None) -> NoReturn:
     """Handle a signal in a process with nothing to save: print one line and exit with 128 + the signal's number.
 
-    It raises nothing: during an import an exception could be caught, or leave half a module.
+    It doesn't raise: during an import, an exception could be caught or leave a module half loaded.
     """
     say(f"stopped by {signal.Signals(number).name}: no step was being computed, so there is nothing to save")
     os._exit(128 + number)
 
 
 def say(line: str) -> None:
-    """Write a line to stderr from a handler, where `print` fails if the signal interrupted a `print`."""
-    if sys.stderr is not None:  # None: closed at the start, and another file may have its number
+    """Write a line to stderr from a signal handler. `print` fails there if the signal interrupted a `print`."""
+    if sys.stderr is not None:  # None if closed at the start: another file may have its descriptor
         with contextlib.suppress(OSError):
             if can_write(2, 0.0):
                 os.write(2, f"{line}\n".encode())
 
 
 def can_write(descriptor: int, seconds: float) -> bool:
-    """Whether a write would go through within a time: not to a full pipe, or a terminal stopped by Ctrl-S."""
+    """Whether a write would succeed within `seconds`: not to a full pipe or a terminal stopped by Ctrl-S."""
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
     return bool(poll.poll(1e3 * seconds))

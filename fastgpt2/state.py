@@ -1,6 +1,6 @@
-"""What a run must keep to be resumed bit for bit: weights, optimizer, gradient scaler, generators.
+"""The state that a run needs to resume bit for bit: weights, optimizer, gradient scaler, generators.
 
-A checkpoint holds the parts that `RunState` names, whatever they are. To keep more, such as a second optimizer or an
+A checkpoint stores the parts that `RunState` names, whatever they are. To store more, such as a second optimizer or an
 average of the weights, add it here.
 """
 
@@ -21,16 +21,16 @@ from fastgpt2.optim.groups import make_optimizer, set_learning_rates
 from fastgpt2.settings import Settled
 
 TENSORS = ("model", "optimizer", "rng")
-"""The parts that hold tensors by name; a checkpoint has a file of each."""
+"""The parts that hold tensors by name. A checkpoint has one file for each."""
 VALUES = ("scaler",)
-"""The parts that hold plain values; state.json has an entry of each."""
+"""The parts that hold plain values. state.json has one entry for each."""
 
 Part = Mapping[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
 
 class StateError(ValueError):
-    """A saved part can't be right. `part` names it."""
+    """A saved part is invalid. `part` names it."""
 
     def __init__(self, part: str, problem: str) -> None:
         self.part = part
@@ -44,10 +44,10 @@ class RunState:
     model: GPT
     optimizer: torch.optim.Optimizer
     keeps: Mapping[str, float]
-    """What the optimizer keeps of each parameter: Implementation.keeps."""
+    """What the optimizer stores for each parameter: Implementation.keeps."""
     scaler: torch.amp.GradScaler
     device: torch.device
-    """Where the tensors are, but for the generators' states, which are on the CPU."""
+    """Where the tensors are, except for the generators' states, which are on the CPU."""
 
     @classmethod
     def begin(cls, model: GPT, config: TrainConfig) -> RunState:
@@ -71,9 +71,9 @@ class RunState:
         }
 
     def shapes(self, step: int) -> dict[str, Shapes]:
-        """What the tensors of each part are after `step` steps. The generators check theirs themselves."""
+        """The shapes of each part's tensors after `step` steps, except the generators', which check their own."""
         weights = {name: tuple(weight.shape) for name, weight in self.model.state_dict().items()}
-        kept = self.keeps if step else {}  # nothing is kept before the first step
+        kept = self.keeps if step else {}  # the optimizer has no state before the first step
         moments = {
             f"{name}/{key}": () if key == "step" else weights[name] for name in self._parameter_names() for key in kept
         }
@@ -83,11 +83,10 @@ class RunState:
         """Restore all parts.
 
         Args:
-            state: as state_dict returned it after `step` steps, read part by part. A scaler without state is left as
-                it is.
+            state: as state_dict returned it after `step` steps, read part by part. An empty scaler changes nothing.
 
         Raises:
-            StateError: a part can't be right.
+            StateError: a part is invalid.
         """
         self.model.load_state_dict(dict(state["model"]))
         self._load_moments(state["optimizer"], step)
@@ -99,24 +98,24 @@ class RunState:
         self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor) -> None:
-        """Add a loss's gradients, scaled as float16 needs it, to those of the parameters."""
+        """Add a loss's gradients to those of the parameters, scaled in float16."""
         self.scaler.scale(loss).backward()
 
     def unscale(self) -> None:
-        """Undo the scale of the gradients, before they are looked at."""
+        """Undo the scaling of the gradients, before they are read."""
         self.scaler.unscale_(self.optimizer)
 
     def set_learning_rates(self, step: int, config: Settled) -> None:
-        """For a step counted from 0."""
+        """Set the learning rates of a step counted from 0."""
         set_learning_rates(self.optimizer, step, config)
 
     def update(self) -> None:
-        """Step the optimizer; float16's scaler leaves the step out if a gradient is not finite."""
+        """Step the optimizer. The float16 scaler skips the step if a gradient is not finite."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All that must stay finite, under the names that a message gives them."""
+        """All tensors that must stay finite, under the names that messages use."""
         yield from self.model.named_parameters()
         for name, tensor in self._moments():
             parameter, _, key = name.rpartition("/")
@@ -124,12 +123,12 @@ class RunState:
                 yield f"the optimizer's {key} of {parameter}", tensor
 
     def updates(self) -> int | None:
-        """The optimizer steps that changed the weights; None if it doesn't count them. Waits for the device."""
+        """How many optimizer steps changed the weights; None if it doesn't count them. Waits for the device."""
         first: dict[str, Tensor] = next(iter(self.optimizer.state.values()), {})
         return int(first["step"].item()) if "step" in first else None
 
     def _parameter_names(self) -> list[str]:
-        """In the order in which the optimizer numbers the parameters."""
+        """Parameter names in the optimizer's order."""
         names = {id(p): name for name, p in self.model.named_parameters()}
         return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
@@ -165,6 +164,6 @@ class RunState:
             if self.device.type == "cuda" and "cuda" in states:
                 torch.cuda.set_rng_state(states["cuda"], self.device)
         except KeyError:
-            raise StateError("rng", "it lacks the CPU's generator") from None
+            raise StateError("rng", "the CPU generator's state is missing") from None
         except (RuntimeError, TypeError) as error:
-            raise StateError("rng", f"it holds no state of a generator: {str(error).splitlines()[0]}") from None
+            raise StateError("rng", f"not a generator's state: {str(error).splitlines()[0]}") from None

@@ -1,4 +1,4 @@
-"""state.json: what a checkpoint keeps beside its tensors, and what may differ when a run resumes from it."""
+"""state.json: what a checkpoint stores besides its tensors, and what may differ when a run resumes."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from fastgpt2.renamed import with_current_names
 from fastgpt2.settings import Settled
 
 FORMAT = 2
-"""1 had no checksums."""
+"""Format 1 had no checksums."""
 STATE = "state.json"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands, beside its tensors: what state.json keeps under "progress"."""
+    """The progress of a run: what state.json stores under "progress"."""
 
     samples: int | None = None
     """Sequences that all steps so far have taken from the data; None in a checkpoint older than this field."""
     data: str | None = None
-    """What identifies the data's contents: TokenSource.fingerprint of the training's, and after a "+" of the
-    validation's where there is one; None where nothing does."""
+    """Identifies the data's contents: TokenSource.fingerprint of the training data, then "+" and that of the validation
+    data if there is any; None if the data has no fingerprint."""
     loss: float | None = None
     """The training loss, mean over the last logged interval."""
     diverged: bool = False
-    """The loss has risen far over where it was (fastgpt2.loop): the newest checkpoint before that is kept, too."""
+    """Whether the loss has risen far (see fastgpt2.loop). The newest checkpoint before that is kept too."""
 
 
 UNKNOWN = Progress()
@@ -44,10 +44,11 @@ UNKNOWN = Progress()
 def make_state(
     step: int, config: Settled, values: Mapping[str, Any], progress: Progress, device: torch.device
 ) -> dict[str, Any]:
-    """What state.json holds after `step` steps, the last of them on a device.
+    """The contents of state.json after `step` steps.
 
     Args:
-        values: the parts of the run's state that are no tensors.
+        values: the parts of the run's state that are not tensors.
+        device: where the last step ran.
     """
     kept = dataclasses.asdict(progress)
     if progress.loss is not None and not math.isfinite(progress.loss):
@@ -65,7 +66,7 @@ def make_state(
 
 
 def config_as_json(config: Settled) -> dict[str, Any]:
-    """A configuration by field name, as it comes back from a JSON file."""
+    """A configuration as a JSON object by field name."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
@@ -85,7 +86,7 @@ def _integer(least: int, most: int = 2**63 - 1) -> _Rule:
 def _number(least: float, most: float = math.inf) -> _Rule:
     bounds = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
 
-    def holds(x: Any) -> bool:  # not true of NaN, infinity, and integers that are no float
+    def holds(x: Any) -> bool:  # false for NaN, infinity, and integers too large for a float
         return type(x) in (int, float) and least <= x <= most and abs(x) < 1e300
 
     return _Rule(holds, f"a number {bounds}")
@@ -125,10 +126,10 @@ _PROGRESS = {
 
 
 def check_state(state: dict[str, Any], path: Path) -> None:
-    """Check that each value that is read from a state.json is present, of the right type, and possible.
+    """Check that each value read from a state.json is present, of the right type, and in bounds.
 
     Raises:
-        ConfigError: it isn't; the message names the first such value.
+        ConfigError: a value isn't. The message names the first one.
     """
     if type(state.get("format")) is not int or state["format"] not in (1, FORMAT):
         raise ConfigError(f"{path} is not a checkpoint of format 1 or {FORMAT}")
@@ -136,7 +137,7 @@ def check_state(state: dict[str, Any], path: Path) -> None:
     state["config"] = with_current_names(state["config"])
     _check({"end_of_text": None} | state["model"], _MODEL, path, "model.")
     _check(state["config"], _CONFIG, path, "config.")
-    if state["scaler"]:  # empty where the run had none
+    if state["scaler"]:  # empty if the run had none
         _check(state["scaler"], _SCALER, path, "scaler.")
     if not _OBJECT.holds(state.setdefault("progress", {})):
         raise ConfigError(f"{path}: progress must be {_OBJECT.expected}, got {reprlib.repr(state['progress'])}")
@@ -144,17 +145,19 @@ def check_state(state: dict[str, Any], path: Path) -> None:
     try:
         ModelConfig(**state["model"])
     except (ConfigError, TypeError) as error:
-        raise ConfigError(f"{path} describes no model: {str(error).removeprefix('ModelConfig.__init__() ')}") from None
+        raise ConfigError(
+            f"{path} describes an invalid model: {str(error).removeprefix('ModelConfig.__init__() ')}"
+        ) from None
     name = path.parent.name
     if re.fullmatch(r"step-[0-9]+", name) and int(name.removeprefix("step-")) != state["step"]:
-        raise ConfigError(f"{path} is of step {state['step']}, not of the step that its folder is named for")
+        raise ConfigError(f"{path} has step {state['step']}, but its folder is named {name}")
 
 
 def check_agreement(state: dict[str, Any], path: Path) -> None:
     """Check that the model in a checked state.json is the one that its configuration asked for.
 
     Raises:
-        ConfigError: it isn't. The tensors may fit both sizes and would compute something else.
+        ConfigError: it isn't. The tensors might fit both and compute something else.
     """
     for name in _SHAPE:
         if state["model"][name] != state["config"][name]:
@@ -171,7 +174,7 @@ def _check(values: dict[str, Any], rules: dict[str, _Rule], path: Path, prefix: 
 
 
 def read_progress(state: dict[str, Any]) -> Progress:
-    """The progress in a state.json that has been checked."""
+    """The progress in a checked state.json."""
     known = {field.name for field in dataclasses.fields(Progress)}
     return Progress(**{name: value for name, value in state["progress"].items() if name in known})
 
@@ -180,7 +183,7 @@ def read_progress(state: dict[str, Any]) -> Progress:
 
 
 def changed_settings(state: dict[str, Any], config: Settled) -> list[str]:
-    """The settings that differ from the checkpoint's, in one line or none.
+    """One line of the settings that differ from the checkpoint's, or none.
 
     Skips the model's name, since check_shape compares its shape, and the device, which carried_over compares.
     """
@@ -192,14 +195,14 @@ def changed_settings(state: dict[str, Any], config: Settled) -> list[str]:
 
 
 def changed_data(was: str | None, now: str | None, data: str) -> list[str]:
-    """A line if the data's fingerprints differ from those that the checkpoint was trained on.
+    """One line if the data's fingerprints differ from the checkpoint's, or none.
 
     Args:
         was: Progress.data of the checkpoint.
-        now: the run's; None where nothing identifies the data.
-        data: what --data names.
+        now: Progress.data of this run.
+        data: the value of --data.
     """
-    # The validation's is compared where both have one.
+    # Compare the validation data only if both have a fingerprint of it.
     names = ("training", "validation")
     pairs = zip(names, (was or "").split("+"), (now or "").split("+"), strict=False)
     other = [name for name, before, after in pairs if before and after and before != after]
@@ -207,16 +210,18 @@ def changed_data(was: str | None, now: str | None, data: str) -> list[str]:
 
 
 def carried_over(state: dict[str, Any], config: Settled, device: torch.device) -> list[str]:
-    """What is in a checkpoint's state but not in a run with other settings, or the reverse; a line each."""
+    """One line for each part of the state that only the checkpoint has, or only a run with these settings."""
     notes = []
     float16 = config.dtype == "float16"
     if float16 and not state["scaler"]:
-        notes.append("the checkpoint has no gradient scaler, as it was not trained in float16: a new one begins")
+        notes.append("the checkpoint has no gradient scaler, because it was not trained in float16: starting a new one")
     if not float16 and state["scaler"]:
         notes.append(f"the checkpoint's gradient scaler is dropped: --dtype {config.dtype} has none")
-    # Older checkpoints have the device among the settings alone.
+    # Older checkpoints have the device only among the settings.
     was = str(state.get("device") or state["config"].get("device") or device.type).partition(":")[0]
     if was != device.type:
-        masks = "; dropout draws other masks, as the generators differ" if config.dropout else ""
-        notes.append(f"changed since the checkpoint: {device.type} (was {was}), the same up to rounding{masks}")
+        masks = "; dropout masks differ, because the generators do" if config.dropout else ""
+        notes.append(
+            f"changed since the checkpoint: --device {device.type} (was {was}): results agree up to rounding{masks}"
+        )
     return notes

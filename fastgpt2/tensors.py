@@ -1,4 +1,4 @@
-"""Read safetensors files that anyone may have written: check names, shapes and types first."""
+"""Read untrusted safetensors files: check names, shapes and types first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastgpt2.durable import open_regular
 
 
 def read_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and type ("F32") of each tensor in a file, by name; reads none of them.
+    """Shape and type ("F32") of each tensor in a file, by name. Reads no tensor.
 
     Raises:
         ConfigError: the file can't be read.
@@ -21,9 +21,9 @@ def read_shapes(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        open_regular(path).close()  # a pipe would be waited for
+        open_regular(path).close()  # refuses a pipe, which would block
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from None
@@ -33,13 +33,13 @@ def check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Check that a file holds exactly these names and shapes, in float32 or float64.
 
     Raises:
-        ConfigError: it doesn't, or can't be read; the message names the first difference.
+        ConfigError: it doesn't, or it can't be read. The message names the first difference.
     """
     stored = read_shapes(path)
     problems = [f"it lacks {name}" for name in expected if name not in stored]
     for name, (shape, kind) in stored.items():
         if name not in expected:
-            problems.append(f"it has {name}, which this model has not")
+            problems.append(f"it has {name}, which this model lacks")
         elif shape != tuple(expected[name]):
             problems.append(f"{name} is {list(shape)}, not {list(expected[name])}")
         elif kind not in ("F32", "F64"):
@@ -59,7 +59,7 @@ def read_tensors(path: Path, device: torch.device | str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        open_regular(path).close()  # a pipe would be waited for
+        open_regular(path).close()  # refuses a pipe, which would block
         return load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from None

@@ -31,22 +31,22 @@ def train(
     ops: Ops | Mapping[str, Callable[..., Any]] | None = None,
     source: TokenSource | None = None,
 ) -> TrainResult:
-    """Train a GPT-2 as published: seed first, random tokens or shards, mean cross-entropy, Adam.
+    """Train a GPT-2 as published, on random tokens or shards.
 
     Args:
         config: fields left at None are settled for this machine. Without `out` nothing is written.
-        reporters: are told what happens. Without one, warnings are Python's.
-        ops: functions for slots, {"attn": function}, in place of the configuration's; see docs/extending.md. The run
-            is saved under their module:function.
-        source: training tokens, in place of those of `data`.
+        reporters: receive the run's events. Without one, warnings become Python's.
+        ops: functions by slot, {"attn": function}, used instead of the configuration's; see docs/extending.md. The
+            checkpoints name them as module:function.
+        source: training tokens, used instead of those of `data`.
 
     Raises:
-        ConfigError: before any work, where the request can't be carried out.
-        NonFiniteLossError: the loss, a weight or the optimizer's state became infinite or NaN; the message names
+        ConfigError: this machine can't do what the configuration asks. Raised before any work.
+        NonFiniteLossError: the loss, a weight or the optimizer's state became infinite or NaN. The message names
             the step and what to try.
-        OutputError: `out` can't be written at the start. What can't be written later doesn't end the run: the reporters
-            are warned, it is tried again, and what is still missing at the end is in the result.
-        DataError: the data can't be read any more, or was found damaged; the steps before that are saved.
+        OutputError: `out` can't be written at the start. Later failures don't end the run: reporters are warned, the
+            write is retried, and the result lists what is still missing at the end.
+        DataError: the data is damaged or can no longer be read. The steps before that are saved.
     """
     device = pick_device(config.device)
     config = as_saved(config)
@@ -61,7 +61,7 @@ def train(
 def _train(reporters: Sequence[Reporter], make: Callable[[], Run]) -> TrainResult:
     began = time.perf_counter()
     run = make()
-    if not reporters:  # what was found, such as settings that are not the checkpoint's, is told all the same
+    if not reporters:  # report what was found, such as changed settings, even so
         for text in run.found:
             warnings.warn(text, RuntimeWarning, stacklevel=3)
     if run.device.type == "cuda":
@@ -124,9 +124,9 @@ def _notes(run: Run) -> Iterator[str]:
         yield f"auto chose {', '.join(automatic)}"
     if kept_from_cudnn(run):
         yield (
-            "deterministic algorithms keep SDPA from cuDNN, PyTorch's choice on this GPU: by arithmetic, not measured, "
-            "some 10 ms a step of GPT-2 124M with 64k tokens on an H100. --no-deterministic allows cuDNN; --attn "
-            "triton is deterministic too, and not measured either"
+            "deterministic algorithms keep SDPA from cuDNN, PyTorch's choice on this GPU. Estimated cost, not "
+            "measured: 10 ms a step of GPT-2 124M with 64k tokens on an H100. --no-deterministic allows cuDNN; --attn "
+            "triton is deterministic too, but has not been measured either"
         )
     if config.recompute == "blocks":
         kept, instead = (activation_bytes(run, recompute=r) / 2**20 for r in (True, False))
@@ -139,11 +139,11 @@ def _notes(run: Run) -> Iterator[str]:
     if run.start:
         yield f"continuing after step {run.start}"
     if run.start >= config.steps:
-        yield f"nothing to do: --steps {config.steps} is no more than the {run.start} already done"
+        yield f"nothing to do: --steps {config.steps} is not above the {run.start} steps already done"
     if config.data == "dummy":
         yield (
             f"dummy tokens are uniform and new at every step, so nothing can be learned: the loss stays at "
             f"ln {config.vocab_size} = {math.log(config.vocab_size):.4f} nats, its floor"
         )
     if config.data == "dummy-fixed":
-        yield "dummy-fixed repeats one batch: the loss falls as the model learns it by heart"
+        yield "dummy-fixed repeats one batch: the loss falls as the model memorises it"

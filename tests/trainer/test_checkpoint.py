@@ -65,7 +65,7 @@ def test_a_checkpoint_from_before_there_were_sums_is_resumed_with_a_note(out: Pa
     watch = Watch()
     result = train(with_(out, steps=7, resume=True), watch)
     assert result.steps_done == 7 and len(result.losses) == 1
-    assert watch.notes[1] == f"{step(out, 6)} has no SHA256SUMS to check it by: it was written before there were any"
+    assert watch.notes[1] == f"{step(out, 6)} has no SHA256SUMS and was not checked: an older version wrote it"
 
 
 # --------------------------------------------------------------------------------------------------------------- damage
@@ -156,7 +156,7 @@ def test_what_only_reads_a_checkpoint_names_one_that_is_intact(out: Path, name: 
     with pytest.raises(ConfigError) as error:
         checkpoint.load_model(out)
     assert str(error.value) == (
-        f"{path} is damaged: its SHA-256 is not the one in SHA256SUMS; {step(out, 4)} is intact: give that one"
+        f"{path} is damaged: its SHA-256 is not the one in SHA256SUMS; {step(out, 4)} is intact: use that one"
     )
     (step(out, 4) / "state.json").unlink()
     with pytest.raises(ConfigError, match=r"no other checkpoint of .* is intact"):

@@ -34,12 +34,12 @@ NO_OBJECTS: dict[str, tuple[bytes | Callable[[Path], object], str]] = {
     "no JSON": (b"step 4", "Expecting value"),
     "cut": (b'{"step": ', "Expecting value"),
     "no UTF-8": (b'{"step": "\xff"}', "can't decode byte 0xff"),
-    "no object": (b"[1]", "it holds no JSON object but a list"),
+    "no object": (b"[1]", "expected a JSON object, got list"),
     "deep list": (b"[" * 100_000, "it is nested too deeply"),
     "deep object": (b'{"a":' * 100_000, "it is nested too deeply"),
     "an integer of thousands of digits": (b'{"step": ' + b"9" * 5000 + b"}", "a number is too long"),
     "a list of integers of thousands of digits": (b'{"a": [' + b"9" * 5000 + b"]}", "a number is too long"),
-    "too large": (b" " * (JSON_BYTES + 1), "it has over 16,777,216 bytes"),
+    "too large": (b" " * (JSON_BYTES + 1), "it is larger than 16,777,216 bytes"),
 }
 
 

@@ -150,7 +150,7 @@ def test_auto_is_one_command_however_often_it_is_cut(tmp_path: Path, losses: lis
             assert rest.losses == losses[4 - len(rest.losses) :]
         seen.append([int(path.name[5:]) for path in checkpoint.checkpoints(tmp_path)])
     assert seen == [[], [], [2], [2], [2, 4], [2, 4]]
-    assert "nothing to do: --steps 4 is no more than the 4 already done" in watch.texts
+    assert "nothing to do: --steps 4 is not above the 4 steps already done" in watch.texts
     assert steps_of(tmp_path / "metrics.jsonl") == [1, 2, 3, 4]
 
 
@@ -317,7 +317,7 @@ def test_torchrun_is_refused_before_anything_is_written(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", world)
     monkeypatch.delattr(sys.modules["fastgpt2.command"], "new_folder")  # it would be made, and removed again
-    message = rf"^{world} processes were started .*, and fastgpt2 trains in one: start .* without torchrun$"
+    message = rf"^WORLD_SIZE is {world}, but fastgpt2 trains in one process: start .* without torchrun$"
     for call in (lambda: main(FLAGS), lambda: main([*FLAGS, "--out", "run"]), lambda: train(with_(tmp_path / "run"))):
         with pytest.raises(ConfigError, match=message):
             call()

@@ -70,7 +70,7 @@ def test_resuming_what_had_diverged_names_the_last_good_checkpoint(tmp_path: Pat
     assert latest == step(tmp_path, 2)
     assert notes == [
         f"the loss had diverged when {step(tmp_path, 2)} was saved; the last good one is {step(tmp_path, 1)}: "
-        "move the newer away to go back"
+        "move newer ones away to go back"
     ]
 
 
@@ -117,9 +117,7 @@ def test_an_unreadable_file_is_not_damaged(out: Path, name: str) -> None:
     path = step(out, 4) / name
     path.unlink()
     path.symlink_to("/proc/self/mem")  # reading its first byte fails
-    message = (
-        f"can't read .*{name}: Input/output error; mend that, or move {step(out, 4)} away to use the one before it"
-    )
+    message = f"can't read .*{name}: Input/output error; fix that, or move {step(out, 4)} away to use the one before it"
     with pytest.raises(ConfigError, match=message):
         train(with_(out=out, resume=True))
     assert names(out) == ["step-00000002", "step-00000004"]

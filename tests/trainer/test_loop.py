@@ -273,7 +273,7 @@ def test_a_folder_that_is_moved_away_is_said_and_not_made_again(tmp_path: Path, 
 
     watch = Move()
     result = train(small(out), watch)
-    gone = f"{out} was moved or deleted while the run was under way: put it back"
+    gone = f"{out} was moved or deleted during the run: put it back"
     assert watch.warnings[0] == f"{gone}; going on, next try after step 6"
     if back:
         assert (result.missing, saved_steps(out)) == ([], [2, 6])

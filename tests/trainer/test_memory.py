@@ -166,7 +166,7 @@ def test_a_run_out_of_memory_ends_in_one_line(fails: Any, kind: str, tmp_path: P
     monkeypatch.setattr(Run, "step", fails)
     assert main(["--model", "tiny", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "run")]) == 1
     said = capsys.readouterr().err
-    assert said == f"error: out of {kind}: halve --batch-size and double --grad-accum for the same step in less\n"
+    assert said == f"error: out of {kind}: halve --batch-size and double --grad-accum to make the same step in less\n"
 
 
 def test_another_error_of_torch_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

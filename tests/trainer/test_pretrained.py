@@ -120,7 +120,7 @@ def test_of_many_steps_the_last_are_listed(tmp_path: Path) -> None:
 def test_a_damaged_one_names_one_that_is_intact(out: Path) -> None:
     (path_of(out, 2) / "model.safetensors").write_bytes(b"")
     for source, step in ((out, 2), (path_of(out, 2), None)):
-        with pytest.raises(ConfigError, match=r"is damaged: .*; .*step-00000004 is intact: give that one"):
+        with pytest.raises(ConfigError, match=r"is damaged: .*; .*step-00000004 is intact: use that one"):
             load_run(source, CPU, step)
 
 
@@ -180,7 +180,7 @@ print([name for name in ("torch._dynamo", "torch._inductor", "triton") if name i
             lambda t: {n.replace("wpe.", "positions."): x for n, x in t.items()},
             r"model.safetensors doesn't fit: it lacks wpe.weight \(and 1 more\)$",
         ),
-        (lambda t: t | {"lm_head.weight": torch.zeros(0)}, "it has lm_head.weight, which this model has not$"),
+        (lambda t: t | {"lm_head.weight": torch.zeros(0)}, "it has lm_head.weight, which this model lacks$"),
         (lambda t: t | {"ln_f.bias": torch.zeros(8, 8)}, r"ln_f.bias is \[8, 8\], not \[64\]$"),
         (lambda t: {n: x.half() for n, x in t.items()}, "must all be float32 or all float64"),
         (lambda t: t | {"ln_f.bias": t["ln_f.bias"].double()}, "must all be float32 or all float64"),

@@ -78,7 +78,7 @@ def test_the_precision_of_the_run_is_left_open_as_well(tmp_path: Path) -> None:
 def test_a_model_that_is_asked_for_keeps_its_own_shape(tmp_path: Path) -> None:
     train(TrainConfig(model="tiny", block_size=16, batch_size=1, steps=1, device="cpu", out=tmp_path))
     assert train(TrainConfig(model="tiny", out=tmp_path, resume=True)).model.config.block_size == 16
-    with pytest.raises(ConfigError, match=r"another shape: it has n_layer 2 not 4, .*block_size 16 not 128"):
+    with pytest.raises(ConfigError, match=r"another shape: n_layer 2, not 4; .*block_size 16, not 128"):
         train(TrainConfig(model="mini", out=tmp_path, resume=True, device="cpu"))
 
 
@@ -199,7 +199,7 @@ def test_an_unwritable_folder_a_used_one_and_another_shape(tmp_path: Path) -> No
     (tmp_path / "run" / "metrics.jsonl").unlink()
     with pytest.raises(ConfigError, match="already holds a run: continue it with --resume"):
         train(tiny(out=tmp_path / "run"))
-    with pytest.raises(ConfigError, match="checkpoint of another shape: it has n_layer 2 not 3, vocab_size 65 not 80"):
+    with pytest.raises(ConfigError, match="has another shape: n_layer 2, not 3; vocab_size 65, not 80"):
         train(tiny(out=tmp_path / "run", resume=True, n_layer=3, vocab_size=80))
     with pytest.raises(ConfigError, match="no checkpoint under"):
         train(tiny(out=tmp_path / "other", resume=True))

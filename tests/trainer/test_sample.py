@@ -231,7 +231,7 @@ def test_a_tokenizer_of_another_vocabulary(tmp_path, vocab_size):
     """One byte too few for its ids, and one more than its 257 are padded to."""
     make_run(tmp_path)
     state, shape = {"config": {"data": str(tmp_path / "data")}}, replace(SHAPE, vocab_size=vocab_size)
-    with pytest.raises(ConfigError, match=f"257 tokens, the model {vocab_size}: it was trained with another"):
+    with pytest.raises(ConfigError, match=f"257 tokens, but the model has {vocab_size}: it was trained with another"):
         pick_tokenizer(SampleConfig(from_=tmp_path, data=str(tmp_path / "data")), state, shape)
     if vocab_size < 257:
         with pytest.raises(ConfigError, match="it was trained with another"):
@@ -245,7 +245,7 @@ def test_shards_without_a_meta_json_are_gpt2s_or_nobodys(tmp_path):
     state = {"config": {"data": str(tmp_path / "data")}}
     with mock.patch.object(sample_module, "load_tokenizer", lambda *_, **__: published):
         assert pick_tokenizer(SampleConfig(from_=tmp_path), state, replace(SHAPE, vocab_size=50304)).name == "gpt2"
-        with pytest.raises(ConfigError, match="50,257 tokens, the model 60,000"):
+        with pytest.raises(ConfigError, match="50,257 tokens, but the model has 60,000"):
             pick_tokenizer(SampleConfig(from_=tmp_path), state, replace(SHAPE, vocab_size=60000))
 
 
@@ -273,7 +273,10 @@ def test_a_tokenizer_larger_than_the_model(tmp_path, monkeypatch, capsys):
     out = make_run(tmp_path, data="dummy", vocab_size=100)
     status, _, stderr = run(monkeypatch, capsys, sample_module, "--from", out, "--tokenizer", "byte")
     assert status == 2
-    assert stderr == "error: the byte tokenizer has 257 tokens, the model 100: it was trained with another vocabulary\n"
+    assert (
+        stderr
+        == "error: the byte tokenizer has 257 tokens, but the model has 100: it was trained with another vocabulary\n"
+    )
 
 
 # Evaluating

@@ -185,7 +185,7 @@ def test_files_of_neither_split_are_said(tmp_path):
     [
         ("", "Expecting value"),
         ("{", "Expecting property name"),
-        ("[]", "no JSON object"),
+        ("[]", "expected a JSON object"),
         ("[" * 100_000, "nested too deeply"),
         ('{"a":' * 100_000, "nested too deeply"),
         ('{"vocab_size": ' + "9" * 5000 + "}", "a number is too long"),

@@ -151,7 +151,7 @@ def test_the_notes_of_a_run(tmp_path: Path) -> None:
     expected = [
         (tiny(steps=2, mlp="torch", out=tmp_path), ["auto chose --attn sdpa, --norm torch, --loss chunked", floor]),
         (tiny(steps=2, mlp="torch", out=tmp_path, resume=True),
-         ["auto chose", "continuing after step 2", "nothing to do: --steps 2 is no more than the 2 already", floor]),
+         ["auto chose", "continuing after step 2", "nothing to do: --steps 2 is not above the 2 steps already", floor]),
         (tiny(steps=1, data="dummy-fixed"), ["--mlp torch", "dummy-fixed repeats one batch"]),
     ]  # fmt: skip
     for config, texts in expected:
@@ -200,7 +200,9 @@ def test_the_log_says_what_keeps_sdpa_from_cudnn(changes, pick, measured, said, 
         texts = [text for text in _notes(run) if "cuDNN" in text]
         assert torch.are_deterministic_algorithms_enabled() is run.config.deterministic
     assert len(texts) == said and not any(asked)
-    assert all("by arithmetic, not measured" in t and "--no-deterministic" in t and "--attn triton" in t for t in texts)
+    assert all(
+        "Estimated cost, not measured" in t and "--no-deterministic" in t and "--attn triton" in t for t in texts
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- dependencies

@@ -119,7 +119,7 @@ def test_what_changed_in_the_data_is_said(data, tmp_path):
 
     assert notes() == []
     assert notes(steps=5, resume=True) == []
-    order = f"--seed 1 is another order of {data}: windows may come twice in this epoch"
+    order = f"--seed 1 shuffles {data} in another order: this epoch may repeat windows"
     assert notes(steps=6, resume=True, seed=1) == [order]
     make_folder(data, seed=1)
     assert notes(steps=7, resume=True, seed=1) == [f"changed since the checkpoint: the training data in {data}"]
