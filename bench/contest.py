@@ -173,13 +173,11 @@ def hold(contest: Contest, names: Sequence[str]) -> tuple[dict[str, Measured | M
     return outcomes, {"contest": f"{contest.group} {uuid.uuid4().hex[:12]}", "device_state": state}
 
 
+_state_query = functools.cache(make_state_query)
+
+
 def device_state() -> dict[str, str]:
     return _state_query()() if CUDA else {}
-
-
-@functools.cache
-def _state_query() -> Callable[[], dict[str, str]]:
-    return make_state_query()
 
 
 def free_memory() -> None:

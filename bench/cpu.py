@@ -1,16 +1,15 @@
 """`python -m bench.cpu`: the training step on a CPU, ours beside the peers, in speed and memory.
 
 Four contests: float32 and bfloat16, eager and compiled. In each, ours by default (every slot at auto) against plain
-PyTorch and transformers, each in a process of its own with as many threads, timed in turn. The result is our speed
-over the fastest peer's, the median over the rounds, and our peak memory over the leanest peer's. The record is written
-after each contest. Tokens a second depend on this machine and its other work; the ratios much less.
+PyTorch and transformers, each in a process of its own with as many threads, timed in turn. The table shows the speed
+over the fastest peer's, the median over the rounds, and the peak memory. The record is written after each contest.
+Tokens a second depend on this machine and its other work; the ratios much less.
 
 Exit status: 0, or 1 if a candidate crashed, hung or is wrong. One that can't run here is listed.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import time
@@ -22,8 +21,7 @@ import torch
 
 from bench.contest import Missing, hold
 from bench.record import Record
-from bench.report.results import best_peer, gib, mode, number, ratio
-from bench.result import Result
+from bench.report.results import table
 from bench.step.lockstep import Limits
 from bench.step.steps import STEPS, StepContest, StepShape
 from bench.timing import ROOT, commit, environment
@@ -73,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run_cell(record: Record, shape: StepShape, compiled: bool, given: Any, until: float) -> bool:
     """Run one contest into the record; returns whether a candidate failed."""
-    contest = Cell(
+    contest = StepContest(
         "cpu",
         shape,
         compiled,
@@ -101,31 +99,6 @@ def _run_cell(record: Record, shape: StepShape, compiled: bool, given: Any, unti
     record.results += done
     print(table(done), flush=True)
     return any(isinstance(outcome, Missing) and outcome.failed for outcome in outcomes.values())
-
-
-class Cell(StepContest):
-    """A contest of this command."""
-
-    @property
-    def group(self) -> str:
-        return f"training step, {self.step.model}, {self.step.dtype}, {'compiled' if self.compiled else 'eager'}"
-
-
-def table(results: list[Result]) -> str:
-    """A line a result, with the speed over the fastest peer's and the memory over the leanest's of its contest."""
-    heads = f"{'tokens/s':>9}  {'x fastest peer':<20} {'GiB':>6} {'x leanest':>9}"
-    shown = [f"{'dtype':<9} {'mode':<9} {'candidate':<14} {heads}"]
-    for _, members in itertools.groupby(results, key=lambda r: r.contest):
-        beside = list(members)
-        leanest = min((r.peak_memory_bytes or 0 for r in beside if r.role == "peer"), default=None)
-        for r in beside:
-            peer = best_peer(r, beside)
-            shown.append(
-                f"{r.dtype:<9} {mode(r):<9} {r.backend:<14} {r.tokens_per_s:>9,.1f}  "
-                f"{'no peer' if peer is None else str(ratio(r, peer)):<20} {gib(r.peak_memory_bytes):>6} "
-                f"{number(leanest and (r.peak_memory_bytes or 0) / leanest, '.2f'):>9}".rstrip()
-            )
-    return "\n".join(shown)
 
 
 if __name__ == "__main__":

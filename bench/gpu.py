@@ -158,7 +158,6 @@ def part_2(run: Run) -> list[Stage]:
         step("step, eager", "gpt2-B32-eager-peers", 180),
         step("step, recomputed", "gpt2-B32-compiled-recompute"),
         bench("optimizer step", "ops/bench_optimizer", "test", 120),
-        bench("data loading", "step/bench_data", "test", 60),
         *(step(f"step, {model}", f"gpt2-{model}") for model in ("medium", "large", "xl")),
         bench("attention, other sizes", attn, f"T1024 and not {attention}", 240),
         bench("loss, other sizes", loss, f"not ({large})", 120),

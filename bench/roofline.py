@@ -108,8 +108,8 @@ def ceilings(device: torch.device, *, seconds: float = 0.2) -> dict[str, Any]:
         seconds: about how long each may take.
 
     Returns:
-        {"memory_bytes_per_s", "matrix_flops_per_s": {precision: FLOP/s}, "special_per_s", "how": {each: text}}. On a
-        CPU special_per_s is None and there are fewer precisions.
+        {"memory_bytes_per_s", "matrix_flops_per_s": {precision: FLOP/s}, "special_per_s"}: medians over
+        interleaved rounds. On a CPU special_per_s is None and there are fewer precisions.
     """
     calls = {"memory": _copy(device), **{p: _product(device, p) for p in PRECISIONS[device.type]}}
     copied, n = COPIED_BYTES[device.type], PRODUCT_SIZE[device.type]
@@ -127,12 +127,6 @@ def ceilings(device: torch.device, *, seconds: float = 0.2) -> dict[str, Any]:
         "memory_bytes_per_s": rates["memory"],
         "matrix_flops_per_s": {precision: rates[precision] for precision in PRECISIONS[device.type]},
         "special_per_s": rates.get("special"),
-        "how": {
-            "memory": f"a copy of {copied} bytes, read and written",
-            "matrix": f"2 n^3 of an n = {n} product of normal numbers",
-            "special": "exp2 of numbers in registers, in a loop" if "special" in rates else "not measured on a CPU",
-            "all": "median over interleaved rounds",
-        },
     }
 
 

@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -84,14 +84,6 @@ them fill the queue, and the host waits."""
 MOST_SPIN_MS = 50.0
 
 
-class Entrant(Protocol):
-    """A candidate that takes part in rounds."""
-
-    def round(self) -> float:
-        """Time some calls; returns milliseconds a call."""
-        ...
-
-
 def take_turns(
     entrants: dict[str, Any],
     rounds: int,
@@ -103,7 +95,7 @@ def take_turns(
     """Time entrants in rounds whose order rotates, one at a time.
 
     Args:
-        entrants: by name, each an Entrant; `lose` removes one that has failed.
+        entrants: by name; `round()` of each times some calls and returns milliseconds a call. `lose` removes one.
         lose: called with an entrant's name and the exception that its round raised.
         until: time.monotonic() after which no round starts.
         say: told of each step, for a log.

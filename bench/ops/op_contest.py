@@ -119,14 +119,9 @@ _compiled_for: list[str] = []
 def _compile_anew_for(contest: OpContest) -> None:
     """Forget compiled code, or it would only gain a variant, unless this is the same work in the other direction."""
     key = f"{type(contest).__name__} {contest.shape()} {contest.dtype} {contest.retains}"
-    if _compiled_for != [key]:
-        forget_compiled()
-    _compiled_for[:] = [key]
-
-
-def forget_compiled() -> None:
-    if "torch._dynamo" in sys.modules:  # importing it takes seconds
+    if _compiled_for != [key] and "torch._dynamo" in sys.modules:  # importing it takes seconds
         torch.compiler.reset()
+    _compiled_for[:] = [key]
 
 
 def _allocated() -> int:

@@ -18,7 +18,6 @@ CEILINGS = {
     "memory_bytes_per_s": 3.0e12,
     "matrix_flops_per_s": {"bfloat16": 7.0e14, "float16": 7.0e14, "tf32": 4.0e14, "float32": 5.0e13},
     "special_per_s": 4.0e12,
-    "how": {},
 }
 PLAIN = {"attn": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
 STEPS: dict[str, tuple[str, dict[str, str] | None, float, float]] = {
