@@ -114,9 +114,9 @@ TORCH = {"attn": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
 OURS = {slot: [name for name, known in table.items() if known.ours][-1] for slot, table in SLOTS.items()}
 """Our kernel for each."""
 AUTO = {"attn": ("sdpa",), "mlp": ("torch",), "norm": ("torch",), "loss": ("triton", "chunked")}
-"""What `auto` tries in turn where nothing was measured: PyTorch's own form. The loss alone needs no measurement: only in
-chunks are the logits never whole, and of the two that do so Triton's passes over a chunk twice, PyTorch's some ten
-times. The last runs everywhere: errors suggest it."""
+"""What `auto` tries in turn if nothing was measured: PyTorch's own form. Only the loss needs no measurement. In chunks
+the logits are never whole. Triton passes over each chunk twice, PyTorch about ten times. The last of a slot runs
+everywhere: errors suggest it."""
 
 
 def is_outside(name: str) -> bool:

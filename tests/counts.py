@@ -443,7 +443,10 @@ def main() -> int:
     what.add_argument("--write", action="store_true", help="rewrite the file's counts of this version of PyTorch")
     given = parser.parse_args()
     torch.set_num_threads(1)  # the chunked loss takes some rows a thread at once
-    counts = {name: count() for name, count in CASES.items()}
+    counts = {}
+    for number, (name, count) in enumerate(CASES.items(), start=1):
+        print(f"{number} of {len(CASES)}: {name}", file=sys.stderr, flush=True)
+        counts[name] = count()
     if given.write:
         known = json.loads(CHECKED_IN.read_text()) if CHECKED_IN.exists() else {}
         CHECKED_IN.write_text(json.dumps({**known, version(): counts}, indent=1, sort_keys=True) + "\n")

@@ -18,7 +18,7 @@ from bench.timing import REPLAY, Call
 from fastgpt2.accuracy import attention_problem, error_and_budget
 
 LONGEST_PLAIN = 2048
-"""The plain form keeps all scores. At 65,536 tokens, 12 heads and T = 2048 they take 10 GB, and twice as much at 2 T."""
+"""The plain form keeps all scores. At 65,536 tokens, 12 heads and T = 2048 they take 10 GB, at 2 T twice that."""
 FLOPS = {"forward": "4 B H T^2 D / 2 (causal)", "backward": "2.5 * 4 B H T^2 D / 2 (causal)"}
 
 

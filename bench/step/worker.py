@@ -59,7 +59,7 @@ class Failure(NamedTuple):
 
 
 class Built(NamedTuple):
-    """A contestant after its first calls: what each came to, seconds of the last, and time.monotonic() at two points."""
+    """A contestant after its first calls: each result, seconds of the last, time.monotonic() at two points."""
 
     device: str
     facts: dict[str, Any]

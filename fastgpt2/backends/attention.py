@@ -3,8 +3,8 @@
     op(qkv (B, T, 3, H, D), dropout_p=0.0, documents=None) -> (B, T, H, D)
 
 qkv is the packed projection. dropout_p is the probability of dropping an attention weight. documents, (2, B, T) int32
-from `fastgpt2.documents.document_bounds`, holds where each token's document begins and one past where it ends; with it a position attends
-within its own document alone. The softmax is float32 at least; the result has qkv's dtype.
+from `fastgpt2.documents.document_bounds`, holds the first position of each token's document and one past its last: a
+position then attends only within its own document. The softmax is at least float32; the result has qkv's dtype.
 """
 
 from __future__ import annotations

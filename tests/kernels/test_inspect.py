@@ -1,7 +1,7 @@
 """Shipped configurations compile for their GPUs, here without one: no spill, every product on the matrix units, and
 no bound on a kernel's time worse than the one checked in.
 
-GPT-2 124M's own sizes in full, a few others on one architecture; `python -m fastgpt2.kernels.tools.inspect` does them all.
+GPT-2 124M's own sizes in full, a few others on one architecture. `python -m fastgpt2.kernels.tools.inspect` does all.
 """
 
 from __future__ import annotations
