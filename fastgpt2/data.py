@@ -40,6 +40,7 @@ from fastgpt2.shards import (
 
 __all__ = [
     "DUMMY",
+    "GIVEN",
     "GPT2_VOCAB_SIZE",
     "HEADER_BYTES",
     "META_NAME",
@@ -61,6 +62,8 @@ __all__ = [
 ]
 
 DUMMY = ("dummy", "dummy-fixed")
+GIVEN = "<source>"
+"""What a run is saved with whose training tokens were given in Python."""
 DUMMY_EVAL_BATCH = 8
 
 
@@ -395,6 +398,10 @@ def _folder(data: str | Path) -> Path:
     choices = f"give {', '.join(DUMMY)} or a folder of token shards"
     if not str(data):
         raise ConfigError(f"--data is empty; {choices}")
+    if data == GIVEN:
+        raise ConfigError(
+            "the tokens were given in Python: give them again, by train(config, source=...), or give --data a folder"
+        )
     try:
         folder = Path(data).expanduser()
         is_folder = stat.S_ISDIR(os.stat(folder).st_mode)

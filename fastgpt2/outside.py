@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from functools import reduce
 from importlib import import_module
@@ -35,7 +36,7 @@ def load(name: str, flag: str) -> Callable[..., Any]:
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             why = f"no module {error.name!r}; start in the folder that holds it, or install it"
         else:
-            why = " ".join(f"{type(error).__name__}: {error}".split())
+            why = told(error)
         raise ConfigError(f"{flag} {name} can't be imported: {why}") from error
     try:
         function = reduce(getattr, path.split("."), found)
@@ -44,6 +45,16 @@ def load(name: str, flag: str) -> Callable[..., Any]:
     if not callable(function):
         raise ConfigError(f"{flag} {name} must be a function, got {type(function).__name__}")
     return function
+
+
+def told(error: Exception) -> str:
+    """An exception in one line, with the last place that is neither PyTorch's nor ours."""
+    modules = (sys.modules.get(name) for name in ("fastgpt2", "torch", "importlib"))
+    theirs = tuple(os.path.dirname(module.__file__ or "") + os.sep for module in modules if module)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(("<", *theirs))]
+    place = f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else ""
+    return " ".join(f"{type(error).__name__}: {error}".split()) + place
 
 
 def import_name(function: Callable[..., Any]) -> str:

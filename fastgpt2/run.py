@@ -21,14 +21,15 @@ from fastgpt2 import checkpoint
 from fastgpt2.backends.attention import CUDNN, sdpa_attention, sdpa_picks
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.cuda_graph import CapturedStep
-from fastgpt2.data import ShardTokens, TokenSource, data_end_of_text, data_vocab_size, open_data, split
+from fastgpt2.data import GIVEN, ShardTokens, TokenSource, data_end_of_text, data_vocab_size, open_data, split
 from fastgpt2.device import copy_async, keep_freed_memory, pick_device
 from fastgpt2.folder import Claim, claim
+from fastgpt2.given import GivenTokens, try_ops
 from fastgpt2.memory import check_memory
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import Ops, Site, ablation, as_choices, make_ops, name_of
 from fastgpt2.settings import Settled, resolve
-from fastgpt2.slots import SLOTS, implementation
+from fastgpt2.slots import SLOTS, implementation, is_outside
 from fastgpt2.state import RunState
 from fastgpt2.state_json import UNKNOWN, Progress, carried_over, changed_data, changed_settings, read_progress
 
@@ -174,7 +175,9 @@ def _build(
     refuse_several_processes()
     named: dict[str, Any] = {slot: name_of(slot, function) for slot, function in own.items()}
     asked = dataclasses.replace(asked, **named)
-    config, device = settle(asked)
+    if own_source is not None:
+        asked = _with_given_tokens(asked)
+    config, device = settle(asked, own_source)
     model_config = config.model_config()
     ops, chosen = make_ops(
         {slot: own.get(slot, getattr(config, slot)) for slot in SLOTS},
@@ -188,6 +191,8 @@ def _build(
         ),
     )
     check_memory(config, device)
+    if outside := {slot: name for slot, name in chosen.items() if is_outside(name)}:
+        try_ops(ops, outside, model_config, device, config.torch_dtype)
     if device.type == "cpu":
         keep_freed_memory()
     source, val_source = _open_sources(config, own_source)
@@ -256,8 +261,11 @@ def activation_bytes(run: Run, *, recompute: bool) -> int:
         return saved_bytes(model, tokens, tokens)
 
 
-def settle(config: TrainConfig) -> tuple[Settled, torch.device]:
+def settle(config: TrainConfig, source: TokenSource | None = None) -> tuple[Settled, torch.device]:
     """Settle a configuration for this machine. Returns it and its device.
+
+    Args:
+        source: training tokens given in place of --data's, which then doesn't decide the vocabulary.
 
     Raises:
         ConfigError: there is no such device, or it can't compute in the requested precision.
@@ -282,8 +290,8 @@ def settle(config: TrainConfig) -> tuple[Settled, torch.device]:
         cuda=device.type == "cuda",
         bf16=bf16,
         memory_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0,
-        data_vocab_size=data_vocab_size(config.data),
-        data_end_of_text=data_end_of_text(config.data),
+        data_vocab_size=None if source else data_vocab_size(config.data),
+        data_end_of_text=None if source else data_end_of_text(config.data),
     )
     return settled, device
 
@@ -335,8 +343,27 @@ def _open_sources(config: Settled, own: TokenSource | None) -> tuple[TokenSource
             sequences=sequences,
         )
 
-    train = own or open_split("train", config.grad_accum, sequences=0)
+    if own is not None:
+        shape = (config.grad_accum, config.batch_size, config.block_size + 1)
+        return GivenTokens(own, shape, config.vocab_size), None
+    train = open_split("train", config.grad_accum, sequences=0)
     return train, open_split("val", 1, config.eval_sequences) if config.eval_every else None
+
+
+def _with_given_tokens(config: TrainConfig) -> TrainConfig:
+    """The configuration of a run whose training tokens are given in Python, as it is saved.
+
+    Raises:
+        ConfigError: it also asks for other tokens.
+    """
+    if config.data not in (TrainConfig.data, GIVEN):
+        raise ConfigError(f"source gives the training tokens, and --data {config.data} too: leave one of them out")
+    if config.eval_every:
+        raise ConfigError(
+            "--eval-every needs validation tokens, and a source has none: leave it out, and compute the loss of saved "
+            "checkpoints by python -m fastgpt2.evaluate --from RUN --data FOLDER"
+        )
+    return dataclasses.replace(config, data=GIVEN)
 
 
 def _continue_data(run: Run, state: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ class Implementation:
         options: keyword arguments of every call.
         tf32: also takes allow_tf32: whether float32 products may be TF32.
         package: what has to be installed for it, beside torch.
+        interpreted: on a CPU it runs in Triton's interpreter: `auto` leaves it out there, and its time says nothing.
         cuda: trains on a CUDA GPU only.
         deterministic: adds in a fixed order.
         ours: its kernels or its loop are ours, not PyTorch's.
@@ -39,19 +40,15 @@ class Implementation:
     options: Mapping[str, Any] = field(default_factory=dict)
     tf32: bool = False
     package: str = ""
+    interpreted: bool = False
     cuda: bool = False
     deterministic: bool = True
     ours: bool = False
     picks_kernel: bool = False
     fake: bool = True
 
-    @property
-    def interpreted(self) -> bool:
-        """On a CPU it runs in Triton's interpreter: `auto` leaves it out there, and its time says nothing."""
-        return self.package == "triton"
 
-
-_TRITON: dict[str, Any] = {"package": "triton", "ours": True}
+_TRITON: dict[str, Any] = {"package": "triton", "interpreted": True, "ours": True}
 
 SLOTS: dict[str, dict[str, Implementation]] = {
     "attn": {

@@ -38,7 +38,7 @@ def train(
         reporters: receive the run's events. Without one, warnings become Python's.
         ops: functions by slot, {"attn": function}, used instead of the configuration's; see docs/extending.md. The
             checkpoints name them as module:function.
-        source: training tokens, used instead of those of `data`.
+        source: training tokens, used instead of `data`, which is left out. There are no validation tokens.
 
     Raises:
         ConfigError: this machine can't do what the configuration asks. Raised before any work.
@@ -118,9 +118,7 @@ def _result(loop: Loop, seconds: float, missing: list[str]) -> TrainResult:
 
 def _notes(run: Run) -> Iterator[str]:
     config = run.config
-    flags = {"--attn": config.attn, "--mlp": config.mlp, "--norm": config.norm, "--loss": config.loss}
-    chosen = zip(flags.items(), run.chosen.values(), strict=True)
-    if automatic := [f"{flag} {name}" for (flag, asked), name in chosen if asked == "auto"]:
+    if automatic := [f"--{slot} {name}" for slot, name in run.chosen.items() if getattr(config, slot) == "auto"]:
         yield f"auto chose {', '.join(automatic)}"
     if kept_from_cudnn(run):
         yield (

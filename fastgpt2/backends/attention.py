@@ -74,7 +74,7 @@ def cudnn_attention(qkv: Tensor, dropout_p: float = 0.0, documents: Tensor | Non
 def flex_attention(qkv: Tensor, dropout_p: float = 0.0, documents: Tensor | None = None) -> Tensor:
     """Causal attention by PyTorch's flex_attention, which skips the blocks that the mask hides. It has no dropout."""
     if dropout_p:
-        raise ValueError(f"flex attention has no dropout, got {dropout_p}: use --attn triton or sdpa")
+        raise ValueError(f"flex attention has no dropout, got {dropout_p}")
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     compiling = torch.compiler.is_compiling()
     if documents is None and not compiling:

@@ -1,0 +1,137 @@
+"""Functions and tokens given from outside, checked: functions before the run, tokens at every step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt2.config import ConfigError, ModelConfig
+from fastgpt2.data import DataError, TokenSource
+from fastgpt2.model import GPT
+from fastgpt2.ops import Ops
+from fastgpt2.outside import told
+
+TRIED_TOKENS = 1024
+"""Longest sequence of a trial: PyTorch's loss holds all its logits."""
+
+
+def try_ops(ops: Ops, names: Mapping[str, str], shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Call functions as a model of one block does, on one sequence, and compare what they return with PyTorch's.
+
+    Args:
+        names: the slots to try, and the name of the function in each.
+        dtype: what the matmuls compute in, which is autocast's where that is on.
+
+    Raises:
+        ConfigError: a function raises, returns another shape or dtype, or has no gradient for an argument.
+    """
+    plain = Ops()
+    tried: dict[str, Any] = {
+        slot: _tried(f"--{slot} {name}", getattr(ops, slot), getattr(plain, slot), dtype)
+        for slot, name in names.items()
+    }
+    model = GPT(dataclasses.replace(shape, n_layer=1), dataclasses.replace(plain, **tried))
+    model.to(device=device, dtype=torch.promote_types(dtype, torch.float32))
+    tokens = torch.zeros(1, min(shape.block_size, TRIED_TOKENS), dtype=torch.int64, device=device)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype.itemsize == 2):
+        model(tokens, tokens)
+
+
+def _tried(what: str, function: Callable[..., Any], plain: Callable[..., Any], dtype: torch.dtype) -> Any:
+    """PyTorch's form of a slot, which checks the function whenever it is called."""
+
+    def call(*inputs: Any, **options: Any) -> Any:
+        expected = plain(*inputs, **options)
+        named = dict(zip(signature(plain).parameters, inputs, strict=False))
+        leaves = {
+            name: x.detach().requires_grad_()
+            for name, x in named.items()
+            if isinstance(x, Tensor) and x.is_floating_point()
+        }
+        # A function may write into an argument, which PyTorch forbids for leaves.
+        arguments = named | {name: leaf.clone() for name, leaf in leaves.items()}
+        try:
+            found = function(*arguments.values(), **options)
+            if not _is_like(found, expected, dtype):
+                raise ConfigError(f"{what} must return {_shown(expected)}, got {_shown(found)}")
+            lost = _without_gradient(found, leaves)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"{what} can't be used here: {told(error)}") from error
+        if lost:
+            raise ConfigError(
+                f"{what} has no gradient for {', '.join(lost)}: it must be differentiable in each argument"
+            )
+        return expected
+
+    return call
+
+
+def _is_like(found: Any, expected: Any, dtype: torch.dtype) -> bool:
+    """Whether both are alike. In mixed precision activations may have either dtype, a loss is float32."""
+    if isinstance(expected, tuple):
+        same = isinstance(found, tuple) and len(found) == len(expected)
+        return same and all(_is_like(*pair, dtype) for pair in zip(found, expected, strict=True))
+    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
+        return type(found) is type(expected)
+    dtypes = (expected.dtype, dtype) if expected.ndim else (expected.dtype,)
+    return found.shape == expected.shape and found.device == expected.device and found.dtype in dtypes
+
+
+def _without_gradient(found: Any, leaves: dict[str, Tensor]) -> list[str]:
+    """The arguments on which nothing that was returned depends."""
+    outputs = [y for y in (found if isinstance(found, tuple) else (found,)) if y is not None and y.requires_grad]
+    if not outputs:
+        return list(leaves)
+    with torch.autocast(outputs[0].device.type, enabled=False):  # as in a step, where the backward is outside it
+        upstream = [torch.ones_like(y) for y in outputs]
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream, allow_unused=True)
+    return [name for name, gradient in zip(leaves, gradients, strict=True) if gradient is None]
+
+
+def _shown(value: Any) -> str:
+    """A result's dtypes and shapes: "float32 (1, 64, 2, 16)"."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shown, value))})"
+    if isinstance(value, Tensor):
+        place = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}{place}"
+    return "None" if value is None else type(value).__name__
+
+
+class GivenTokens:
+    """Training tokens given in Python in place of --data's, each batch checked.
+
+    Raises:
+        ConfigError: the source lacks a part of TokenSource.
+    """
+
+    def __init__(self, source: TokenSource, shape: tuple[int, int, int], vocab_size: int) -> None:
+        parts = ("batches", "fingerprint", "notes", "tokens", "begin_at", "check")
+        if missing := [name for name in parts if not hasattr(source, name)]:
+            raise ConfigError(f"source must have {', '.join(parts)}; {type(source).__name__} has no {missing[0]}")
+        self.source, self.shape, self.vocab_size = source, shape, vocab_size
+        self.batches, self.fingerprint, self.notes = source.batches, source.fingerprint, source.notes
+        self.begin_at, self.check = source.begin_at, source.check
+
+    def tokens(self, step: int) -> Tensor:
+        """The source's batch of a step.
+
+        Raises:
+            DataError: it has another shape or dtype, is not on the CPU, or holds a token outside the vocabulary.
+        """
+        tokens, expected = self.source.tokens(step), f"int64 {self.shape}"
+        if _shown(tokens) != expected:
+            raise DataError(f"source.tokens({step}) must return {expected}, got {_shown(tokens)}")
+        low, high = (int(x) for x in tokens.aminmax())
+        if low < 0 or high >= self.vocab_size:
+            raise DataError(
+                f"source.tokens({step}) must be in [0, {self.vocab_size}), the vocabulary; got {low} to {high}"
+            )
+        return tokens
