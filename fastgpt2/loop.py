@@ -1,4 +1,4 @@
-"""The loop of a run: steps and what follows them, ordered so that a killed run loses least.
+"""The training loop: steps and what follows each, in an order that loses least if the run is killed.
 
 It waits for the device only at logging steps: losses stay on the device until then, and the next batch is drawn and
 copied while the device works.
@@ -29,9 +29,9 @@ from fastgpt2.settings import Settled
 
 MFU_FORMULA = "llm.c"
 LAST_TRIES_S = (1.0, 2.0, 4.0)
-"""Seconds between the tries to save a run's last state, where the first one fails."""
+"""Seconds between attempts to save a run's last state."""
 RISE = 2.0
-"""A loss this many nats higher has diverged: perplexity is 7 times as large."""
+"""A loss that rises this many nats has diverged: perplexity is 7 times as large."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _due(config: Settled, step: int, *, first: bool) -> _Due:
 
 
 class Loop:
-    """The steps of a run and what follows each: first its record, then a checkpoint, then the validation."""
+    """Makes the steps of a run. After each come its record, then a checkpoint, then the validation, if due."""
 
     def __init__(self, run: Run, reporter: Reporters, outputs: Outputs, began: float) -> None:
         config = run.config
@@ -63,19 +63,19 @@ class Loop:
         self.val_losses: list[tuple[int, float]] = []
         self.done = run.start
         self.uniform_loss = math.log(config.vocab_size)
-        """The loss of a uniform guess in nats, where a run begins."""
+        """The loss of a uniform guess in nats: a new run begins near it."""
         self.good_loss: float | None = None
-        """The loss at the newest checkpoint that had not diverged."""
+        """The loss at the newest checkpoint saved while the run had not diverged."""
         self.diverged = run.resumed.diverged
         if not run.found_other_data:
             self.good_loss = _loss_of_newest_good(run)
 
     def go(self) -> None:
-        """Make the steps until the last, or until the reporter asks to stop, and save what they led to."""
+        """Make steps until the last one or until a reporter asks to stop, then save the result."""
         try:
             self._steps()
         except DataError as error:
-            # _end raises again if the steps may have been trained on damaged data: those are not saved.
+            # _end raises again if damaged data may have been trained on, and then saves nothing.
             with contextlib.suppress(DataError):
                 self._end()
             raise DataError(f"{error}; {self._how_to_go_on()}") from None
@@ -94,7 +94,7 @@ class Loop:
             if due.log:
                 self._log(norm)
             if due.save and self.outputs.saves:
-                self._save(f"going on, next try {self._next_save()}")
+                self._save(f"continuing, next try {self._next_save()}")
             if due.evaluate:
                 self._evaluate()
 
@@ -102,7 +102,7 @@ class Loop:
         return self.run.next_tokens(self.done) if self.done < self.steps else None
 
     def _end(self) -> None:
-        """Log and save what is still unlogged or unsaved after the last step."""
+        """After the last step, log and save what has not been."""
         if self.meter.unread:
             self._log(None)
         for seconds in (*LAST_TRIES_S, 0.0):
@@ -117,7 +117,7 @@ class Loop:
         return f"then continue after {saved[-1].name} with --resume --out {out}" if saved else "nothing is saved"
 
     def _log(self, norm: Tensor | None) -> None:
-        """Tell the record of the steps since the last one; waits for the device."""
+        """Report a record of the steps since the last one. Waits for the device."""
         step_ms = self.meter.read()
         speed = self.meter.tokens_per_step / step_ms * 1e3
         record = {
@@ -138,7 +138,7 @@ class Loop:
         self._watch()
 
     def _position(self) -> dict[str, Any]:
-        """How far the run is, over all its starts: what each record ends with."""
+        """The last fields of each record: how far the run is, over all its starts."""
         return {
             "tokens": self.run.samples_done(self.done) * self.block_size,
             "seconds": time.perf_counter() - self.began,
@@ -160,9 +160,9 @@ class Loop:
         had_diverged, self.diverged = self.diverged, self._worst() > bound
         if self.diverged and not had_diverged:
             self.reporter.warn(
-                f"the run has diverged: up to step {self.done} the loss is {self._worst():.4g}, over {bound:.4g}; "
-                # The newest checkpoint will be one of the diverged run.
-                + advice(self.run, "it is kept: to go back, move those after it away and use")
+                f"the run has diverged: at step {self.done} the loss is {self._worst():.4g}, above {bound:.4g}; "
+                # By then newer checkpoints of the diverged run will exist.
+                + advice(self.run, "it is kept: to go back, move newer ones away and use")
             )
 
     def _next_save(self) -> str:
@@ -171,7 +171,7 @@ class Loop:
         return f"after step {step}" if self.done < step else "at the end"
 
     def _save(self, otherwise: str) -> bool:
-        """Save a checkpoint known to be good: the losses have been read, and weights and optimizer state are finite.
+        """Save a checkpoint after checking that weights and optimizer state are finite. The losses have been read.
 
         Args:
             otherwise: what happens if it can't be saved, for the warning.
@@ -226,7 +226,7 @@ def _check_finite(run: Run, step: int, loss: float) -> None:
     an average of squares stays infinite. Waits for the device once.
 
     Raises:
-        NonFiniteLossError: which of them is not.
+        NonFiniteLossError: one is not finite. The message names it.
     """
     tensors = dict(run.state.named_tensors())
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()])

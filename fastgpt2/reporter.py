@@ -1,4 +1,4 @@
-"""What a run tells, how it is asked to stop, and what came of it."""
+"""How a run reports events and is asked to stop, and the result that it returns."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class Reporter:
-    """What a run tells the world, and how it is asked to stop. This one says nothing but warnings.
+    """Receives a run's events, and can ask it to stop. This base class shows warnings and nothing else.
 
     An exception in a method drops the reporter from the run, with a warning to the others. The run goes on.
     """
 
     stop_requested = False
-    """Set it to end the run after the step at hand, with a checkpoint."""
+    """Set it to end the run after the current step, with a checkpoint."""
 
     def started(self, run: Run) -> None:
         """The run is built; nothing has been computed."""
@@ -33,44 +33,44 @@ class Reporter:
         """Step `done` has been launched, not necessarily computed."""
 
     def warn(self, text: str) -> None:
-        """Something went wrong that doesn't end the run: nobody may be silent about it."""
+        """A problem that doesn't end the run. The user must see it."""
         warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def logged(self, record: dict[str, Any]) -> None:
-        """A logging step: the record that goes to metrics.jsonl."""
+        """A logging step has made this record for metrics.jsonl."""
 
     def validated(self, record: dict[str, Any]) -> None:
-        """A validation: the record that goes to metrics.jsonl."""
+        """A validation has made this record for metrics.jsonl."""
 
     def saving(self) -> None:
-        """A checkpoint is about to be saved: write to the disk what belongs before it."""
+        """A checkpoint is about to be saved: sync what must be on disk before it."""
 
     def close(self) -> list[str]:
-        """The run has ended, well or not: write what is left. Returns what is missing, a line each."""
+        """The run has ended, with or without an error: write what is left. Returns one line for each thing missing."""
         return []
 
     def finished(self, result: TrainResult) -> None:
-        """The run has ended well. Called after close."""
+        """The run has ended without an error. Called after close."""
 
     def failed(self, error: BaseException) -> None:
         """The run has ended with an error, KeyboardInterrupt included. Called after close."""
 
 
 class Reporters:
-    """Any number of reporters, each told in turn. One that raises is dropped."""
+    """Passes each event to any number of reporters in turn. Drops a reporter that raises."""
 
     def __init__(self, reporters: Iterable[Reporter] = ()) -> None:
-        # Somebody must hear the warnings.
+        # Somebody must show the warnings.
         self._asked = list(reporters) or [Reporter()]
         self._told = [*self._asked]
 
     @property
     def stop_requested(self) -> bool:
-        """Whether one of them asks to stop. One that was dropped may still ask."""
+        """Whether a reporter asks to stop, dropped ones included."""
         return any(reporter.stop_requested for reporter in self._asked)
 
     def add_first(self, reporter: Reporter) -> None:
-        """Tell this one before the others, as a record has to be written before what may fail."""
+        """Add a reporter that hears events first: records must be written before anything that may fail."""
         self._told.insert(0, reporter)
 
     def started(self, run: Run) -> None:
@@ -109,7 +109,7 @@ class Reporters:
         for reporter in [*self._told]:
             try:
                 event(reporter)
-            except Exception as error:  # whatever a reporter does, the run is worth more
+            except Exception as error:  # no reporter may end the run
                 self._drop(reporter, error)
 
     def _drop(self, reporter: Reporter, error: Exception) -> None:
@@ -119,15 +119,15 @@ class Reporters:
         if not any(other in self._told for other in self._asked):
             self._told.append(Reporter())
         reason = " ".join(str(error).split()) or "no reason given"
-        self.warn(f"{type(reporter).__name__} is told no more, it raised {type(error).__name__}: {reason}")
+        self.warn(f"{type(reporter).__name__} is dropped: it raised {type(error).__name__}: {reason}")
 
 
 @dataclass
 class TrainResult:
-    """What came of a run."""
+    """The result of a run."""
 
     losses: list[float]
-    """The training loss of each step that this call made, in nats a token, mean over its micro-steps."""
+    """The training loss of each step of this call, in nats a token: the mean over its micro-steps."""
     val_losses: list[tuple[int, float]]
     """(step, validation loss)."""
     config: Settled
@@ -135,12 +135,12 @@ class TrainResult:
     model: GPT
     steps_done: int
     tokens_per_s: float
-    """Without the first logged interval (warm-up, compilation)."""
+    """Excludes the first logged interval (warm-up, compilation)."""
     mfu: float | None
     peak_memory_bytes: int
     seconds: float
     skipped_steps: int
-    """Steps that the float16 gradient scaler left out because a gradient was not finite."""
+    """Steps that the float16 gradient scaler skipped because a gradient was not finite."""
     out: Path | None = None
     missing: list[str] = field(default_factory=list)
-    """What could not be written to `out`, the newest state or the last records, a line each."""
+    """What could not be written to `out` (the newest state, the last records), one line each."""

@@ -1,1 +1,1 @@
-"""Who is told of a run, a file each. `fastgpt2.reporter.Reporter` says what they can be told."""
+"""Reporters, one a file. `fastgpt2.reporter.Reporter` has the events that they receive."""

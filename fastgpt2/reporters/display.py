@@ -1,4 +1,4 @@
-"""What a person sees of a run: live progress, notes, the summary table and the loss curve."""
+"""What the user sees of a run: live progress, notes, the summary table and the loss curve."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 class TrainDisplay(Reporter):
-    """A progress bar on a terminal, a line a logged step elsewhere; output that can't be written is dropped.
+    """Shows a progress bar on a terminal, elsewhere a line for each logged step. Drops output that can't be written.
 
-    As a context it answers the signals that ask to stop: the first ends the run after the step at hand with a
-    checkpoint, a second Ctrl-C ends it at once. Before there is a run, the first ends the process.
+    As a context manager it handles the signals that ask to stop: the first ends the run after the current step with a
+    checkpoint, a second Ctrl-C ends it immediately. Before a run has started, the first ends the process.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -69,7 +69,7 @@ class TrainDisplay(Reporter):
         if not self.stop_requested:
             self.stop_requested, self.stopped_by = True, signal.Signals(number)
             again = " (press Ctrl-C again to stop now)" if number == signal.SIGINT else ""
-            line = "\n" if self.live else ""  # the bar has no end of line
+            line = "\n" if self.live else ""  # the bar's line has not ended
             signals.say(f"{line}{self.stopped_by.name}: stopping after this step{again}")
 
     def started(self, run: Run) -> None:
@@ -102,7 +102,7 @@ class TrainDisplay(Reporter):
         self.console.print(Text(f"warning: {printable(text)}", "yellow"))
 
     def error(self, text: str) -> None:
-        """One line that says why the run ended."""
+        """Print one line that says why the run ended."""
         self._progress.stop()
         _console(sys.stderr).print(Text(f"error: {printable(text)}", "red"))
 
@@ -139,7 +139,7 @@ class TrainDisplay(Reporter):
                 rows["checkpoints"] = str(out / "checkpoints")
         table = Table(title="fastgpt2", show_header=False, title_justify="left")
         table.add_column()
-        table.add_column(overflow="fold")  # a path that is cut is no path
+        table.add_column(overflow="fold")  # a truncated path is useless
         for name, value in rows.items():
             if value is not None:
                 table.add_row(name, printable(value))
@@ -149,7 +149,7 @@ class TrainDisplay(Reporter):
             self.console.print(f"stopped early; continue with --resume --out {shell_word(out)}")
 
     def _plot(self, out: Path, result: TrainResult) -> str | None:
-        """Draw the loss curve; its path, or None where that can't be done, which is no reason for a run to fail."""
+        """Draw the loss curve. Returns its path, or None if that fails: the run doesn't."""
         try:
             return str(plot_losses(out, result))
         except Exception as error:  # a full disk, a missing package, strange records in the file
@@ -158,9 +158,9 @@ class TrainDisplay(Reporter):
 
 
 def _console(stream: TextIO | None) -> Console:
-    """A console for the user's text: in a path [lr=0.1] is no style and :x: no picture."""
+    """A console that prints the user's text as it is: in a path, [lr=0.1] is not a style and :x: not an emoji."""
     file = unfailing(stream)
-    # A pipe or a log file has no width of its own: rich's 80 columns would wrap paths.
+    # A pipe or a log file has no width: rich's default of 80 columns would wrap paths.
     width = None if file.isatty() else 120
     return Console(file=file, width=width, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
@@ -170,15 +170,15 @@ def _memory_kind(result: TrainResult) -> str:
 
 
 def plot_losses(out: Path, result: TrainResult) -> Path:
-    """Draw metrics.jsonl of a run as loss.png beside it; returns its path."""
-    from matplotlib.figure import Figure  # without pyplot, whose backend is the caller's, such as a notebook's
+    """Draw a run's metrics.jsonl as loss.png beside it. Returns its path."""
+    from matplotlib.figure import Figure  # not pyplot: its backend belongs to the caller, such as a notebook
 
     records = read_json_lines(out / "metrics.jsonl")
     config = result.config
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     steps, losses = curve(records, "loss")
-    # A few points are seen as points; many are a line.
+    # Mark the points if there are few.
     axes.plot(steps, losses, label="training", marker="o" if len(steps) < 30 else None, markersize=3)
     validated = curve(records, "val_loss")
     if validated[0]:
@@ -187,11 +187,11 @@ def plot_losses(out: Path, result: TrainResult) -> Path:
         floor = math.log(config.vocab_size)
         label = "floor" if config.data == "dummy" else "uniform guess"
         axes.axhline(floor, color="gray", linestyle="--", label=f"{label}: ln {config.vocab_size} = {floor:.3f}")
-        if config.data == "dummy":  # noise around the floor is not a trend: show it on a scale that says so
+        if config.data == "dummy":  # a scale on which noise around the floor doesn't look like a trend
             axes.set_ylim(floor - 0.5, max([floor + 0.5, *(loss + 0.1 for loss in losses)]))
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     title = f"{preset_name(result.model.config)} on {config.data}"
-    axes.set_title(printable(title), parse_math=False)  # $ is a part of the name
+    axes.set_title(printable(title), parse_math=False)  # $ is part of the name
     axes.grid(alpha=0.3)
     axes.legend()
     path = out / "loss.png"

@@ -1,7 +1,7 @@
 """OUT/metrics.jsonl: a record of each logging step and each validation.
 
-A disk that is full for an hour must not end a run of a week: what can't be written is told and written with the next
-record, and only what is still missing at the end counts.
+A disk that is full for an hour must not end a week-long run: what can't be written is reported and written with the
+next record, and only what is still missing at the end is an error.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from fastgpt2.reporter import Reporter
 
 
 class MetricsFile(Reporter):
-    """Writes each record to a folder's metrics.jsonl, and to the disk before a checkpoint is saved.
+    """Writes each record to a folder's metrics.jsonl. They are on disk before a checkpoint is saved.
 
     Args:
-        folder: of the run.
-        keep_up_to_step: keep the records up to this step, where a resumed run continues; None begins the file anew.
-        warn: is told what can't be written, a line each.
+        folder: the run's folder.
+        keep_up_to_step: keep the records up to this step, where a resumed run continues. None starts a new file.
+        warn: called with one line for each new failure.
 
     Raises:
         OutputError: the file can't be written.
@@ -31,7 +31,7 @@ class MetricsFile(Reporter):
         self._file = JsonLines(folder.path / "metrics.jsonl", keep_up_to_step=keep_up_to_step)
         seconds = self._file.kept[-1].get("seconds") if self._file.kept else None
         self.seconds_before = float(seconds) if isinstance(seconds, (int, float)) else 0.0
-        """Seconds that the run had taken before it was resumed."""
+        """Seconds that the run took before it was resumed."""
 
     def logged(self, record: dict[str, Any]) -> None:
         self._try(lambda: self._file.write(record))
@@ -40,7 +40,7 @@ class MetricsFile(Reporter):
         self._try(lambda: self._file.write(record))
 
     def warn(self, text: str) -> None:
-        """Nothing: a warning is no record."""
+        """Do nothing: a warning is not a record."""
 
     def saving(self) -> None:
         self._try(self._file.sync)
@@ -58,7 +58,7 @@ class MetricsFile(Reporter):
             action()
             self._problem = ""
         except OutputError as error:
-            # Said once, not with every record of a week.
+            # Warn once, not with every record of a week.
             if str(error) != self._problem:
-                self._warn(f"{error}; going on, the records are kept and written with the next")
+                self._warn(f"{error}; continuing, the records are kept and written with the next one")
             self._problem = str(error)

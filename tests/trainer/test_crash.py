@@ -266,8 +266,8 @@ def test_a_run_that_has_no_room_goes_on_and_says_what_is_missing(tmp_path: Path)
     done = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True)
     assert done.returncode == 1
     reason = "Error while serializing: I/O error: File too large (os error 27); none had been saved"
-    for number, then in ((2, "going on, next try after step 4"), (4, "going on, next try after step 5"),
-                         (5, "going on, next try at the end"), (5, "this was the last try")):  # fmt: skip
+    for number, then in ((2, "continuing, next try after step 4"), (4, "continuing, next try after step 5"),
+                         (5, "continuing, next try at the end"), (5, "this was the last try")):  # fmt: skip
         failed = f"can't save the checkpoint of step {number} in {tmp_path / 'checkpoints'}: {reason}"
         assert f"warning: {failed}; {then}\n" in done.stdout
     assert "can't draw" in done.stdout

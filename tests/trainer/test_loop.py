@@ -101,7 +101,7 @@ def test_a_failed_save_is_tried_again_when_the_next_is_due(tmp_path: Path, monke
     assert disk.steps == [2, 4, 6] and saved_steps(tmp_path) == [2, 6] and result.missing == []
     assert watch.warnings == [
         f"can't save the checkpoint of step 4 in {tmp_path / 'checkpoints'}: No space left on device; "
-        f"the last good one is {tmp_path / 'checkpoints' / 'step-00000002'}; going on, next try after step 6"
+        f"the last good one is {tmp_path / 'checkpoints' / 'step-00000002'}; continuing, next try after step 6"
     ]
     assert result.losses == train(small(None)).losses
 
@@ -113,7 +113,7 @@ def test_the_last_state_is_tried_until_it_is_saved(
     result = train(small(tmp_path), watch)
     assert disk.steps == [2, 4, 6, 6, 6, 6] and saved_steps(tmp_path) == [2, 4, 6] and result.missing == []
     assert [text.rpartition("; ")[2] for text in watch.warnings] == [
-        "going on, next try at the end", "next try in 1 s", "next try in 2 s"
+        "continuing, next try at the end", "next try in 1 s", "next try in 2 s"
     ]  # fmt: skip
     assert no_waiting == [1.0, 2.0]
 
@@ -170,7 +170,7 @@ def test_a_run_that_diverged_says_so_once_and_its_checkpoints_know(
     ]
     (text,) = watch.warnings
     assert text.startswith(
-        f"the run has diverged: up to step 4 the loss is {uniform + 2.1:.4g}, over {uniform + 2.0:.4g}; "
+        f"the run has diverged: at step 4 the loss is {uniform + 2.1:.4g}, above {uniform + 2.0:.4g}; "
         f"the last good checkpoint is {tmp_path / 'checkpoints' / 'step-00000002'} (it is kept: "
     )
     assert "--lr" in text and result.steps_done == 10
@@ -274,7 +274,7 @@ def test_a_folder_that_is_moved_away_is_said_and_not_made_again(tmp_path: Path, 
     watch = Move()
     result = train(small(out), watch)
     gone = f"{out} was moved or deleted during the run: put it back"
-    assert watch.warnings[0] == f"{gone}; going on, next try after step 6"
+    assert watch.warnings[0] == f"{gone}; continuing, next try after step 6"
     if back:
         assert (result.missing, saved_steps(out)) == ([], [2, 6])
         assert [record["step"] for record in read_json_lines(out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]

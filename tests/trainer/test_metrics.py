@@ -167,7 +167,7 @@ def test_a_run_outlives_records_that_can_not_be_written(
     assert saved_steps(tmp_path) == [2, 4, 6]  # checkpoints are saved all the same
     path = tmp_path / "metrics.jsonl"
     failed = f"can't write {path}: No space left on device"
-    assert watch.warnings == [f"{failed}; going on, the records are kept and written with the next"]  # only once
+    assert watch.warnings == [f"{failed}; continuing, the records are kept and written with the next one"]  # only once
     steps = [record["step"] for record in read_json_lines(path)]
     if until == 4:
         assert steps == [1, 2, 3, 4, 5, 6] and result.missing == []

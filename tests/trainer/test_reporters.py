@@ -71,13 +71,13 @@ def test_one_that_raises_is_dropped_and_named_once(tmp_path: Path) -> None:
     watch = Watch()
     result = train(TrainConfig(**SMALL, out=tmp_path), Broken(), watch)
     assert watch.events == [*EVENTS, "saving", "close", "finished, missing ['one line']"]
-    assert watch.warnings == ["Broken is told no more, it raised ValueError: no room"]
+    assert watch.warnings == ["Broken is dropped: it raised ValueError: no room"]
     assert [record["step"] for record in read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert result.losses == train(TrainConfig(**SMALL)).losses
 
 
 def test_where_all_were_dropped_warnings_are_pythons() -> None:
-    with pytest.warns(RuntimeWarning, match=r"^Broken is told no more, it raised ValueError: no room$"):
+    with pytest.warns(RuntimeWarning, match=r"^Broken is dropped: it raised ValueError: no room$"):
         assert train(TrainConfig(**SMALL), Broken()).steps_done == 3
 
 

@@ -34,7 +34,12 @@ OLDEST: dict[str, Any] = {"scaler": {}, "config": {}}
 @pytest.mark.parametrize(
     ("state", "changes", "device", "note"),
     [
-        (PLAIN, {"dtype": "float16"}, "cpu", "has no gradient scaler, as it was not trained in float16: a new one"),
+        (
+            PLAIN,
+            {"dtype": "float16"},
+            "cpu",
+            "has no gradient scaler, because it was not trained in float16: starting a new one",
+        ),
         (SCALED, {"dtype": "bfloat16"}, "cuda", "gradient scaler is dropped: --dtype bfloat16 has none"),
         (SCALED, {"dtype": "float16", "dropout": 0.1}, "cuda", None),
         (PLAIN, {"dtype": "float32", "dropout": 0.1}, "cpu", None),
