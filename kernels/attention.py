@@ -3,7 +3,7 @@
 Maths, with c = scale log2(e), which makes exp one multiply-add and one exp2:
 
     S = q k^T                          (T, T), a tile at a time, never stored
-    lse = log2 sum_j 2^(c S)           (T,), the base-2 log-sum-exp of each row: all that the backward needs
+    lse = log2 sum_j 2^(c S)           (T,), the base-2 log-sum-exp of each row, stored for the backward
     P = 2^(c S - lse)                  the weights; rows sum to 1
     o = P v
 
@@ -15,28 +15,28 @@ With dropout, M = 1 where a weight is kept and 0 elsewhere, r = 1 / (1 - p). Eac
 
     o = r (M * P) v,  dP = r M * (do v^T),  dv = r (M * P)^T do;  delta, dS, dk and dq as above
 
-Documents (optional, need the causal mask): a position sees only its own document. A query needs to know only the first
+Documents (optional, need the causal mask): a position sees only its own document. A query needs only the first
 position of its document, a key only the end. Neither decreases along a row, so a tile's first and last row bound the
-tiles that it meets: tiles outside are not read, tiles that all its rows see in full are not masked.
+tiles that it meets: tiles outside are skipped, and tiles that all its rows see in full are not masked.
 
 Memory, e bytes an element, B T H D elements a tensor: the forward reads q, k, v and writes o (4 e) and lse. The
-backward reads q, k, v, o, do and writes dq, dk, dv (8 e). Being two passes, it reads q, k, v, do once more. Nothing of
-size T^2 exists. The packed form reads (B, T, 3, H, D) as the projection left it and writes its gradient in the same
-layout: no transpose, no concatenation.
+backward reads q, k, v, o, do and writes dq, dk, dv (8 e); its two passes each read q, k, v, do. No (T, T) matrix is
+stored. The packed form reads (B, T, 3, H, D) as the projection wrote it and writes its gradient in the same layout: no
+transpose, no concatenation.
 
 FLOPs (causal: half): forward 4 B H T^2 D, two matmuls. Backward 10 B H T^2 D credited, 14 executed: each of the two
-passes computes S and dP for itself. Sums have a fixed order, without atomics: two runs agree to the bit.
+passes computes S and dP for itself. Sums have a fixed order, without atomics: two runs agree bit for bit.
 
-float32 whatever the inputs are (float64 for float64): S, the running maximum and sum, lse, delta and every accumulator.
+S, the running maximum and sum, lse, delta and every accumulator are float32 for any inputs (float64 for float64).
 P and dS are rounded to the inputs' dtype, as operands of the next matmul. float32 inputs are multiplied exactly, or in
 TF32 with allow_tf32. lse is rounded at the size of the logits, and P inherits its error: in float32 with logits of
-standard deviation 30, T = 100 and D = 64, dv is off by 21 units in the last place by norm. A maximum and a sum stored
-apart would leave 8. SDPA, which stores one lse too, is off by 32.
+standard deviation 30, T = 100 and D = 64, the norm of dv's error is 21 units in the last place. Storing a maximum and a
+sum separately would give 8. SDPA, which also stores one lse, has 32.
 
 Only tiles that touch the diagonal, the edge of a document or the end of the sequence are masked. Programs with the
-longest rows start first. Few enough heads are in flight that k and v stay in L2.
+longest rows start first. Few enough heads run at a time for k and v to stay in L2.
 
-The kernels are in attention_device.py; versions tried, and what they measured, in NOTES.md.
+The kernels are in attention_device.py. NOTES.md has the versions tried and what they measured.
 
 Papers: FlashAttention (Dao et al. 2022, arXiv:2205.14135), FlashAttention-2 (Dao 2023, arXiv:2307.08691).
 """
@@ -66,7 +66,7 @@ def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None,
     documents: Tensor | None = None, keep: Tensor | None = None, dropout_p: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """The same function in plain PyTorch, (B, T, H, D) each. The softmax is float32 at least.
+    """The same function in plain PyTorch, (B, T, H, D) each. The softmax is at least float32.
 
     keep: (B, H, T, T) bool, the weights that dropout keeps. They are scaled by 1 / (1 - dropout_p).
     """
@@ -95,13 +95,13 @@ def attention_forward(
     dropout_p: float = 0.0,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """o (B, T, H, D) contiguous and the base-2 lse (B, H, T), float32 at least.
+    """Returns o (B, T, H, D), contiguous, and the base-2 lse (B, H, T), at least float32.
 
     Args:
         q, k, v: (B, T, H, D), any strides, the last 1.
         documents: (2, B, T) int32, contiguous.
         seed: one int64; None if dropout_p is 0.
-        config: in place of the table's.
+        config: used instead of the table's.
     """
     B, T, H, D = q.shape
     q, k, v = _tiled(q), _tiled(k), _tiled(v)
@@ -143,12 +143,12 @@ def attention_backward(
     dq_config: LaunchConfig | None = None,
     dkdv_config: LaunchConfig | None = None,
 ) -> Tensor:
-    """dqkv (B, T, 3, H, D) contiguous.
+    """Returns dqkv (B, T, 3, H, D), contiguous.
 
     Args:
         do: (B, T, H, D), any strides.
-        o, lse: what attention_forward returned; the other arguments as there.
-        dq_config, dkdv_config: in place of the table's.
+        o, lse: from attention_forward, as are the other arguments.
+        dq_config, dkdv_config: used instead of the table's.
     """
     B, T, H, D = q.shape
     do, q, k, v = _tiled(do), _tiled(q), _tiled(k), _tiled(v)
@@ -196,7 +196,7 @@ def attention_backward(
 
 
 def kernel_constants(precision: str, head_dim: int, causal: bool = True, dropout_p: float = 0.0) -> dict[str, object]:
-    """What a kernel is compiled for, without its configuration."""
+    """A kernel's compile-time constants, without its configuration."""
     return {
         "D": head_dim,
         "CAUSAL": causal,
@@ -206,7 +206,7 @@ def kernel_constants(precision: str, head_dim: int, causal: bool = True, dropout
 
 
 def _tiled(x: Tensor) -> Tensor:
-    """x, copied only if the kernels can't address it: rows must be contiguous, 128 of them within 32 bits."""
+    """x, or a copy if the kernels can't address it: rows must be contiguous, 128 of them within 32 bits."""
     return x if x.stride(-1) == 1 and x.stride(1) < 2**24 else x.contiguous()
 
 
@@ -216,7 +216,7 @@ def _limits(documents: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
-    """Of batch, token and head, of each tensor."""
+    """The strides of batch, token and head of each tensor."""
     return tuple(x.stride()[:3] for x in tensors)
 
 
@@ -381,7 +381,7 @@ def why_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, dro
     if reason := launch.why_unsupported("Triton attention", device, dtype):
         return reason
     if head_dim not in HEAD_DIMS:
-        return f"Triton attention has head sizes {HEAD_DIMS}, got {head_dim}"
+        return f"Triton attention's head size must be one of {HEAD_DIMS}, got {head_dim}"
     if not 0.0 <= dropout_p < 1.0:
-        return f"Triton attention drops with a probability of at least 0 and less than 1, got {dropout_p}"
+        return f"Triton attention's dropout must be at least 0 and less than 1, got {dropout_p}"
     return None

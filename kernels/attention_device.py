@@ -1,8 +1,8 @@
 """The attention kernels and the device functions that they share. attention.py has the maths and the symbols.
 
-`limit_ptr` is None without documents and points to (B, T) positions that never decrease along a row with them. For
-queries these are their documents' first positions; for keys, one past their documents' last positions.
-`stream` is the seed of the dropout and the head's number in the batch.
+`limit_ptr` is None without documents. With them it points to (B, T) positions that never decrease along a row: for
+queries the first position of their document, for keys one past its last.
+`stream` is the dropout seed and the head's number in the batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastgpt2.kernels.launch import hash_callees_first
 from fastgpt2.kernels.tiles import cast, dot, load_row, load_tile, store_row, store_tile
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-# Where the running maximum starts if documents may hide all keys of a query's first tiles: -inf less itself is NaN.
+# Start of the running maximum where documents may hide all keys of a query's first tiles: -inf - -inf is NaN.
 LOWEST = tl.constexpr(-3e38)
 # DROP of every WEIGHTS weights are dropped; the rest are scaled by WEIGHTS / (WEIGHTS - DROP).
 WEIGHTS = tl.constexpr(2**BITS)
@@ -54,8 +54,8 @@ def _head(ptr, b, h, strides):
 
 @triton.jit
 def _visible(query, key, first, T, CAUSAL: tl.constexpr):
-    """Whether each query sees each key. Queries past T get any answer, as they are not stored; the others see no key
-    past T.
+    """Whether each query sees each key. No query before T sees a key past T. Queries past T get any answer: they are
+    not stored.
 
     first: the first position of each query's document, or None.
     """
@@ -71,7 +71,7 @@ def _keys(start, limit_ptr, T, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOC
     """(begin, whole, edge, end): the ranges of keys for BLOCK_M queries from `start` on.
 
     All queries see the keys from whole to edge. Keys from begin to whole and from edge to end need a mask. No query
-    sees another key.
+    sees any other key.
     """
     begin, whole = 0, 0
     if CAUSAL:
@@ -89,7 +89,7 @@ def _queries(start, limit_ptr, T, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, B
     """(begin, edge, tail, end): the ranges of queries for BLOCK_N keys from `start` on.
 
     Queries from edge to tail see all keys. Queries from begin to edge and from tail to end need a mask. No other query
-    sees a key. edge may be greater than tail and end.
+    sees any of the keys. edge may be greater than tail and end.
     """
     edge, tail, end = 0, T // BLOCK_M * BLOCK_M, T
     if limit_ptr is not None:
@@ -318,7 +318,7 @@ def _gather_dkdv(
 ):
     """dk + dS^T q and dv + (M P)^T do over the queries begin..end.
 
-    S is computed transposed, keys down and queries across: P^T and dS^T then are left operands straight from
+    S is computed transposed, keys down and queries across: P^T and dS^T are then left operands, straight from
     registers. Queries past T have q = do = delta = 0 and add 0.
     """
     q_ptr, do_ptr, lse_ptr, delta_ptr, q_stride, do_stride = queries

@@ -1,13 +1,13 @@
-"""Dropout of a (queries, keys) matrix that is never stored: a weight's position decides whether it is kept.
+"""Dropout of a (queries, keys) matrix that is never stored: each weight's position decides whether it is kept.
 
 Philox4x32-7 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3": seven rounds are the fewest that
 pass BigCrush) makes 128 random bits from a 64-bit key, the seed, and a counter: the head's number in the batch and the
-weight's query and key, 32 bits each. Every kernel gets the same answer for a weight, whatever its tiles, and no two
+weight's query and key, 32 bits each. Every kernel gets the same answer for a weight, whatever its tiles. No two
 weights of one seed share bits.
 
 A call gives eight numbers of 16 bits, and each weight takes one. Eight weights share a call: queries that differ in bit
-3 and keys that differ in bits 3 and 4. On sm_80 and sm_90 these lie in one thread of a tile of S, as the matrix units
-write it, and the compiler merges the eight calls into one. Only speed depends on it.
+3 and keys that differ in bits 3 and 4. On sm_80 and sm_90 the matrix units write these eight weights of a tile of S to
+one thread, and the compiler merges the eight calls into one. This affects speed only.
 
 Nothing runs on the host: the seed is a tensor on the device, drawn there from torch's generator.
 """
@@ -43,7 +43,7 @@ def kept(stream, query, key, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROP: tl
     q, row, k, column = q - (q & 8), q & 8, k - (k & 8) - (k & 16), k & 8
     a, b, c, d = tl.philox(seed, query + q, key + k, tl.cast(head, tl.int32), 0, ROUNDS)
     word = tl.where(row == 0, tl.where(column == 0, a, b), tl.where(column == 0, c, d))
-    # Move the half that counts to the top; the bits below it are beyond the threshold's last place.
+    # Move the weight's half to the top. The bits below it are beyond the threshold's last place.
     return tl.where(half == 0, word << 16, word) >= tl.full((), DROP << 16, tl.uint32)
 
 
@@ -58,7 +58,7 @@ def _dropout_mask_kernel(seed_ptr, mask_ptr, T, DROP: tl.constexpr, TILE: tl.con
 
 
 def weights_to_drop(p: float) -> int:
-    """How many of every 2^16 weights to drop for a probability p; 0 only for p = 0.
+    """How many of 2^16 weights to drop for a probability p; 0 only for p = 0.
 
     This rounds p to a multiple of 2^-16 from 2^-16 to 1 - 2^-16. The kept weights are scaled by the rounded
     probability, so the expectation is exact.
@@ -69,7 +69,7 @@ def weights_to_drop(p: float) -> int:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed of dropout, one int64, from torch's generator on the device: a replayed CUDA graph draws the next one."""
+    """A dropout seed, one int64, from torch's generator on the device: each replay of a CUDA graph draws a new one."""
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 

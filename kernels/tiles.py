@@ -1,9 +1,9 @@
-"""The verbs that kernels are written in: load a tile, store it, multiply two, round one.
+"""The verbs that the kernels use: load a tile, store it, multiply two, round one.
 
 They also fix the 16-bit arithmetic of Triton's interpreter: its products of bfloat16 multiply bit patterns, its casts
 to bfloat16 lose the carry into the exponent, and its sums of float16 are float16. Here operands are widened first,
-which is exact, and bfloat16 is rounded by its bits: an interpreted kernel rounds where a GPU does, and nowhere else. A
-product is summed in float64 and rounded once. NumPy's BLAS sums float32 in an order that depends on the processor and
+which is exact, and bfloat16 is rounded by its bits: an interpreted kernel rounds only where a GPU does. A product is
+summed in float64 and rounded once. NumPy's BLAS sums float32 in an order that depends on the processor and
 on which operand is transposed, but attention's backward must recompute exactly the scores of its forward.
 """
 
@@ -63,7 +63,7 @@ def load_tile(ptr, start, stride, T, D: tl.constexpr, ROWS: tl.constexpr, BOUNDE
 
 @triton.jit
 def store_tile(ptr, x, start, stride, T, D: tl.constexpr, ROWS: tl.constexpr):
-    """Write x (ROWS, D to the next power of two) as rows start.. of a (T, D) matrix, none past T or D."""
+    """Write x (ROWS, D to the next power of two) to rows start.. of a (T, D) matrix, nothing past T or D."""
     columns = tl.arange(0, triton.next_power_of_2(D))
     rows = start + tl.arange(0, ROWS)
     tile = ptr + tl.cast(start, tl.int64) * stride + (tl.arange(0, ROWS)[:, None] * stride + columns[None, :])
@@ -72,13 +72,13 @@ def store_tile(ptr, x, start, stride, T, D: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def load_row(ptr, start, T, SIZE: tl.constexpr, BOUNDED: tl.constexpr):
-    """Elements start.. of a vector of T; as in load_tile, zeros past T if BOUNDED."""
+    """Elements start.. of a vector of T, with zeros past T if BOUNDED, as in load_tile."""
     index = start + tl.arange(0, SIZE)
     return tl.load(ptr + index, mask=index < T, other=0.0) if BOUNDED else tl.load(ptr + index)
 
 
 @triton.jit
 def store_row(ptr, x, start, T, SIZE: tl.constexpr):
-    """Write x as elements start.. of a vector of T, none past T."""
+    """Write x to elements start.. of a vector of T, nothing past T."""
     index = start + tl.arange(0, SIZE)
     tl.store(ptr + index, cast(x, ptr.dtype.element_ty), mask=index < T)

@@ -3,8 +3,8 @@
 Nothing is tuned at run time: ranks would disagree, a compiled graph keeps one configuration for every shape, and CUDA
 graphs can't capture a search. tables/<architecture>.json has the tile sizes for each kernel, precision and size;
 `measured` says where and how an entry was timed, or is null. A size is the one number that a kernel's tiles depend on,
-such as attention's head size or LayerNorm's channels. A lookup takes the smallest listed size that is not smaller, or
-else the largest. The interpreter, for which tiles cost only Python's time, uses tables/interpreter.json.
+such as attention's head size or LayerNorm's channels. A lookup takes the smallest listed size that is at least as
+large, or else the largest. The interpreter uses tables/interpreter.json.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def lookup(op: str, precision: str, size: int, device: torch.device) -> LaunchCo
 
 @cache
 def configuration(table: str, op: str, precision: str, size: int) -> LaunchConfig:
-    """A table's configuration for a kernel: of the smallest listed size that is not smaller, or else of the largest."""
+    """A table's configuration for a kernel. Takes the smallest listed size that is at least `size`, or the largest."""
     sizes = sorted(n for o, p, n in configurations(table) if (o, p) == (op, precision))
     if not sizes:
         raise ValueError(f"the table {table} has no launch configuration for {op} in {precision}")
@@ -87,7 +87,7 @@ _instead: dict[str, Path] = {}
 
 
 def use_table(path: Path) -> None:
-    """Use this file, named <architecture>.json, in place of the shipped table until the process ends.
+    """Use this file, named <architecture>.json, instead of the shipped table until the process ends.
 
     Raises ValueError as check_table does.
     """
@@ -124,7 +124,7 @@ def _table_for(index: int | None) -> str:
 
 
 def nearest(arch: str, shared_memory: int) -> str:
-    """The newest table that is not newer than `arch` and whose tiles fit in a block's shared memory, in bytes."""
+    """The newest table that is not newer than `arch` and whose tiles fit in `shared_memory` bytes a block."""
     fitting = [
         name
         for name in architectures()
