@@ -44,7 +44,7 @@ VOCAB_PADDING = 128
 """The stored vocabulary is a multiple of this, so that the head's matmul is aligned."""
 
 FIRST_LINE, LAST_LINE = "# A run's settings, complete with the last line.", "# end"
-"""Of a config.toml. A truncated file may still be valid TOML, but would be a run with other settings."""
+"""The first and last line of a config.toml. A truncated file may still be valid TOML, with other settings."""
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Loop:
             # _end raises again if damaged data may have been trained on, and then saves nothing.
             with contextlib.suppress(DataError):
                 self._end()
-            raise DataError(f"{error}; {self._how_to_go_on()}") from None
+            raise DataError(f"{error}; {self._how_to_resume()}") from None
         self._end()
 
     def _steps(self) -> None:
@@ -111,7 +111,7 @@ class Loop:
             if not self._save(f"next try in {seconds:g} s" if seconds else "this was the last try"):
                 time.sleep(seconds)
 
-    def _how_to_go_on(self) -> str:
+    def _how_to_resume(self) -> str:
         out = self.run.config.out
         saved = checkpoint.checkpoints(out) if out is not None else []
         return f"then continue after {saved[-1].name} with --resume --out {out}" if saved else "nothing is saved"

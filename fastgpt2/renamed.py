@@ -16,7 +16,7 @@ class Renamed:
     name: str
     """The setting now."""
     on: str | None = None
-    """Of a switch: what True means now. False was its default: in a file nobody need have asked for it."""
+    """For a switch: what True means now. False was the default: a file that has it asks for nothing."""
     same_value: bool = True
     """False if the old value means something else now: a file with it is refused."""
 

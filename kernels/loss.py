@@ -183,7 +183,7 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
             sums.copy_(product) if first else sums.add_(product)
             sums.add_(product.addmm_(rows, b, beta=-1.0))
     else:
-        # Of float16 the part rounded off would underflow; float32 is faster besides.
+        # In float16 the rounding error would underflow. float32 is also faster.
         b = b.to(total.dtype)
         for rows, sums in zip(a.split(PRODUCT_ROWS), total.split(PRODUCT_ROWS), strict=True):
             sums.addmm_(rows.to(total.dtype), b, beta=0.0 if first else 1.0)

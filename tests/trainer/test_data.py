@@ -257,7 +257,7 @@ def test_so_many_sequences_whatever_the_batch(tmp_path, kind, batch_size):
     data = str(make_folder(tmp_path / "d", val=(2000,))) if kind == "shards" else kind
     shape = {"split": "val", "vocab_size": 50257, "block_size": 8}
     source = open_data(data, batch_size=batch_size, sequences=160, **shape)
-    # Of the default batch these are the ones that 20 batches of 8 were.
+    # With the default batch these are the sequences of 20 batches of 8.
     default = open_data(data, batch_size=8, **shape)
     rows, expected = (
         torch.cat([s.tokens(i)[0] for i in range(n)]) for s, n in ((source, source.batches), (default, 20))

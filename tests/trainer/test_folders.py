@@ -65,7 +65,7 @@ def steps_of(path: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def losses() -> list[float]:
-    """Of a run that nothing cuts."""
+    """The losses of an uninterrupted run."""
     return train(CONFIG).losses
 
 
