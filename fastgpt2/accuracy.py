@@ -1,8 +1,8 @@
-"""One operation against its plain form in float64: how far off it is, and how far it may be.
+"""Compare an operation with its plain form in float64: its error, and its error budget.
 
-The budget is relative: twice what PyTorch's own forms lose in the same precision, pooled over some seeds, and a
-few units in the last place of the tensor's scale. A long sum in float32 rounds at random: of 40 seeds the largest error
-of 50257 terms was 45 to 224 units, so one seed of the peers would be luck.
+The budget is twice what PyTorch's own forms lose in the same precision, plus a few units in the last place of the
+tensor's scale. It is pooled over several seeds, since rounding is random: over 40 seeds the largest error of a float32
+sum of 50257 terms ranged from 45 to 224 units.
 """
 
 from __future__ import annotations

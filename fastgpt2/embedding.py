@@ -1,8 +1,8 @@
 """Rows of a table by token, and the table's gradient as one operator that torch.compile takes whole.
 
-Left to itself torch.compile makes an indexed sum of the gradient. Where that has to be deterministic it copies all rows
-first, and on CUDA one warp then adds the rows of a token, one after the other; in text some tokens fill a twentieth of
-the rows. Eager PyTorch adds them in pieces, in a fixed order as well.
+By default torch.compile turns the gradient into an indexed sum. Its deterministic form copies all rows first, and on
+CUDA one warp adds the rows of a token one by one; in text a single token can fill a twentieth of the rows. Eager
+PyTorch adds them in pieces, also in a fixed order.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def _(info: Any, in_dims: tuple[int | None, int | None, None], gradient: Tensor,
     return below.unflatten(0, (batch, rows)), 0
 
 
-# Both Functions have setup_context and a rule for torch.vmap, without which torch.func refuses them. The derivative of
-# the operator is a Function as well: what torch.library.register_autograd makes has neither.
+# torch.func requires setup_context and a torch.vmap rule of both Functions. The derivative of the operator is one, too,
+# since what torch.library.register_autograd makes has neither.
 class _EmbeddingBackward(torch.autograd.Function):
     generate_vmap_rule = True
 

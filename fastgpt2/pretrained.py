@@ -93,5 +93,6 @@ def check_vocabulary(what: str, vocab_size: int, model: ModelConfig) -> None:
     padded = ModelConfig(vocab_size=vocab_size).padded_vocab_size
     if not vocab_size <= model.vocab_size <= padded:
         raise ConfigError(
-            f"{what} has {vocab_size:,} tokens, but the model has {model.vocab_size:,}: it was trained with another vocabulary"
+            f"{what} has {vocab_size:,} tokens, but the model has {model.vocab_size:,}: "
+            "it was trained with another vocabulary"
         )

@@ -30,8 +30,8 @@ class Implementation:
         cuda: trains on a CUDA GPU only.
         deterministic: adds in a fixed order.
         ours: its kernels or its loop are ours, not PyTorch's.
-        picks_kernel: PyTorch picks a kernel for it, by whether algorithms must be deterministic among others.
-        fake: runs on fake tensors, by which activations are counted.
+        picks_kernel: PyTorch picks its kernel; which one also depends on whether algorithms must be deterministic.
+        fake: runs on fake tensors, on which activations are counted.
     """
 
     function: str

@@ -1,15 +1,14 @@
 """`python -m fastgpt2.verify`: does every implementation of every slot compute what the reference computes, here?
 
-Three checks, each against the plain form in float64, each with a budget relative to what PyTorch itself
-loses in the same precision:
+Three checks against the plain form in float64. The budget of each is relative to what PyTorch itself loses in the same
+precision:
 
 1. Errors: outputs and gradients of the operation by itself, on random input.
-2. Losses: 100 training steps from the same seed on dummy tokens; a loss may deviate from the reference's by
-   twice what the plain form deviates in that precision, or by LOSS_FLOOR.
-3. Gradients: losses alone are blind (on random tokens a zeroed dQ hardly moves them), so every tenth step of
-   a run whose attention is peaked (qkv weights initialised 5x larger) the backend gets the reference's
-   weights and tokens, and the gradient of each parameter may err by twice the larger of what the plain form's
-   and sdpa's does.
+2. Losses: 100 training steps from the same seed on dummy tokens. A loss may deviate from the reference's by twice what
+   the plain form's does in that precision, or by LOSS_FLOOR.
+3. Gradients: losses alone are blind, as on random tokens a zeroed dQ hardly moves them. At every tenth step of a run
+   whose attention is peaked (qkv weights initialised 5x larger) the backend gets the reference's weights and tokens.
+   The gradient of each parameter may err by twice as much as the plain form's or sdpa's, whichever errs more.
 
 Without CUDA the Triton kernels run in the interpreter, in a process of its own.
 """
@@ -55,7 +54,7 @@ FLOAT16_LOSS_SCALE = 1024.0
 def small_config(device: str = "cpu", steps: int = 100, *, short: bool = False) -> TrainConfig:
     """A run whose sequences span three tiles of the attention kernel, small enough for the interpreter on a CPU.
 
-    short: one block and a fifth of the tokens, on a CPU, where the interpreter's time goes with both.
+    short: one block and a fifth of the tokens, on a CPU, where the interpreter's time grows with both.
     """
     shape: dict[str, Any]
     if torch.device(device).type == "cuda":
@@ -203,7 +202,7 @@ class Gradients:
         compute = TORCH_DTYPE[dtype]
         scale = FLOAT16_LOSS_SCALE if compute == torch.float16 else 1.0
         squares: dict[str, list[Tensor]] = {}
-        # What is asked is how large the error is, and cuDNN has no backward that adds in a fixed order.
+        # cuDNN's backward is not deterministic, and only the size of the error counts here.
         with numerics(dataclasses.replace(self.run.config, dtype=dtype, deterministic=False)):
             for snapshot in self.snapshots:
                 model.load_state_dict(snapshot.weights)

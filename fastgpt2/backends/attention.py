@@ -42,8 +42,8 @@ def naive_attention(qkv: Tensor, dropout_p: float = 0.0, documents: Tensor | Non
 def sdpa_attention(qkv: Tensor, dropout_p: float = 0.0, documents: Tensor | None = None) -> Tensor:
     """Causal attention by `F.scaled_dot_product_attention`, which picks the kernel.
 
-    With documents it is given a mask of B T^2 elements, which its flash kernel can't take: the memory-efficient one,
-    which computes every tile, does the work on CUDA.
+    Documents need a mask of B T^2 elements, which its flash kernel doesn't take: on CUDA the memory-efficient kernel
+    then computes every tile.
     """
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     mask = None if documents is None else visible(q.size(-2), documents, qkv.device)
@@ -64,8 +64,8 @@ def sdpa_picks(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
 def cudnn_attention(qkv: Tensor, dropout_p: float = 0.0, documents: Tensor | None = None) -> Tensor:
     """Causal attention by cuDNN alone, through `F.scaled_dot_product_attention`.
 
-    With documents it adds a bias of B T^2 elements and computes every tile. Its backward adds in any order, so that
-    PyTorch doesn't have it under `torch.use_deterministic_algorithms(True)`, but for warn_only=True.
+    With documents it adds a bias of B T^2 elements and computes every tile. Its backward is not deterministic: PyTorch
+    refuses it under `torch.use_deterministic_algorithms(True)` unless warn_only=True.
     """
     with sdpa_kernel(CUDNN):
         return sdpa_attention(qkv, dropout_p, documents)
@@ -125,7 +125,7 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cudnn_why_not(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> str | None:
-    """Why cuDNN's attention can't train so, in a line; None where it can.
+    """Say in one line why cuDNN's attention can't train with this; None if it can.
 
     Args:
         dtype: what it computes in, which is autocast's where that is on.
@@ -145,7 +145,7 @@ def cudnn_why_not(device: torch.device, dtype: torch.dtype, head_dim: int, dropo
 
 
 def flex_why_not(device: torch.device, head_dim: int, dropout: float) -> str | None:
-    """Why flex_attention can't train so, in a line; None where it can."""
+    """Say in one line why flex_attention can't train with this; None if it can."""
     if reason := _cuda_why_not("flex", device):
         return reason
     if head_dim < 16:

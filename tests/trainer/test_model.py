@@ -26,7 +26,7 @@ EVERY = ["naive", "sdpa", "triton"]
 
 def place(attention: str) -> str:
     """Triton's kernels run on the GPU where there is one, in the interpreter elsewhere; all else on the CPU."""
-    return "cuda" if attention == "triton" and torch.cuda.is_available() else "cpu"
+    return "cuda" if SLOTS["attn"][attention].interpreted and torch.cuda.is_available() else "cpu"
 
 
 def make(config: ModelConfig = SMALL, attention: str = "naive", seed: int = 0, loss: str = "auto") -> GPT:

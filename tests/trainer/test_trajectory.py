@@ -23,7 +23,7 @@ from fastgpt2.backends.norm import torch_norm
 from fastgpt2.fields import field_hints, names
 from fastgpt2.ops import Ops
 from fastgpt2.settings import TORCH_DTYPE
-from fastgpt2.slots import AUTO, SLOTS
+from fastgpt2.slots import AUTO, SLOTS, implementation
 from fastgpt2.verify import Backend, Checks, Gradients, Row, backends, error_row, small_config
 from tests import seeds
 
@@ -34,7 +34,9 @@ BACKENDS = backends()
 CUDA_ONLY = {f"{slot} {name}" for slot, table in SLOTS.items() for name, known in table.items() if known.cuda}
 HERE = [name for name in BACKENDS if CUDA or name not in CUDA_ONLY]
 SINGLE = [name for name in HERE if len(BACKENDS[name].choices) == 1]
-TRITON = [name for name in HERE if "triton" in name]
+TRITON = [
+    name for name in HERE if any(implementation(*choice).interpreted for choice in BACKENDS[name].choices.items())
+]
 
 
 @pytest.fixture(scope="module")
