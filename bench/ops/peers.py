@@ -1,8 +1,7 @@
-"""PyTorch's other ways to compute a slot, beside those in fastgpt2.slots.
+"""Other ways to compute a slot, PyTorch's and other packages', beside those in fastgpt2.slots.
 
 Each is called as the slot's plain form is, so that one check and one clock serve all; "-apart" takes q, k and v, each
-(B, H, T, D). One that can't run raises Unavailable: when it is loaded, or when it sees the inputs. Packages are timed
-from outside: `pytest bench/ --attn module:function`.
+(B, H, T, D). One that can't run raises Unavailable: when it is loaded, or when it sees the inputs.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.contest import CUDA, NO_KERNEL, Candidate, Unavailable
+from bench.ops import packages
 from fastgpt2.backends.attention import sdpa_attention
 
 
@@ -65,8 +65,12 @@ PEERS: dict[str, dict[str, Candidate]] = {
         "sdpa-efficient": Candidate("peer", _load_held(SDPBackend.EFFICIENT_ATTENTION, apart=False)),
         "sdpa-cudnn-apart": Candidate("floor", _load_held(SDPBackend.CUDNN_ATTENTION, apart=True)),
         "sdpa-flash-apart": Candidate("floor", _load_held(SDPBackend.FLASH_ATTENTION, apart=True)),
+        "flash-attn": Candidate("peer", packages.flash_attn_2),
+        "flash-attn-3": Candidate("peer", packages.flash_attn_3),
     },
+    "norm": {"liger": Candidate("peer", packages.liger_norm)},
     "loss": {
+        "liger": Candidate("peer", packages.liger_loss),
         "torch-linear-cross-entropy": Candidate("peer", lambda: _torchs_linear_cross_entropy(chunks=False)),
         "torch-linear-cross-entropy-chunks": Candidate("peer", lambda: _torchs_linear_cross_entropy(chunks=True)),
     },

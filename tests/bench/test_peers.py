@@ -15,11 +15,13 @@ from bench.contest import Unavailable
 from bench.ops import peers
 from bench.ops.bench_attention import AttentionContest, AttentionShape
 from bench.ops.bench_loss import HeadContest, HeadShape
+from bench.ops.bench_norm import NormContest, NormShape
 from bench.ops.op_contest import SlotContest
 from fastgpt2.backends.attention import naive_attention
 from fastgpt2.slots import SLOTS
 
 ATTENTION: SlotContest = AttentionContest(AttentionShape(2, 19, 2, 16, torch.float32), "backward")
+NORM: SlotContest = NormContest(NormShape(24, 32, torch.float32), "backward")
 HEAD: SlotContest = HeadContest(HeadShape(24, 32, 96, torch.float32), "training")
 
 
@@ -31,9 +33,12 @@ HEAD: SlotContest = HeadContest(HeadShape(24, 32, 96, torch.float32), "training"
         (ATTENTION, "sdpa-flash-apart"),
         (HEAD, "torch-linear-cross-entropy"),
         (HEAD, "torch-linear-cross-entropy-chunks"),
+        (HEAD, "liger"),
     ],
 )
-def test_pytorchs_own_are_within_budget(monkeypatch: pytest.MonkeyPatch, contest: SlotContest, name: str) -> None:
+def test_those_that_run_here_are_within_budget(
+    monkeypatch: pytest.MonkeyPatch, contest: SlotContest, name: str
+) -> None:
     monkeypatch.setattr(peers, "CUDA", True)  # a CPU has the flash kernel, too
     try:
         function = contest.candidates[name].loaded()
@@ -59,7 +64,7 @@ def test_the_slots_implementations_are_candidates_and_ours_are_ours() -> None:
 
 
 def test_every_candidate_loads_or_says_in_a_line_why_not() -> None:
-    for candidate in (*ATTENTION.candidates.values(), *HEAD.candidates.values()):
+    for candidate in (c for contest in (ATTENTION, NORM, HEAD) for c in contest.candidates.values()):
         try:
             assert callable(candidate.loaded())
         except Unavailable as error:
