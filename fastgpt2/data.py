@@ -360,7 +360,7 @@ def data_vocab_size(data: str) -> int | None:
     Raises:
         ConfigError: no such folder, or a meta.json that can't be used.
     """
-    return None if data in DUMMY else read_meta(_folder(data))["vocab_size"]
+    return None if data in (*DUMMY, GIVEN) else read_meta(_folder(data))["vocab_size"]
 
 
 def data_end_of_text(data: str) -> int | None:
@@ -369,7 +369,7 @@ def data_end_of_text(data: str) -> int | None:
     Raises:
         ConfigError: as data_vocab_size does.
     """
-    return None if data in DUMMY else read_meta(_folder(data)).get("end_of_text")
+    return None if data in (*DUMMY, GIVEN) else read_meta(_folder(data)).get("end_of_text")
 
 
 def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:

@@ -177,7 +177,7 @@ def _build(
     asked = dataclasses.replace(asked, **named)
     if own_source is not None:
         asked = _with_given_tokens(asked)
-    config, device = settle(asked, own_source)
+    config, device = settle(asked)
     model_config = config.model_config()
     ops, chosen = make_ops(
         {slot: own.get(slot, getattr(config, slot)) for slot in SLOTS},
@@ -261,11 +261,8 @@ def activation_bytes(run: Run, *, recompute: bool) -> int:
         return saved_bytes(model, tokens, tokens)
 
 
-def settle(config: TrainConfig, source: TokenSource | None = None) -> tuple[Settled, torch.device]:
+def settle(config: TrainConfig) -> tuple[Settled, torch.device]:
     """Settle a configuration for this machine. Returns it and its device.
-
-    Args:
-        source: training tokens given in place of --data's, which then doesn't decide the vocabulary.
 
     Raises:
         ConfigError: there is no such device, or it can't compute in the requested precision.
@@ -290,8 +287,8 @@ def settle(config: TrainConfig, source: TokenSource | None = None) -> tuple[Sett
         cuda=device.type == "cuda",
         bf16=bf16,
         memory_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0,
-        data_vocab_size=None if source else data_vocab_size(config.data),
-        data_end_of_text=None if source else data_end_of_text(config.data),
+        data_vocab_size=data_vocab_size(config.data),
+        data_end_of_text=data_end_of_text(config.data),
     )
     return settled, device
 

@@ -32,8 +32,8 @@ CONFIG = TrainConfig(
 )  # fmt: skip
 
 
-class Cut(RuntimeError):
-    """Stands for whatever ends a process."""
+class Cut(BaseException):
+    """Stands for whatever ends a process. An Exception would only drop the reporter that raises it."""
 
 
 class Watch(Reporter):
