@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastgpt2 import GPT, ModelConfig
 from fastgpt2.config import TrainConfig
 from fastgpt2.hugging_face import from_hugging_face, to_hugging_face
-from fastgpt2.ops import make_ops
+from fastgpt2.ops import Site, make_ops
 from fastgpt2.optim.groups import make_optimizer
 from tests import seeds
 
@@ -45,7 +45,7 @@ def pair(attention: str) -> tuple[GPT, nn.Module]:
         for name, p in theirs.named_parameters():
             p.copy_(torch.randn_like(p) * (0.3 if p.dim() > 1 else 0.1) + float("ln_" in name and "weight" in name))
     theirs = theirs.double()
-    ours = GPT(CONFIG, make_ops({"attn": attention}, head_dim=CONFIG.head_dim)[0]).double()
+    ours = GPT(CONFIG, make_ops({"attn": attention}, Site(head_dim=CONFIG.head_dim))[0]).double()
     with torch.no_grad():
         for name, p in ours.named_parameters():
             p.copy_(from_hugging_face(name, theirs.get_parameter(f"transformer.{name}"), CONFIG))
