@@ -90,7 +90,7 @@ class Run:
         return self.scratch / "failed.json"
 
     def kernels(self) -> Kernels:
-        """As known so far."""
+        """What is known of the kernels so far."""
         return Kernels(smoke.read_failed(self.failed), self.table if self.table.exists() else None)
 
     def options(self, prefix: str) -> list[str]:

@@ -152,7 +152,7 @@ def _product(device: torch.device, precision: str) -> Call:
 
 
 def read_or_measure(path: Path | None, device: torch.device) -> dict[str, Any]:
-    """The ceilings that a file holds; where there is none they are measured, and written to it if it has a name."""
+    """The ceilings in a file. Without one they are measured, and written to it if it has a name."""
     if path is not None and path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     measured = ceilings(device)

@@ -45,7 +45,7 @@ SLOTS = ("attn", "mlp", "norm", "loss")
 SECONDS = 60.0
 """For everything, where nobody says when it must end."""
 SHARE = 0.6
-"""Of the time that is left: for the first comparison, so that some is left for the changes."""
+"""The share of the remaining time that the first comparison may take; the rest is for the changes."""
 ENDING_S = 5.0
 """Before the stage is stopped, for the last comparison to be stopped and what was found to be written."""
 

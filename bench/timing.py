@@ -159,9 +159,9 @@ class _Calls:
         self._time_calls, self._clock = _CLOCKS[device.type]
         self._batches: list[_Batch] = []
         self.budget_ms = 0.0
-        """Of a round."""
+        """The time of a round."""
         self.cost_ms = 0.0
-        """Of a call, launch included."""
+        """The time of a call, launch included."""
 
     def warm_up(self) -> None:
         """Compile, let the clocks rise, and see how long a call takes."""
@@ -194,7 +194,7 @@ class _Calls:
 class _Batch(NamedTuple):
     samples_ms: list[float]
     host_ms: float
-    """Of a launch; 0 where the launch is the work."""
+    """The time of a launch; 0 if the launch is the work."""
 
 
 def _time_on_host(launch: Callable[[], object], count: int, host_ms: float) -> _Batch:

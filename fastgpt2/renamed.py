@@ -27,19 +27,20 @@ RENAMED = {
     "keep": Renamed("keep_checkpoints"),
     "eval_batches": Renamed("eval_sequences", same_value=False),
 }
-"""By the earlier name. After `lean`, `recompute` wins, as a run with both recomputed its blocks."""
+"""By the earlier name. Of two switches that are on the later one here wins: a run with both recomputed its blocks."""
 OFF = "none"
 """What the --no- form of such a switch means now."""
 
 
 def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings from a file by their current names; what can't be converted is left as it is."""
+    """Settings from a file by their current names, which win over earlier ones. What can't be converted stays."""
     current = {name: value for name, value in settings.items() if not _converts(name, value)}
+    given = frozenset(current)
     for old, renamed in RENAMED.items():
         if old in settings and _converts(old, settings[old]):
             if renamed.on is None:
                 current.setdefault(renamed.name, settings[old])
-            elif settings[old]:
+            elif settings[old] and renamed.name not in given:
                 current[renamed.name] = renamed.on
     return current
 
@@ -53,6 +54,8 @@ def with_current_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Command-line arguments with old flags replaced, and a note on each replacement."""
     current: list[str] = []
     notes: list[str] = []
+    switches: dict[str, bool] = {}
+    first_switch = 0
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
         old, equals, value = argument.partition("=")
         new = _OLD_FLAGS.get(old.replace("_", "-"), [])
@@ -60,10 +63,26 @@ def with_current_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         has_value = bool(equals) or not following.startswith("-")
         if not new or (is_switch and has_value):  # such as --recompute blocks
             current.append(argument)
+            continue
+        notes.append(f"{old} is now {' '.join(new)}")
+        if is_switch:
+            first_switch = first_switch if switches else len(current)
+            switches[old.replace("_", "-").replace("--no-", "--")] = new[1] != OFF
         else:
-            current += [new[0] + equals + value, *new[1:]]
-            notes.append(f"{old} is now {' '.join(new)}")
+            current.append(new[0] + equals + value)
+    current[first_switch:first_switch] = _set_by(switches)
     return current, notes
+
+
+def _set_by(switches: Mapping[str, bool]) -> list[str]:
+    """The arguments that stand for old switches, in whatever order they were given."""
+    found: dict[str, str] = {}
+    for old, renamed in RENAMED.items():
+        if (on := switches.get(flag(old))) is not None:
+            found.setdefault(flag(renamed.name), OFF)
+            if on and renamed.on:
+                found[flag(renamed.name)] = renamed.on
+    return [argument for pair in found.items() for argument in pair]
 
 
 def _old_flags() -> dict[str, list[str]]:

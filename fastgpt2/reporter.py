@@ -53,7 +53,7 @@ class Reporter:
         """The run has ended without an error. Called after close."""
 
     def failed(self, error: BaseException) -> None:
-        """The run has ended with an error, KeyboardInterrupt included. Called after close."""
+        """The run, once started, has ended with an error, KeyboardInterrupt included. Called after close."""
 
 
 class Reporters:
@@ -67,7 +67,7 @@ class Reporters:
     @property
     def stop_requested(self) -> bool:
         """Whether a reporter asks to stop, dropped ones included."""
-        return any(reporter.stop_requested for reporter in self._asked)
+        return any(self._asks_to_stop(reporter) for reporter in [*self._asked])
 
     def add_first(self, reporter: Reporter) -> None:
         """Add a reporter that hears events first: records must be written before anything that may fail."""
@@ -86,10 +86,10 @@ class Reporters:
         self._tell(lambda reporter: reporter.stepped(done))
 
     def logged(self, record: dict[str, Any]) -> None:
-        self._tell(lambda reporter: reporter.logged(record))
+        self._tell(lambda reporter: reporter.logged({**record}))
 
     def validated(self, record: dict[str, Any]) -> None:
-        self._tell(lambda reporter: reporter.validated(record))
+        self._tell(lambda reporter: reporter.validated({**record}))
 
     def saving(self) -> None:
         self._tell(lambda reporter: reporter.saving())
@@ -104,6 +104,14 @@ class Reporters:
 
     def failed(self, error: BaseException) -> None:
         self._tell(lambda reporter: reporter.failed(error))
+
+    def _asks_to_stop(self, reporter: Reporter) -> bool:
+        try:
+            return bool(reporter.stop_requested)
+        except Exception as error:
+            self._asked.remove(reporter)
+            self._drop(reporter, error)
+            return False
 
     def _tell(self, event: Callable[[Reporter], None]) -> None:
         for reporter in [*self._told]:

@@ -48,6 +48,9 @@ def train(
             write is retried, and the result lists what is still missing at the end.
         DataError: the data is damaged or can no longer be read. The steps before that are saved.
     """
+    for reporter in reporters:
+        if not isinstance(reporter, Reporter):
+            raise TypeError(f"train() takes fastgpt2.reporter.Reporter after the configuration, got {reporter!r}")
     device = pick_device(config.device)
     config = as_saved(config)
     try:

@@ -158,7 +158,7 @@ def attention_backward(
     dqkv = torch.empty((B, T, 3, H, D), dtype=q.dtype, device=q.device)
     delta = torch.empty((B, H, T), dtype=lse.dtype, device=q.device)
     first, last = _limits(documents)
-    strides = _strides(q, k, v), do.stride()[:3]
+    rest = _strides(q, k, v), do.stride()[:3], T, H, scale
     constants = kernel_constants(precision, D, causal, dropout_p)
     with on(q.device):
         attention_backward_dq_kernel[(B * H * triton.cdiv(T, dq_config.block_m),)](
@@ -170,10 +170,7 @@ def attention_backward(
             dqkv,
             first,
             seed,
-            *strides,
-            T,
-            H,
-            scale,
+            *rest,
             **constants,
             **dq_config.arguments(),
         )
@@ -185,10 +182,7 @@ def attention_backward(
             dqkv,
             last,
             seed,
-            *strides,
-            T,
-            H,
-            scale,
+            *rest,
             **constants,
             **dkdv_config.arguments(),
         )

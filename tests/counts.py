@@ -162,7 +162,7 @@ class OperatorCounter(TorchDispatchMode):
         return result
 
     def _result(self, func: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Of an operator of ours, what its launcher gives, whose inside is counted."""
+        """What an operator returns. For ours the launcher runs, and what it does inside is counted."""
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0 if args[0].is_floating_point() else 1
         if not (self.look_inside and name.startswith("fastgpt2::")):

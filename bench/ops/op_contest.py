@@ -148,7 +148,7 @@ class SlotContest(OpContest):
     title: str
     """The operation's name in results."""
     names: Sequence[str]
-    """Of the outputs and the gradients of the inputs."""
+    """The names of the outputs and of the inputs' gradients."""
 
     def __init__(self, size: Any, direction: str, outside: Sequence[str] = ()) -> None:
         self.size, self.direction = size, direction

@@ -46,7 +46,7 @@ def derive(root: Path) -> dict[Path, str]:
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     """The command; all that it reads and writes is below root."""
     parser = Parser(prog="python -m bench.report", description="README's tables and auto.json from bench/results.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where one is out of step")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is out of date")
     given = parser.parse_args(arguments)
     texts = derive(root)
     wrong = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]

@@ -107,8 +107,8 @@ def work(result: Result) -> tuple[str, str, str, str]:
 
 
 def mode(result: Result) -> str:
-    """Of a whole step "compiled" or "eager": a user's choice, so that like stands beside like. Of an operation
-    nothing: there a compiled form is one more candidate, and its name says so."""
+    """Whether a whole step was "compiled" or "eager": only like is compared with like. "" for an operation, where a
+    compiled form is a candidate with a name of its own."""
     if result.op not in ("training step", "first step"):
         return ""
     return "compiled" if result.compiled else "eager"
@@ -130,7 +130,7 @@ def best_peer(result: Result, results: Sequence[Result]) -> Result | None:
 
 
 def number(value: float | None, form: str) -> str:
-    """A number in a format; nothing where there is none."""
+    """A number in a format; "" for None."""
     return "" if value is None else format(value, form)
 
 

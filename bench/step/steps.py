@@ -78,7 +78,7 @@ class StepCandidate(Candidate):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of the TrainConfig, beside the shape's."""
+        """The TrainConfig's settings beside its shape."""
         return self.arguments["settings"]
 
     def with_kernels(self, kernels: Kernels) -> StepCandidate:
@@ -179,9 +179,9 @@ REFERENCES = ("plain", "plain-efficient", "plain-flash", "plain-cudnn", "transfo
 # -------------------------------------------------------------------------------------------------- contests
 
 LOSS_TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "tf32": 1e-3, "bfloat16": 1e-3}
-"""Of the first losses between candidates, relative."""
+"""Relative tolerance between candidates' first losses."""
 GRADIENT_TOLERANCE = {"float64": 1e-8, "float32": 1e-3, "tf32": 2e-2, "bfloat16": 5e-2}
-"""Of the norm of each parameter's first gradient, relative."""
+"""Relative tolerance between the norms of each parameter's first gradient."""
 
 
 def agree_in(shape: StepShape) -> Callable[[str, Values, str, Values], str | None]:
@@ -299,6 +299,6 @@ class StepContest(Contest):
 CONTEST_S = 300.0
 """No round starts when a contest has taken this long, or as its stage ends; what was timed until then is kept."""
 BUILT_WITHIN = 0.75
-"""Of a contest's time. A candidate built later takes no part, and costs the others no round."""
+"""The share of a contest's time for building. A candidate built later takes no part and costs no round."""
 ENDING_S = 15.0
 """Kept for a contest's last round, the workers' ends and the results, before its stage is stopped."""

@@ -280,6 +280,10 @@ def test_a_setting_of_an_earlier_version_names_the_new_one(folder: Path) -> None
         ("--steps 3 --no-recompute", "--steps 3 --recompute none"),
         ("--keep 5", "--keep-checkpoints 5"),
         ("--keep=0", "--keep-checkpoints=0"),
+        # Whatever the order, as both were on.
+        ("--recompute --lean --compile", "--recompute blocks --compile"),
+        ("--lean --recompute --compile", "--recompute blocks --compile"),
+        ("--lean --no-recompute --compile", "--recompute elementwise --compile"),
     ],
 )
 def test_an_old_flag_is_the_new_one_and_says_so(old: str, new: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -310,6 +314,10 @@ OLD: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"lean": False, "recompute": True}, {"recompute": "blocks"}),
     ({"lean": True, "recompute": True, "compile": True}, {"recompute": "blocks", "compile": True}),
     ({"recompute": "none"}, {"recompute": "none"}),
+    (
+        {"recompute": "none", "lean": True, "keep": 1, "keep_checkpoints": 5},
+        {"recompute": "none", "keep_checkpoints": 5},
+    ),
 ]
 
 

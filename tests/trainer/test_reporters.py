@@ -90,6 +90,34 @@ def test_a_dropped_reporter_may_still_stop_the_run() -> None:
     assert train(TrainConfig(**SMALL), Stops(), Watch()).steps_done == 1
 
 
+def test_one_that_raises_when_it_is_asked_to_stop_is_dropped() -> None:
+    class Asked(Reporter):
+        @property
+        def stop_requested(self) -> bool:  # type: ignore[override]
+            raise ValueError("no answer")
+
+    watch = Watch()
+    assert train(TrainConfig(**SMALL), Asked(), watch).steps_done == 3
+    assert watch.warnings == ["Asked is dropped: it raised ValueError: no answer"]
+
+
+def test_each_has_a_record_of_its_own() -> None:
+    class Takes(Reporter):
+        def logged(self, record: dict[str, Any]) -> None:
+            record.clear()
+
+    watch = Watch()
+    train(TrainConfig(**SMALL), Takes(), watch)
+    assert watch.events[: len(EVENTS)] == EVENTS and not watch.warnings
+
+
+def test_what_is_no_reporter_is_refused() -> None:
+    with pytest.raises(
+        TypeError, match=r"^train\(\) takes fastgpt2.reporter.Reporter after the configuration, got None$"
+    ):
+        train(TrainConfig(**SMALL), None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, NonFiniteLossError])
 def test_all_are_told_of_a_run_that_fails(error: type[BaseException]) -> None:
     class Interrupts(Reporter):

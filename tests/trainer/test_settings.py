@@ -18,6 +18,7 @@ from fastgpt2.data import DummyTokens
 from fastgpt2.ops import Ops
 from fastgpt2.run import Run, build, inductor_recomputing_elementwise, settle
 from fastgpt2.settings import Settled, resolve
+from fastgpt2.slots import SLOTS
 from tests.trainer import runs
 from tests.trainer.runs import Watch, tiny
 
@@ -304,7 +305,7 @@ def test_defaults_suit_the_device() -> None:
         ({"device": "gpu"}, "--device 'gpu' is not cpu, cuda or cuda:N"),
         (
             {"attn": "flash"},
-            "--attn must be one of auto, naive, sdpa, cudnn, flex, triton or module:function, got 'flash'",
+            f"--attn must be one of auto, {', '.join(SLOTS['attn'])} or module:function, got 'flash'",
         ),
         ({"steps": 0}, "--steps must be at least 1, got 0"),
         ({"lr": float("nan")}, "--lr must be a finite number, got nan"),
