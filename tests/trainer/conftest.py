@@ -57,3 +57,10 @@ def everything_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastgpt2.settings import resolve
 
     monkeypatch.setattr("fastgpt2.run.settle", lambda config: (resolve(config, cuda=False), torch.device("cpu")))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, where the test is."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
