@@ -223,7 +223,7 @@ def test_errors_name_the_argument() -> None:
     for call, message in (
         (lambda: flash_attention_qkv(q), r"qkv must be \(B, T, 3, H, D\), got shape \(1, 4, 2, 16\)"),
         (lambda: flash_attention_qkv(qkv[:, :0]), "qkv must have at least one token"),
-        (lambda: flash_attention_qkv(qkv.transpose(-1, -2)), "head sizes"),
+        (lambda: flash_attention_qkv(qkv.transpose(-1, -2)), "head size must be one of"),
         (lambda: flash_attention_qkv(qkv.mT.contiguous().mT), "qkv must be contiguous in its last dimension"),
         (lambda: flash_attention_qkv(qkv.int()), "got torch.int32"),
         (lambda: flash_attention_qkv(qkv, dropout_p=1.0), "at least 0 and less than 1, got 1.0"),
