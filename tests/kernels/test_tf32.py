@@ -17,7 +17,7 @@ from fastgpt2.verify import Backend
 
 PRODUCTS = {
     "fastgpt2.kernels.attention_device": {"_attend", "_gather_dq", "_gather_dkdv"},
-    "fastgpt2.kernels.mlp": {"gelu_mlp_forward_kernel", "gelu_mlp_backward_kernel"},
+    "fastgpt2.kernels.mlp_device": {"gelu_mlp_forward_kernel", "gelu_mlp_backward_kernel"},
 }
 """The functions that multiply, by module."""
 
