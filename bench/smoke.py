@@ -37,6 +37,7 @@ from bench.record import Smoke, smoke_from_json
 from bench.stages import run_tied
 from bench.timing import append_json_line, stage_ends
 from fastgpt2.flags import Parser
+from fastgpt2.slots import OURS
 
 COMPARE = (sys.executable, "-m", "bench.smoke")
 WARM = (sys.executable, "-m", "bench.kernel_profile")
@@ -92,7 +93,7 @@ def compare(slot: str, change: str | None = None, device: str = "cuda:0") -> Smo
     forms = sizes[slot] if device.startswith("cuda") else on_cpu
     try:
         with _changed(CHANGES[change] if change else Change()):
-            op = getattr(make_ops({slot: "triton"}, Site(device=torch.device(device), dtype=torch.bfloat16))[0], slot)
+            op = getattr(make_ops({slot: OURS[slot]}, Site(device=torch.device(device), dtype=torch.bfloat16))[0], slot)
             tables = [problems.error_and_budget(op, form, torch.bfloat16, device) for form in forms]
     except Exception as error:
         traceback.print_exc()

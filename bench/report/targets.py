@@ -15,6 +15,7 @@ from bench.record import Record
 from bench.report import auto
 from bench.report.results import Key, key, milliseconds, ratio, timed
 from bench.result import Result
+from fastgpt2.slots import OURS
 
 TOKENS = 65536
 KERNELS = ("sdpa-flash", "sdpa-flash-apart", "cudnn", "sdpa-cudnn-apart", "flex")
@@ -106,7 +107,7 @@ class Target:
         if self.optional is None:
             return False
         chosen, _ = auto.best(self.optional, auto.ablations(record))
-        return chosen[:1] != ["triton"]
+        return chosen[:1] != [OURS[self.optional]]
 
 
 def rows(record: Record) -> list[dict[str, str]]:
@@ -116,7 +117,7 @@ def rows(record: Record) -> list[dict[str, str]]:
 
 
 def _with_our_attention(result: Result) -> bool:
-    return result.role == "ours" and (result.slots or {}).get("attn") == "triton"
+    return result.role == "ours" and (result.slots or {}).get("attn") == OURS["attn"]
 
 
 def _speed(result: Result) -> float:
