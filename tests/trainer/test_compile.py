@@ -21,7 +21,7 @@ CUDA = torch.cuda.is_available()
 
 def test_compiling_on_a_cpu_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/no/such/compiler")
-    with pytest.raises(ConfigError, match=r"--compile on a CPU needs a C\+\+ compiler and /no/such/compiler is not"):
+    with pytest.raises(ConfigError, match=r"--compile on a CPU needs a C\+\+ compiler, but /no/such/compiler is not"):
         build(tiny(compile=True))
 
 
