@@ -396,7 +396,7 @@ def test_data_needs_torch_and_numpy_alone():
     imported = set()
     files = ("config", "data", "durable", "fields", "shards", "slots", "optim/__init__", "optim/schedules")
     for module in files:
-        for node in ast.walk(ast.parse(Path(data.__file__).with_name(f"{module}.py").read_text())):
+        for node in ast.walk(ast.parse((Path(data.__file__).parent / f"{module}.py").read_text())):
             if isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):

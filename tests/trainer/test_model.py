@@ -21,12 +21,12 @@ from tests import seeds
 
 pytestmark = pytest.mark.numeric
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=24, vocab_size=101)
-EVERY = ["naive", "sdpa", "triton"]
+EVERY = [name for name, known in SLOTS["attn"].items() if not known.cuda]
 
 
-def place(attention: str) -> str:
+def place(name: str, slot: str = "attn") -> str:
     """Triton's kernels run on the GPU where there is one, in the interpreter elsewhere; all else on the CPU."""
-    return "cuda" if SLOTS["attn"][attention].interpreted and torch.cuda.is_available() else "cpu"
+    return "cuda" if SLOTS[slot][name].interpreted and torch.cuda.is_available() else "cpu"
 
 
 def make(config: ModelConfig = SMALL, attention: str = "naive", seed: int = 0, loss: str = "auto") -> GPT:
@@ -105,7 +105,7 @@ def test_auto_is_pytorchs_form_but_for_the_loss(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("name", SLOTS["norm"])
 def test_after_the_last_norm_there_is_no_stream(name: str) -> None:
-    norm, device = make_ops({"norm": name}, Site(device=torch.device(place(name))))[0].norm, place(name)
+    norm, device = make_ops({"norm": name}, Site(device=torch.device(place(name, "norm"))))[0].norm, place(name, "norm")
     x, residual, weight, bias = (torch.randn(size, device=device) for size in ((3, 16), (3, 16), 16, 16))
     y, total = norm(x, residual, weight, bias)
     last, nothing = norm(x, residual, weight, bias, last=True)
