@@ -172,7 +172,7 @@ def test_a_signal_while_the_run_is_built_ends_in_one_line(tmp_path: Path) -> Non
     program = (
         "import os, signal, sys; import fastgpt2.run as run; from fastgpt2.command import main\n"
         "build = run._open_sources\n"
-        "run._open_sources = lambda config: (os.kill(os.getpid(), signal.SIGTERM), build(config))[1]\n"
+        "run._open_sources = lambda *args: (os.kill(os.getpid(), signal.SIGTERM), build(*args))[1]\n"
         "sys.exit(main())"
     )
     line = [sys.executable, "-c", program, *RUN, "--out", "run"]
