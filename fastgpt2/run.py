@@ -209,7 +209,7 @@ def _build(
     if config.compile:
         # torch.compile caches at most eight variants of a function and raises on the ninth: forget earlier runs.
         torch.compiler.reset()
-        # On a CPU the blocks' backward may recompute them, too: a step took 1% longer.
+        # On a CPU blocks includes elementwise, as when they were two flags: runs saved then keep their bits.
         elementwise = config.recompute == "elementwise" or (config.recompute == "blocks" and device.type == "cpu")
         backend = inductor_recomputing_elementwise if elementwise else "inductor"
         model.compile(dynamic=False, fullgraph=True, backend=backend)
