@@ -56,7 +56,7 @@ def with_current_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     notes: list[str] = []
     switches: dict[str, bool] = {}
     first_switch = 0
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
         old, equals, value = argument.partition("=")
         new = _OLD_FLAGS.get(old.replace("_", "-"), [])
         is_switch = len(new) > 1

@@ -38,6 +38,10 @@ def test_an_old_flag_is_the_new_one_and_says_so(old: str, new: str, capsys: pyte
     assert note.startswith("note: --") and "the next version drops the old flags" in note
 
 
+def test_a_command_without_flags_has_the_defaults() -> None:
+    assert parse([]) == TrainConfig()
+
+
 def test_several_old_flags_are_one_note(capsys: pytest.CaptureFixture[str]) -> None:
     parse(["--keep", "3", "--lean", "--compile"])
     assert capsys.readouterr().err.startswith("note: --keep is now --keep-checkpoints, --lean is now --recompute e")
