@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from fastgpt2.config import ConfigError, ModelConfig, TrainConfig
     from fastgpt2.model import GPT
     from fastgpt2.ops import Ops
-    from fastgpt2.reporter import TrainResult
+    from fastgpt2.reporter import Reporter, TrainResult
     from fastgpt2.training import train
 
 # cuBLAS is deterministic only with this workspace, and PyTorch looks once in a process: at the first product on a GPU,
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 __version__ = "0.1.0"
-__all__ = ["GPT", "ConfigError", "ModelConfig", "Ops", "TrainConfig", "TrainResult", "train"]
+__all__ = ["GPT", "ConfigError", "ModelConfig", "Ops", "Reporter", "TrainConfig", "TrainResult", "train"]
 
 _HOME = {
     "ConfigError": "fastgpt2.config",
     "GPT": "fastgpt2.model",
     "ModelConfig": "fastgpt2.config",
     "Ops": "fastgpt2.ops",
+    "Reporter": "fastgpt2.reporter",
     "TrainConfig": "fastgpt2.config",
     "TrainResult": "fastgpt2.reporter",
     "train": "fastgpt2.training",

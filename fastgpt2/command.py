@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         if config.out is None:
             config = dataclasses.replace(config, out=folder.enter_context(new_folder(Path("runs"))))
         try:
-            result = train(config, display)
+            result = train(config, reporters=[display])
         except (NonFiniteLossError, OutputError, DataError) as error:
             display.error(str(error))
             return 1

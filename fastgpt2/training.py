@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Never
 
 import torch
 
@@ -27,18 +27,20 @@ from fastgpt2.run import Run, activation_bytes, build, kept_from_cudnn, numerics
 
 def train(
     config: TrainConfig,
-    *reporters: Reporter,
+    *misplaced: Never,
     ops: Ops | Mapping[str, Callable[..., Any]] | None = None,
     source: TokenSource | None = None,
+    reporters: Sequence[Reporter] = (),
 ) -> TrainResult:
     """Train a GPT-2 as published, on random tokens or shards.
 
     Args:
         config: fields left at None are settled for this machine. Without `out` nothing is written.
-        reporters: receive the run's events. Without one, warnings become Python's.
+        misplaced: nothing. The other arguments are given by name.
         ops: functions by slot, {"attn": function}, used instead of the configuration's; see docs/extending.md. The
             checkpoints name them as module:function.
         source: training tokens, used instead of `data`, which is left out. There are no validation tokens.
+        reporters: receive the run's events. Without one nothing is printed, and warnings become Python's.
 
     Raises:
         ConfigError: this machine can't do what the configuration asks. Raised before any work.
@@ -48,9 +50,9 @@ def train(
             write is retried, and the result lists what is still missing at the end.
         DataError: the data is damaged or can no longer be read. The steps before that are saved.
     """
-    for reporter in reporters:
-        if not isinstance(reporter, Reporter):
-            raise TypeError(f"train() takes fastgpt2.reporter.Reporter after the configuration, got {reporter!r}")
+    if misplaced:
+        raise TypeError("train() takes the configuration alone by position: train(config, ops=..., reporters=[...])")
+    _check_reporters(reporters)
     device = pick_device(config.device)
     config = as_saved(config)
     try:
@@ -59,6 +61,16 @@ def train(
     finally:
         if device.type == "cpu":
             give_back_freed_memory()
+
+
+def _check_reporters(reporters: Sequence[Reporter]) -> None:
+    right = "call train(config, reporters=[MyReporter()]), where MyReporter is a subclass of fastgpt2.Reporter"
+    if not isinstance(reporters, Sequence):
+        raise TypeError(f"reporters must be a list, got {type(reporters).__name__}: {right}")
+    for reporter in reporters:
+        if not isinstance(reporter, Reporter):
+            got = f"the class {reporter.__name__}" if isinstance(reporter, type) else type(reporter).__name__
+            raise TypeError(f"reporters must hold Reporter instances, got {got}: {right}")
 
 
 def _train(reporters: Sequence[Reporter], make: Callable[[], Run]) -> TrainResult:

@@ -63,7 +63,7 @@ def test_a_checkpoint_from_before_there_were_sums_is_resumed_with_a_note(out: Pa
     (step(out, 6) / checkpoint.SUMS).unlink()
     state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 1}))
     watch = Watch()
-    result = train(with_(out, steps=7, resume=True), watch)
+    result = train(with_(out, steps=7, resume=True), reporters=[watch])
     assert result.steps_done == 7 and len(result.losses) == 1
     assert watch.notes[1] == f"{step(out, 6)} has no SHA256SUMS and was not checked: an older version wrote it"
 
@@ -130,7 +130,7 @@ def test_a_run_goes_on_past_a_damaged_checkpoint_with_the_same_bits(out: Path) -
     path = step(out, 6) / "optimizer.safetensors"
     path.write_bytes(flip(0.7)(path.read_bytes()))
     watch = Watch()
-    rest = train(with_(out, steps=8, resume=True), watch)
+    rest = train(with_(out, steps=8, resume=True), reporters=[watch])
     assert rest.losses == whole.losses[4:]
     assert watch.notes[1].startswith(f"{path} is damaged: ")
     assert "continuing after step 4" in watch.notes

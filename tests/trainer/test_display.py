@@ -295,7 +295,7 @@ def test_what_an_encoding_does_not_have_is_escaped(
     monkeypatch.chdir(tmp_path)
     name = os.fsdecode("ł".encode() + b"\xff")  # a name that is not UTF-8
     display = TrainDisplay()
-    train(TrainConfig(model="tiny", steps=2, batch_size=1, block_size=8, device="cpu"), display)
+    train(TrainConfig(model="tiny", steps=2, batch_size=1, block_size=8, device="cpu"), reporters=[display])
     display.note(f"in {name}")
     sys.stdout.flush()
     text = raw.getvalue().decode(encoding)

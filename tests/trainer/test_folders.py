@@ -74,7 +74,7 @@ def unsaved(tmp_path: Path) -> Path:
     """The folder of a run that was cut after its third step, before its first checkpoint."""
     out = tmp_path / "run"
     with pytest.raises(Cut):
-        train(with_(out), Watch(3, cut))
+        train(with_(out), reporters=[Watch(3, cut)])
     assert {"config.toml", "metrics.jsonl"} <= {path.name for path in out.iterdir()}
     assert steps_of(out / "metrics.jsonl") == [1, 2] and not (out / "checkpoints").exists()
     return out
@@ -97,11 +97,11 @@ def test_what_was_cut_before_its_first_checkpoint_starts_from_its_beginning(
 ) -> None:
     watch = Watch(2, cut)
     with pytest.raises(Cut):
-        train(with_(unsaved, resume=resume), watch)
+        train(with_(unsaved, resume=resume), reporters=[watch])
     begins = f"the run in {unsaved} has no checkpoint: starting from its beginning; its records so far are kept as "
     assert f"{begins}metrics-1.jsonl" in watch.texts
     watch = Watch()
-    assert train(with_(unsaved, resume=resume), watch).losses == losses
+    assert train(with_(unsaved, resume=resume), reporters=[watch]).losses == losses
     assert f"{begins}metrics-2.jsonl" in watch.texts
     found = [steps_of(unsaved / name) for name in ("metrics-1.jsonl", "metrics-2.jsonl", "metrics.jsonl")]
     assert found == [[1, 2], [1], [1, 2, 3, 4]]
@@ -116,7 +116,7 @@ def test_where_nothing_would_be_lost_a_run_starts(
     if empty:
         (tmp_path / "metrics.jsonl").touch()
     watch = Watch()
-    assert train(with_(tmp_path, resume=resume), watch).losses == losses
+    assert train(with_(tmp_path, resume=resume), reporters=[watch]).losses == losses
     assert (f"the run in {tmp_path} has no checkpoint: starting from its beginning" in watch.texts) == bool(resume)
     assert not list(tmp_path.glob("metrics-*"))
 
@@ -133,7 +133,7 @@ def test_resuming_what_is_no_run_is_an_error_and_auto_starts_it(tmp_path: Path, 
         train(with_(out, resume=True))
     assert (sorted(out.iterdir()) if out.exists() else None) == before
     watch = Watch()
-    assert train(with_(out, resume="auto"), watch).steps_done == 4
+    assert train(with_(out, resume="auto"), reporters=[watch]).steps_done == 4
     assert not any("beginning" in text for text in watch.texts)
 
 
@@ -144,9 +144,9 @@ def test_auto_is_one_command_however_often_it_is_cut(tmp_path: Path, losses: lis
         config = with_(tmp_path, resume="auto", save_every=2)
         if at:
             with pytest.raises(Cut):
-                train(config, watch)
+                train(config, reporters=[watch])
         else:
-            rest = train(config, watch)
+            rest = train(config, reporters=[watch])
             assert rest.losses == losses[4 - len(rest.losses) :]
         seen.append([int(path.name[5:]) for path in checkpoint.checkpoints(tmp_path)])
     assert seen == [[], [], [2], [2], [2, 4], [2, 4]]
@@ -177,7 +177,7 @@ def test_a_run_keeps_others_out_of_its_folder_as_long_as_it_lives(tmp_path: Path
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
         refused.append(str(error.value))
 
-    train(with_(tmp_path, save_every=1), Watch(3, second))
+    train(with_(tmp_path, save_every=1), reporters=[Watch(3, second)])
     holder = f"process {os.getpid()} on {os.uname().nodename}"
     assert refused == [f"--out {tmp_path} is in use by another run ({holder})"]
     assert train(with_(tmp_path, resume=True, steps=5)).steps_done == 5
@@ -191,7 +191,7 @@ def test_however_a_run_ends_its_folder_is_free(tmp_path: Path, monkeypatch: pyte
     build(with_(tmp_path))
     assert free()
     with pytest.raises(Cut):
-        train(with_(tmp_path), Watch(1, cut))
+        train(with_(tmp_path), reporters=[Watch(1, cut)])
     assert free()
     with monkeypatch.context() as patch, pytest.raises(NonFiniteLossError):
         patch.setattr(Run, "step", lambda *_, **__: (torch.tensor(torch.nan), torch.zeros(())))
@@ -210,7 +210,7 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("fcntl.flock", no_locks)
     watch = Watch()
-    train(with_(tmp_path), watch)
+    train(with_(tmp_path), reporters=[watch])
     assert f"the file system of {tmp_path} has no locks: nothing keeps a second run out of this folder" in watch.texts
 
 

@@ -123,11 +123,11 @@ def test_a_run_on_given_tokens_says_so_and_goes_on_with_them_alone(tmp_path: Pat
     watch, config = Watch(), tiny(steps=3, save_every=2, out=tmp_path)
     source: Any = Tokens()
     whole = train(tiny(steps=5), source=source).losses
-    first = train(config, watch, source=source)
+    first = train(config, reporters=[watch], source=source)
     assert first.config.data == GIVEN == load_toml(tmp_path / "config.toml", "")["data"]
     assert not [note for note in watch.notes if "dummy" in note]
     watch = Watch()
-    again = train(tiny(steps=5, out=tmp_path, resume=True), watch, source=source)
+    again = train(tiny(steps=5, out=tmp_path, resume=True), reporters=[watch], source=source)
     assert source.began == (3, 9) and first.losses + again.losses == whole
     assert not [note for note in watch.notes if "data" in note]
     with pytest.raises(

@@ -71,7 +71,7 @@ def test_a_reporter_that_asks_to_stop_ends_the_run_after_the_step_at_hand(tmp_pa
             self.stop_requested = done == 3
 
     watch = Stop()
-    result = train(small(tmp_path, save_every=100, log_every=100, eval_every=3), watch)
+    result = train(small(tmp_path, save_every=100, log_every=100, eval_every=3), reporters=[watch])
     assert result.steps_done == 3 and len(result.losses) == 3 and result.val_losses == [] and result.missing == []
     assert saved_steps(tmp_path) == [3] and [r["step"] for r in watch.records] == [1, 3]
     rest = train(small(tmp_path, resume=True))
@@ -97,7 +97,7 @@ class Disk:
 
 def test_a_failed_save_is_tried_again_when_the_next_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, watch = Disk(monkeypatch, range(2, 3)), Watch()
-    result = train(small(tmp_path), watch)
+    result = train(small(tmp_path), reporters=[watch])
     assert disk.steps == [2, 4, 6] and saved_steps(tmp_path) == [2, 6] and result.missing == []
     assert watch.warnings == [
         f"can't save the checkpoint of step 4 in {tmp_path / 'checkpoints'}: No space left on device; "
@@ -110,7 +110,7 @@ def test_the_last_state_is_tried_until_it_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_waiting: list[float]
 ) -> None:
     disk, watch = Disk(monkeypatch, range(3, 6)), Watch()
-    result = train(small(tmp_path), watch)
+    result = train(small(tmp_path), reporters=[watch])
     assert disk.steps == [2, 4, 6, 6, 6, 6] and saved_steps(tmp_path) == [2, 4, 6] and result.missing == []
     assert [text.rpartition("; ")[2] for text in watch.warnings] == [
         "continuing, next try at the end", "next try in 1 s", "next try in 2 s"
@@ -161,7 +161,7 @@ def test_a_run_that_diverged_says_so_once_and_its_checkpoints_know(
     uniform = math.log(33)
     losses(monkeypatch, {1: uniform, 2: uniform, 4: uniform + 3.1, 5: 1e9, 10: uniform + 2.9})
     watch = Watch()
-    result = train(small(tmp_path, steps=10, log_every=2), watch)
+    result = train(small(tmp_path, steps=10, log_every=2), reporters=[watch])
     assert {step: kept["diverged"] for step, kept in progress_of(tmp_path).items()} == {
         2: False, 4: True, 6: True, 8: False, 10: False
     }  # fmt: skip
@@ -178,7 +178,7 @@ def test_a_run_that_diverged_says_so_once_and_its_checkpoints_know(
 
 def test_a_rate_that_is_far_too_high_is_said(tmp_path: Path) -> None:
     watch = Watch()
-    train(small(tmp_path, lr=1e3, steps=4), watch)
+    train(small(tmp_path, lr=1e3, steps=4), reporters=[watch])
     assert len(watch.warnings) == 1 and progress_of(tmp_path)[4]["diverged"]
 
 
@@ -202,7 +202,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     good = tmp_path / "checkpoints" / "step-00000003"
     message = rf"ln_f\.bias is not finite after step 4: the last good checkpoint is {good} \(continue from it with "
     with pytest.raises(NonFiniteLossError, match=message):
-        train(small(tmp_path, save_every=1), Poison())
+        train(small(tmp_path, save_every=1), reporters=[Poison()])
     assert saved_steps(tmp_path) == [1, 2, 3]
 
 
@@ -214,7 +214,7 @@ def test_an_average_of_the_optimizer_that_is_not_finite_is_not_saved(tmp_path: P
                 self.run.state.optimizer.state[self.run.parameters[0]][key][0, 0] = math.inf
 
     with pytest.raises(NonFiniteLossError, match=rf"the optimizer's {key} of wte\.weight is not finite after step 4: "):
-        train(small(tmp_path), Poison())
+        train(small(tmp_path), reporters=[Poison()])
     assert saved_steps(tmp_path) == [2]
 
 
@@ -227,7 +227,7 @@ def test_a_gradient_of_1e30_is_found_though_the_loss_is_fine(tmp_path: Path) -> 
 
     watch = Gradient()
     with pytest.raises(NonFiniteLossError, match=r"exp_avg_sq of ln_f\.bias is not finite after step 4"):
-        train(small(tmp_path), watch)
+        train(small(tmp_path), reporters=[watch])
     assert all(math.isfinite(record["loss"]) for record in watch.records) and saved_steps(tmp_path) == [2]
 
 
@@ -247,7 +247,7 @@ def test_data_that_can_not_be_read_any_more_ends_the_run_saved(
     monkeypatch.setattr(Run, "next_tokens", fails)
     watch = Watch()
     with pytest.raises(DataError):
-        train(small(tmp_path, save_every=100, log_every=100), watch)
+        train(small(tmp_path, save_every=100, log_every=100), reporters=[watch])
     assert saved_steps(tmp_path) == [3] and [record["step"] for record in watch.records] == [1, 3]
     flags = ["--model", "tiny", "--batch-size", "1", "--device", "cpu", "--out", str(tmp_path / "2")]
     assert main(flags) == 1
@@ -272,7 +272,7 @@ def test_a_folder_that_is_moved_away_is_said_and_not_made_again(tmp_path: Path, 
                 away.rename(out)
 
     watch = Move()
-    result = train(small(out), watch)
+    result = train(small(out), reporters=[watch])
     gone = f"{out} was moved or deleted during the run: put it back"
     assert watch.warnings[0] == f"{gone}; continuing, next try after step 6"
     if back:

@@ -79,7 +79,7 @@ def test_metrics_are_complete(tmp_path: Path) -> None:
 def test_a_record_tells_the_share_of_a_known_gpus_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastgpt2.loop.device_name", lambda device: "NVIDIA H100 80GB HBM3")
     watch = Watch()
-    result = train(tiny(log_every=2), watch)
+    result = train(tiny(log_every=2), reporters=[watch])
     flops = FLOPS_PER_TOKEN["llm.c"](result.model.config)
     for record in watch.records:
         assert record["mfu"] == pytest.approx(record["tokens_per_s"] * flops / 66.9e12)
@@ -99,7 +99,7 @@ def test_tokens_epoch_and_seconds_go_on_over_a_resume(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     path.write_text(path.read_text().replace('"seconds": ', '"seconds": 1000'))
     watch = Watch()
-    train(dataclasses.replace(config, resume=True), watch)
+    train(dataclasses.replace(config, resume=True), reporters=[watch])
     records = read_json_lines(path)
     assert records[4:] == watch.records and [r["step"] for r in records] == [1, 2, 3, 3, 4, 4, 5, 6, 6]
     assert all(r["tokens"] == r["step"] * 2 * 2 * 8 for r in records)
@@ -163,7 +163,7 @@ def test_a_run_outlives_records_that_can_not_be_written(
 
     monkeypatch.setattr("fastgpt2.reporters.metrics_file.JsonLines", OnFull)
     watch = Watches()
-    result = train(dataclasses.replace(SMALL, out=tmp_path, keep_checkpoints=0), watch)
+    result = train(dataclasses.replace(SMALL, out=tmp_path, keep_checkpoints=0), reporters=[watch])
     assert saved_steps(tmp_path) == [2, 4, 6]  # checkpoints are saved all the same
     path = tmp_path / "metrics.jsonl"
     failed = f"can't write {path}: No space left on device"

@@ -57,7 +57,7 @@ def test_the_rate_that_is_logged_is_the_one_that_the_step_had() -> None:
             self.records.append(record | {"used": self.run.state.optimizer.param_groups[-1]["lr"]})
 
     watch = Rates()
-    result = train(tiny(schedule="cosine", warmup_steps=2, log_every=1), watch)
+    result = train(tiny(schedule="cosine", warmup_steps=2, log_every=1), reporters=[watch])
     expected = [learning_rate(result.config.lr, step, result.config) for step in range(6)]
     assert [record["lr"] for record in watch.records] == expected
     assert [record["used"] for record in watch.records] == [float(np.float32(rate)) for rate in expected]

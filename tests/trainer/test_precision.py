@@ -41,7 +41,7 @@ def test_validation_computes_in_the_runs_precision() -> None:
             product = run.model.h[0].attn.c_attn
             product.register_forward_hook(lambda module, i, output: seen.append((module.training, output.dtype)))
 
-    train(tiny(dtype="bfloat16", steps=1, eval_every=1, eval_sequences=3), Hook())
+    train(tiny(dtype="bfloat16", steps=1, eval_every=1, eval_sequences=3), reporters=[Hook()])
     assert seen == [(True, torch.bfloat16), (False, torch.bfloat16)]
 
 
@@ -140,7 +140,7 @@ def test_the_norm_and_the_gradients_of_float16_are_those_without_a_scale(grad_cl
 @pytest.mark.parametrize("grad_clip", [0.0, 1.0])
 def test_a_float16_step_that_overflows_is_skipped_and_counted_and_halves_the_scale(grad_clip: float) -> None:
     watch = Overflow(at=2)
-    result = train(tiny(dtype="float16", grad_clip=grad_clip), watch)
+    result = train(tiny(dtype="float16", grad_clip=grad_clip), reporters=[watch])
     assert watch.scales == [2.0**16] + 5 * [2.0**15]
     assert [torch.equal(a, b) for a, b in pairwise(watch.weights)] == [True] + 4 * [False]
     assert result.skipped_steps == 1
@@ -150,9 +150,9 @@ def test_a_float16_step_that_overflows_is_skipped_and_counted_and_halves_the_sca
 def test_a_resumed_float16_run_goes_on_with_its_scaler(tmp_path: Path) -> None:
     pytest.importorskip("safetensors", reason="checkpoints need safetensors")
     config, whole, rest = tiny(dtype="float16", save_every=100), Overflow(at=2), Overflow(at=0)
-    uncut = train(dataclasses.replace(config, out=tmp_path / "whole"), whole)
-    train(dataclasses.replace(config, out=tmp_path / "cut", steps=3), Overflow(at=2))
-    result = train(dataclasses.replace(config, out=tmp_path / "cut", resume=True), rest)
+    uncut = train(dataclasses.replace(config, out=tmp_path / "whole"), reporters=[whole])
+    train(dataclasses.replace(config, out=tmp_path / "cut", steps=3), reporters=[Overflow(at=2)])
+    result = train(dataclasses.replace(config, out=tmp_path / "cut", resume=True), reporters=[rest])
     assert rest.run.state.scaler.state_dict() == whole.run.state.scaler.state_dict()
     assert result.losses == uncut.losses[3:]
     assert result.skipped_steps == uncut.skipped_steps == 1

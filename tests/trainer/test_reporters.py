@@ -61,7 +61,7 @@ EVENTS = ["started", "logged 1", "logged 2", "logged 3"]
 
 def test_all_are_told_the_metrics_file_first(tmp_path: Path) -> None:
     watches = [Watch(tmp_path), Watch(tmp_path)]
-    train(TrainConfig(**SMALL, out=tmp_path), *watches)
+    train(TrainConfig(**SMALL, out=tmp_path), reporters=watches)
     for watch in watches:
         assert watch.events == [*EVENTS, "saving", "close", "finished, missing ['one line', 'one line']"]
         assert watch.warnings == []
@@ -69,7 +69,7 @@ def test_all_are_told_the_metrics_file_first(tmp_path: Path) -> None:
 
 def test_one_that_raises_is_dropped_and_named_once(tmp_path: Path) -> None:
     watch = Watch()
-    result = train(TrainConfig(**SMALL, out=tmp_path), Broken(), watch)
+    result = train(TrainConfig(**SMALL, out=tmp_path), reporters=[Broken(), watch])
     assert watch.events == [*EVENTS, "saving", "close", "finished, missing ['one line']"]
     assert watch.warnings == ["Broken is dropped: it raised ValueError: no room"]
     assert [record["step"] for record in read_json_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
@@ -78,7 +78,7 @@ def test_one_that_raises_is_dropped_and_named_once(tmp_path: Path) -> None:
 
 def test_where_all_were_dropped_warnings_are_pythons() -> None:
     with pytest.warns(RuntimeWarning, match=r"^Broken is dropped: it raised ValueError: no room$"):
-        assert train(TrainConfig(**SMALL), Broken()).steps_done == 3
+        assert train(TrainConfig(**SMALL), reporters=[Broken()]).steps_done == 3
 
 
 def test_a_dropped_reporter_may_still_stop_the_run() -> None:
@@ -87,7 +87,7 @@ def test_a_dropped_reporter_may_still_stop_the_run() -> None:
             self.stop_requested = True
             raise ValueError
 
-    assert train(TrainConfig(**SMALL), Stops(), Watch()).steps_done == 1
+    assert train(TrainConfig(**SMALL), reporters=[Stops(), Watch()]).steps_done == 1
 
 
 def test_one_that_raises_when_it_is_asked_to_stop_is_dropped() -> None:
@@ -97,7 +97,7 @@ def test_one_that_raises_when_it_is_asked_to_stop_is_dropped() -> None:
             raise ValueError("no answer")
 
     watch = Watch()
-    assert train(TrainConfig(**SMALL), Asked(), watch).steps_done == 3
+    assert train(TrainConfig(**SMALL), reporters=[Asked(), watch]).steps_done == 3
     assert watch.warnings == ["Asked is dropped: it raised ValueError: no answer"]
 
 
@@ -107,15 +107,22 @@ def test_each_has_a_record_of_its_own() -> None:
             record.clear()
 
     watch = Watch()
-    train(TrainConfig(**SMALL), Takes(), watch)
+    train(TrainConfig(**SMALL), reporters=[Takes(), watch])
     assert watch.events[: len(EVENTS)] == EVENTS and not watch.warnings
 
 
-def test_what_is_no_reporter_is_refused() -> None:
-    with pytest.raises(
-        TypeError, match=r"^train\(\) takes fastgpt2.reporter.Reporter after the configuration, got None$"
-    ):
-        train(TrainConfig(**SMALL), None)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("reporters", "got"),
+    [([None], "instances, got NoneType"), ([Watch], "instances, got the class Watch"), (Watch(), "a list, got Watch")],
+)
+def test_what_is_no_reporter_is_refused_with_the_right_call(reporters: Any, got: str) -> None:
+    with pytest.raises(TypeError, match=rf"{got}: call train\(config, reporters=\[MyReporter\(\)\]\)"):
+        train(TrainConfig(**SMALL), reporters=reporters)
+
+
+def test_a_reporter_given_by_position_is_refused_with_the_right_call() -> None:
+    with pytest.raises(TypeError, match=r"train\(config, ops=\.\.\., reporters=\[\.\.\.\]\)$"):
+        train(TrainConfig(**SMALL), Watch())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, NonFiniteLossError])
@@ -128,6 +135,6 @@ def test_all_are_told_of_a_run_that_fails(error: type[BaseException]) -> None:
     watch = Watch()
     huge = {"lr": 1e30} if error is NonFiniteLossError else {}
     with pytest.raises(error):
-        train(TrainConfig(**SMALL, **huge), watch, Interrupts())
+        train(TrainConfig(**SMALL, **huge), reporters=[watch, Interrupts()])
     assert watch.events[0] == "started"
     assert watch.events[-2:] == ["close", f"failed {error.__name__}"]

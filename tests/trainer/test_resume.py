@@ -120,9 +120,9 @@ def test_saved_settings_are_those_of_the_newest_checkpoint_that_can_be_read(out:
 def test_settings_that_are_not_the_saved_ones_are_named(out: Path) -> None:
     """This also shows a flipped bit in config.toml, if it is still TOML."""
     watch = Watch()
-    train(with_(out=out, resume=True), watch)
+    train(with_(out=out, resume=True), reporters=[watch])
     assert not any("changed since" in text for text in watch.notes)
-    train(with_(out=out, resume=True, lr=0.03, steps=5), watch)
+    train(with_(out=out, resume=True, lr=0.03, steps=5), reporters=[watch])
     assert "changed since the checkpoint: --steps 5 (was 4), --lr 0.03 (was 0.01)" in watch.notes
 
 
@@ -135,7 +135,7 @@ def test_settings_that_are_not_the_saved_ones_are_named(out: Path) -> None:
 )
 def test_what_no_tensor_depends_on_may_be_changed(out: Path, changes: dict[str, object], note: str) -> None:
     watch = Watch()
-    model = train(with_(out=out, steps=5, resume=True, **changes), watch).model
+    model = train(with_(out=out, steps=5, resume=True, **changes), reporters=[watch]).model
     assert model.config.dropout == changes.get("dropout", 0.0)
     assert model.config.end_of_text == changes.get("end_of_text")
     assert any(text.startswith("changed since the checkpoint: ") and note in text for text in watch.notes)
@@ -175,7 +175,7 @@ def test_adam_goes_on_as_adamw_and_the_reverse(tmp_path: Path) -> None:
     for first, then in (("adam", "adamw"), ("adamw", "adam")):
         watch = Watch()
         train(with_(out=tmp_path / first, optimizer=first))
-        rest = train(with_(out=tmp_path / first, optimizer=then, steps=6, resume=True), watch)
+        rest = train(with_(out=tmp_path / first, optimizer=then, steps=6, resume=True), reporters=[watch])
         assert rest.losses == whole[4:]
         assert f"changed since the checkpoint: --steps 6 (was 4), --optimizer {then} (was {first})" in watch.notes
 

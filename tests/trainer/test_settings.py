@@ -69,7 +69,7 @@ def deterministic(config: TrainConfig) -> bool:
             self.deterministic = torch.are_deterministic_algorithms_enabled()
 
     watch = Algorithms()
-    train(config, watch)
+    train(config, reporters=[watch])
     return watch.deterministic
 
 
@@ -85,7 +85,7 @@ def compiler(config: TrainConfig) -> Any:
 
 def logged_steps(config: TrainConfig) -> list[int]:
     watch = Watch()
-    train(config, watch)
+    train(config, reporters=[watch])
     return [record["step"] for record in watch.records if "loss" in record]
 
 

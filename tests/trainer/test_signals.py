@@ -192,5 +192,5 @@ def test_the_function_train_handles_no_signals() -> None:
             seen.append([signal.getsignal(number) for number in signals.STOPPING])
 
     before = [signal.getsignal(number) for number in signals.STOPPING]
-    train(TrainConfig(model="tiny", block_size=8, batch_size=1, steps=1, device="cpu"), Watch())
+    train(TrainConfig(model="tiny", block_size=8, batch_size=1, steps=1, device="cpu"), reporters=[Watch()])
     assert seen == [before]

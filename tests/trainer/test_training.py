@@ -103,7 +103,7 @@ def test_the_model_is_in_train_mode_and_evaluation_puts_it_back() -> None:
         def stepped(self, done: int) -> None:
             modes.append(self.run.model.training)
 
-    result = train(tiny(dropout=0.1, eval_every=2, eval_sequences=6), Modes())
+    result = train(tiny(dropout=0.1, eval_every=2, eval_sequences=6), reporters=[Modes()])
     assert modes == [True] * 6
     assert [step for step, _ in result.val_losses] == [2, 4, 6]
 
@@ -156,7 +156,7 @@ def test_the_notes_of_a_run(tmp_path: Path) -> None:
     ]  # fmt: skip
     for config, texts in expected:
         watch = Watch()
-        train(config, watch)
+        train(config, reporters=[watch])
         assert len(watch.notes) == len(texts)
         assert all(text in note for text, note in zip(texts, watch.notes, strict=True)), watch.notes
 
@@ -164,7 +164,7 @@ def test_the_notes_of_a_run(tmp_path: Path) -> None:
 def test_the_log_says_what_recomputing_saves_and_costs() -> None:
     watch = Watch()
     train(tiny(model="gpt2", n_layer=None, n_head=None, n_embd=None, vocab_size=None, batch_size=1, steps=1,
-               block_size=8, recompute="blocks"), watch)  # fmt: skip
+               block_size=8, recompute="blocks"), reporters=[watch])  # fmt: skip
     (text,) = (t for t in watch.notes if t.startswith("--recompute blocks"))
     # The blocks hold 85 of 124 million weights, and their forward is a third of their FLOPs: 23%, attention aside.
     assert "MiB of activations instead of" in text and "23% more FLOPs" in text

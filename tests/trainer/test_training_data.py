@@ -88,7 +88,7 @@ def test_other_batches_on_resume_go_on_in_the_order(data, tmp_path, monkeypatch)
     for steps, batch_size, grad_accum in ((4, 4, 1), (5, 3, 2), (7, 1, 5), (9, 4, 1)):
         watch = Watch()
         changes = {"batch_size": batch_size, "grad_accum": grad_accum, "steps": steps, "resume": steps > 4}
-        train(small(data, tmp_path / "run", **changes), watch)
+        train(small(data, tmp_path / "run", **changes), reporters=[watch])
     assert watch.run.samples_before == 4 * 4 + 1 * 6 + 2 * 5
     assert watch.run.samples_done(9) == len(taken) == watch.run.samples_before + 2 * 4
     state = checkpoint.read_state(checkpoint.newest(tmp_path / "run"))
@@ -107,14 +107,14 @@ def test_a_checkpoint_that_counts_no_samples(data, tmp_path):
     sums = [f"{hashlib.sha256((saved / name).read_bytes()).hexdigest()}  {name}\n" for name in checkpoint.FILES]
     (saved / "SHA256SUMS").write_text("".join(sums))
     watch = Watch()
-    train(small(data, tmp_path / "run", batch_size=2, steps=5, resume=True), watch)
+    train(small(data, tmp_path / "run", batch_size=2, steps=5, resume=True), reporters=[watch])
     assert watch.run.samples_before == 4 * 3 * 4
 
 
 def test_what_changed_in_the_data_is_said(data, tmp_path):
     def notes(**changes) -> list[str]:
         watch = Watch()
-        train(small(data, tmp_path / "run", **changes), watch)
+        train(small(data, tmp_path / "run", **changes), reporters=[watch])
         return [note for note in watch.notes if str(data) in note]
 
     assert notes() == []
@@ -131,7 +131,7 @@ def test_what_changed_in_the_data_is_said(data, tmp_path):
 def test_dummy_tokens_have_no_contents_to_change(tmp_path):
     watch = Watch()
     train(small(Path("dummy"), tmp_path / "run"))
-    train(small(Path("dummy"), tmp_path / "run", steps=5, resume=True, batch_size=2, seed=1), watch)
+    train(small(Path("dummy"), tmp_path / "run", steps=5, resume=True, batch_size=2, seed=1), reporters=[watch])
     assert not any("data in" in note or "another order" in note for note in watch.notes)
     assert watch.run.samples_done(5) == 4 * 4 + 2
 
@@ -155,7 +155,7 @@ def test_a_validation_loss_is_the_same_whatever_the_batch(data):
 def test_a_validation_loss_by_default_is_of_20_batches_of_8(data):
     """To the bit: a run that goes on with this version compares with what it wrote before."""
     watch = Watch()
-    result = train(small(make_folder(data, val=5000), batch_size=8, eval_every=4), watch)
+    result = train(small(make_folder(data, val=5000), batch_size=8, eval_every=4), reporters=[watch])
     source = ShardTokens(data, "val", 8, 16)
     assert source.windows > 160
     assert result.val_losses == [(4, evaluate(watch.run.model, source, 20, "cpu"))]
@@ -163,7 +163,7 @@ def test_a_validation_loss_by_default_is_of_20_batches_of_8(data):
 
 def test_no_loss_is_told_of_data_that_is_not_verified(data):
     watch = Watch()
-    train(small(data), watch)
+    train(small(data), reporters=[watch])
     source = ShardTokens(data, "val", 4, 16)
     source.check = mock.Mock(side_effect=DataError("damaged"))
     with pytest.raises(DataError, match="damaged"):
@@ -172,7 +172,7 @@ def test_no_loss_is_told_of_data_that_is_not_verified(data):
 
 def test_a_small_validation_split_is_said_once(data):
     watch = Watch()
-    result = train(small(data, eval_every=1), watch)
+    result = train(small(data, eval_every=1), reporters=[watch])
     assert len(result.val_losses) == 4
     assert watch.notes.count("a val loss takes all 92 windows of the split, not 160") == 1
 
@@ -186,7 +186,7 @@ def test_a_shard_that_is_cut_short_ends_the_run_with_its_state_saved(data, tmp_p
     whole, path = (data / "train_0.bin").read_bytes(), data / "train_0.bin"
     config, watch = small(data, tmp_path / "run", steps=30), Watch(at=3, do=lambda: os.truncate(path, 2000))
     with pytest.raises(DataError) as error:
-        train(config, watch)
+        train(config, reporters=[watch])
     (saved,) = steps_saved(tmp_path / "run")
     assert 3 <= saved < 30
     assert str(error.value).startswith(f"{path} was cut short while it was in use: it ends before token ")
@@ -249,5 +249,7 @@ def test_damaged_validation_data_costs_no_training(data, tmp_path, monkeypatch):
 def test_a_shard_that_is_rewritten_during_a_run_ends_it_unsaved(data, tmp_path):
     path = data / "train_0.bin"
     with pytest.raises(DataError, match=r"train_0\.bin is damaged or changed"):
-        train(small(data, tmp_path / "run", steps=8, save_every=2), Watch(at=5, do=lambda: flip(path, 1500)))
+        train(
+            small(data, tmp_path / "run", steps=8, save_every=2), reporters=[Watch(at=5, do=lambda: flip(path, 1500))]
+        )
     assert steps_saved(tmp_path / "run") == [2, 4]
