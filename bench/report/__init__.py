@@ -1,1 +1,1 @@
-"""From stored results to README.md and `auto`: `python -m bench.report`."""
+"""From stored results to docs/benchmarks.md and `auto`: `python -m bench.report`."""

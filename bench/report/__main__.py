@@ -1,6 +1,6 @@
 """`python -m bench.report`: rewrite everything that follows from the stored results.
 
-That is README.md's sections between <!-- bench:NAME --> and <!-- /bench:NAME -->, and what `auto` becomes
+That is the sections of docs/benchmarks.md between <!-- bench:NAME --> and <!-- /bench:NAME -->, and what `auto` becomes
 (fastgpt2/auto.json). `--check` writes nothing, names what is out of step and then exits with 1.
 """
 
@@ -17,35 +17,37 @@ from bench.report.sections import SECTIONS
 from bench.timing import ROOT
 from fastgpt2.flags import Parser
 
+PAGE = "docs/benchmarks.md"
 
-def fill(readme: str, records: Sequence[Record]) -> str:
-    """The README's text with every section written anew.
+
+def fill(page: str, records: Sequence[Record]) -> str:
+    """The page's text with every section written anew.
 
     Raises:
         RecordError: a section's markers are not there once each.
     """
     for name, section in SECTIONS.items():
         opening, closing = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
-        if readme.count(opening) != 1 or readme.count(closing) != 1:
-            raise RecordError(f"README.md must have {opening} and {closing} once each: the report goes between them")
-        before, rest = readme.split(opening)
+        if page.count(opening) != 1 or page.count(closing) != 1:
+            raise RecordError(f"{PAGE} must have {opening} and {closing} once each: the report goes between them")
+        before, rest = page.split(opening)
         _, after = rest.split(closing)
-        readme = f"{before}{opening}\n{section(records)}\n{closing}{after}"
-    return readme
+        page = before + "\n".join(filter(None, [opening, section(records), closing])) + after
+    return page
 
 
 def derive(root: Path) -> dict[Path, str]:
     """The text of every file that follows from the results stored below root."""
     records = stored(root / "bench" / "results")
     return {
-        root / "README.md": fill((root / "README.md").read_text(encoding="utf-8"), records),
+        root / PAGE: fill((root / PAGE).read_text(encoding="utf-8"), records),
         root / "fastgpt2" / "auto.json": auto.as_text(records),
     }
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     """The command; all that it reads and writes is below root."""
-    parser = Parser(prog="python -m bench.report", description="README's tables and auto.json from bench/results.")
+    parser = Parser(prog="python -m bench.report", description=f"Write {PAGE} and auto.json from bench/results.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is out of date")
     given = parser.parse_args(arguments)
     texts = derive(root)

@@ -1,4 +1,7 @@
-"""README's sections about measurements, from the newest record of each device that has what a section shows."""
+"""The sections of docs/benchmarks.md, from the newest record of each device that has what a section shows.
+
+A section has its own heading and is empty where nothing was measured: a reader meets no heading without figures.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def prose(text: str) -> str:
-    """Wrapped as the rest of the README is."""
+    """Wrap to the width of the page."""
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
@@ -69,6 +72,7 @@ def provenance(record: Record) -> str:
 
 
 def each_device(
+    title: str,
     records: Iterable[Record],
     results_of: Callable[[Record], Sequence[Any]],
     show: Callable[[Record, Any], Iterable[str]],
@@ -76,10 +80,11 @@ def each_device(
     *,
     gpu: bool = True,
 ) -> str:
-    """A section: what `show` makes of each device's newest results, then what the words mean; or that there is none."""
+    """A section: its title, what `show` makes of each device's newest results, then what the words mean. Empty where
+    nothing was measured."""
     found = newest((record for record in records if record.on_gpu is gpu), results_of).values()
     parts = [part for record in found for part in (provenance(record), *show(record, results_of(record)))]
-    return "\n\n".join([*parts, prose(words)]) if parts else f"Not measured on a {'GPU' if gpu else 'CPU'} yet."
+    return "\n\n".join([f"## {title}", *parts, prose(words)]) if parts else ""
 
 
 def by_work(results: Iterable[Result]) -> list[list[Result]]:
@@ -132,6 +137,16 @@ def step_row(result: Result, results: Sequence[Result]) -> Row:
 # ------------------------------------------------------------------------------------------------------ sections
 
 
+def status_section(records: Sequence[Record]) -> str:
+    if any(record.on_gpu for record in records):
+        return ""
+    return prose(
+        "**Not measured on a GPU yet.** Triton's interpreter proves our kernels right, and their compiled machine code "
+        "is inspected, but their speed is unknown. `auto` chooses PyTorch's own forms on a GPU until a record shows "
+        "that ours are faster. To measure: `python -m bench.gpu`."
+    )
+
+
 def targets_section(records: Sequence[Record]) -> str:
     def show(_: Record, rows: list[Row]) -> Iterable[str]:
         yield markdown(rows)
@@ -140,7 +155,8 @@ def targets_section(records: Sequence[Record]) -> str:
         "GPT-2 124M, bfloat16, T = 1024 where nothing else is said; asked of one H100 SXM. An attention's ratio is "
         "over the fastest of SDPA's flash and cuDNN kernels and FlexAttention."
     )
-    return each_device(records, targets.rows, show, f"{words} {RATIO_IN_WORDS}")
+    title = "What was to be reached on an H100, and what was"
+    return each_device(title, records, targets.rows, show, f"{words} {RATIO_IN_WORDS}")
 
 
 def step_section(records: Sequence[Record]) -> str:
@@ -155,7 +171,7 @@ def step_section(records: Sequence[Record]) -> str:
             yield f"Every candidate at {size(group[0])}:"
             yield markdown([step_row(result, results) | {"<step": ""} for result in group])
 
-    return each_device(records, steps_of, show, f"{RATIO_IN_WORDS} {MFU_IN_WORDS}")
+    return each_device("A training step", records, steps_of, show, f"{RATIO_IN_WORDS} {MFU_IN_WORDS}")
 
 
 def ops_section(records: Sequence[Record]) -> str:
@@ -180,7 +196,8 @@ def ops_section(records: Sequence[Record]) -> str:
         yield markdown([row(group) for group in groups])
         yield prose(f"Measured ceilings: {ceilings(record) or 'none'}.")
 
-    return each_device(records, results_of, show, f"{RATIO_IN_WORDS} {LIMIT_IN_WORDS}")
+    title = "Each operation beside the fastest peer"
+    return each_device(title, records, results_of, show, f"{RATIO_IN_WORDS} {LIMIT_IN_WORDS}")
 
 
 def ablation_section(records: Sequence[Record]) -> str:
@@ -209,7 +226,8 @@ def ablation_section(records: Sequence[Record]) -> str:
         "`auto` takes what is faster than its own choice without a table where the ratio's 20th percentile is over 1, "
         "and of the losses one that never holds all logits: `fastgpt2/auto.json`."
     )
-    return each_device(records, auto.ablations, show, f"{RATIO_IN_WORDS} {words}")
+    title = "What each kernel is worth in the step"
+    return each_device(title, records, auto.ablations, show, f"{RATIO_IN_WORDS} {words}")
 
 
 def cpu_section(records: Sequence[Record]) -> str:
@@ -217,14 +235,15 @@ def cpu_section(records: Sequence[Record]) -> str:
         yield markdown([step_row(result, results) for group in by_work(results) for result in group])
         yield f"Peak memory is {'; '.join(dict.fromkeys(str(r.peak_memory_meaning) for r in results))}."
 
-    return each_device(records, steps_of, show, RATIO_IN_WORDS, gpu=False)
+    return each_device("A training step on a CPU", records, steps_of, show, RATIO_IN_WORDS, gpu=False)
 
 
 SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {
+    "status": status_section,
     "targets": targets_section,
     "step": step_section,
-    "ops": ops_section,
     "ablation": ablation_section,
+    "ops": ops_section,
     "cpu": cpu_section,
 }
-"""By the names of README's markers."""
+"""By the names of the page's markers, in its order."""

@@ -1,4 +1,4 @@
-"""Stored records: how they are read and compared, and that README and `auto` say what they say.
+"""Stored records: how they are read and compared, and that docs/benchmarks.md and `auto` follow from them.
 
 The records here are made up (tests/records.py), in a folder of the test's own.
 """
@@ -136,7 +136,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("site")
     (root / "fastgpt2").mkdir()
     places = "\n".join(f"<!-- bench:{name} -->\nold\n<!-- /bench:{name} -->" for name in SECTIONS)
-    (root / "README.md").write_text(f"# head\n\n{places}\n\ntail\n")
+    (root / report.PAGE).parent.mkdir()
+    (root / report.PAGE).write_text(f"# head\n\n{places}\n\ntail\n")
     assert report.main([], root) == 0
     return root
 
@@ -144,8 +145,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def measured(site: Path) -> Path:
     """The same after two runs on a GPU and one on a CPU."""
-    assert section(site, "step") == "Not measured on a GPU yet."
-    assert section(site, "cpu") == "Not measured on a CPU yet."
+    assert section(site, "status").startswith("**Not measured on a GPU yet.**")
+    assert not any(section(site, name) for name in SECTIONS if name != "status")
     folder = site / "bench" / "results"
     write_record(folder, machine=1.1)
     write_record(folder, commit="b" * 40, started="2030-02-01T00:00:00+00:00", seed=4)
@@ -156,9 +157,9 @@ def measured(site: Path) -> Path:
 
 
 def section(root: Path, name: str) -> str:
-    readme = (root / "README.md").read_text()
-    assert readme.startswith("# head\n") and readme.endswith("\ntail\n") and "\nold\n" not in readme
-    found = re.search(f"<!-- bench:{name} -->\n(.*)\n<!-- /bench:{name} -->", readme, re.DOTALL)
+    page = (root / report.PAGE).read_text()
+    assert page.startswith("# head\n") and page.endswith("\ntail\n") and "\nold\n" not in page
+    found = re.search(f"<!-- bench:{name} -->\n(.*)<!-- /bench:{name} -->", page, re.DOTALL)
     assert found is not None
     return found[1]
 
@@ -170,7 +171,8 @@ def cells(text: str, *words: str) -> list[str]:
 
 
 def test_every_table_says_where_when_and_with_what_it_was_measured(measured: Path) -> None:
-    for name in SECTIONS:
+    assert section(measured, "status") == "", "a GPU was measured"
+    for name in set(SECTIONS) - {"status"}:
         text = section(measured, name)
         commit = "a" if name == "cpu" else "b"
         assert commit * 12 in text and ("2030-01-01" if name == "cpu" else "2030-02-01") in text, name
@@ -213,17 +215,17 @@ def test_what_is_out_of_step_is_named(measured: Path, capsys: pytest.CaptureFixt
         if before is not None:
             file.write_bytes(before)
 
-    named("README.md", lambda file: file.write_text(file.read_text().replace("20.00", "19.00", 1)))
+    named(report.PAGE, lambda file: file.write_text(file.read_text().replace("20.00", "19.00", 1)))
     named("fastgpt2/auto.json", lambda file: file.write_text(file.read_text().replace("triton", "torch")))
     assert report.main(["--check"], measured) == 0
 
 
-def test_a_readme_without_a_place_for_a_section_is_an_error(site: Path) -> None:
-    with pytest.raises(RecordError, match="<!-- bench:targets --> and <!-- /bench:targets --> once each"):
-        report.fill("# a README\n", [])
+def test_a_page_without_a_place_for_a_section_is_an_error(site: Path) -> None:
+    with pytest.raises(RecordError, match="<!-- bench:status --> and <!-- /bench:status --> once each"):
+        report.fill("# a page\n", [])
 
 
-def test_the_readme_is_in_step_with_the_stored_results() -> None:
+def test_the_page_is_in_step_with_the_stored_results() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "bench.report", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
