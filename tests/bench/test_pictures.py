@@ -1,0 +1,70 @@
+"""The pictures in docs/pictures: they follow from the records and from slots.py, and are small."""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+
+import matplotlib
+import pytest
+
+from bench.pictures.__main__ import FOLDER, PICTURES, main
+from bench.pictures.diagrams import BLOCK, STEPS
+from bench.report.results import newest, pick, stored
+from fastgpt2.slots import SLOTS
+
+
+def texts(name: str) -> list[str]:
+    """The pieces of text of a stored picture, in order."""
+    svg = (FOLDER / name).read_text(encoding="utf-8")
+    return [unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg)]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_redrawing_gives_the_stored_picture(name: str) -> None:
+    kept = (FOLDER / name).read_text(encoding="utf-8")
+    drawn_by = re.search(r"<dc:title>Matplotlib v([^,]*),", kept)
+    if drawn_by and drawn_by[1] != matplotlib.__version__:
+        pytest.skip(f"drawn by matplotlib {drawn_by[1]}, this is {matplotlib.__version__}")
+    assert PICTURES[name]() == kept, f"{name} is out of date: run python -m bench.pictures"
+
+
+def test_every_picture_is_stored_and_small() -> None:
+    kept = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
+    assert kept.keys() == PICTURES.keys()
+    assert max(kept.values()) < 100_000
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_needs_nothing_from_elsewhere(name: str) -> None:
+    svg = (FOLDER / name).read_text(encoding="utf-8")
+    assert not re.search(r"<image|<script|@font-face|@import|url\((?!#)|href=\"(?!#)", svg)
+
+
+def test_the_cpu_step_shows_every_number_of_its_record_and_ours_leads() -> None:
+    record = newest(stored(), lambda record: pick(record, "training step"))["cpu"]
+    results, shown = pick(record, "training step"), texts("cpu-step.svg")
+    assert any(record.commit_id[:12] in text for text in shown)
+    for result in results:
+        assert result.tokens_per_s and result.peak_memory_bytes
+        assert f"{result.tokens_per_s:,.0f}" in shown
+        assert f"{result.peak_memory_bytes / 2**30:.2f}" in shown
+        ours = next(r for r in results if (r.contest, r.role) == (result.contest, "ours"))
+        # The title says so.
+        assert ours.tokens_per_s >= result.tokens_per_s and ours.peak_memory_bytes <= result.peak_memory_bytes
+
+
+def test_the_slots_are_those_of_the_table() -> None:
+    shown = texts("slots.svg")
+    for slot, table in SLOTS.items():
+        times = sum(step == slot for _, step in STEPS)
+        assert times and shown.count(f"--{slot}") == times
+        where = shown.index(f"--{slot}") + 1
+        assert shown[where : where + len(table)] == list(table)
+    assert [slot for _, slot in STEPS[BLOCK]] == ["norm", "attn", "norm", "mlp"]
+
+
+def test_the_command_draws_all(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([], tmp_path) == 0
+    assert {path.name for path in tmp_path.iterdir()} == PICTURES.keys()
+    assert capsys.readouterr().out.count("wrote") == len(PICTURES)
