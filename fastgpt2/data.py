@@ -25,15 +25,16 @@ from fastgpt2.shards import (
     GPT2_VOCAB_SIZE,
     HEADER_BYTES,
     META_NAME,
-    SCAN_TOKENS,
     DataError,
     Shard,
     Verification,
+    count_tokens,
     find_outside,
     list_split,
     open_shard,
     open_split,
     read_meta,
+    unigram_entropy,
     write_shard,
     write_shards,
 )
@@ -370,28 +371,6 @@ def data_end_of_text(data: str) -> int | None:
         ConfigError: as data_vocab_size does.
     """
     return None if data in (*DUMMY, GIVEN) else read_meta(_folder(data)).get("end_of_text")
-
-
-def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Count each id: int64 (vocab_size,)."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    # Count in parts: bincount copies its input to int64.
-    for begin in range(0, len(tokens), SCAN_TOKENS):
-        counts += np.bincount(tokens[begin : begin + SCAN_TOKENS], minlength=vocab_size)
-    return counts
-
-
-def unigram_entropy(counts: np.ndarray, model: np.ndarray | None = None) -> float:
-    """Nats per token when predicting each token by its frequency alone: what a trained model must beat.
-
-    Args:
-        counts: (V,), how often each id occurs in the tokens to predict.
-        model: (V,), the counts that the frequencies are taken from, plus one each so that an id that only
-            `counts` has is possible; None takes `counts` themselves, as they are.
-    """
-    frequencies = counts / counts.sum() if model is None else (model + 1) / (model.sum() + len(model))
-    seen = counts > 0
-    return float(-(counts[seen] @ np.log(frequencies[seen])) / counts.sum())
 
 
 def _folder(data: str | Path) -> Path:

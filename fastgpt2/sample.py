@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-import codecs
 import io
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from fastgpt2.config import ConfigError, ModelConfig
 from fastgpt2.console import run_command
 from fastgpt2.data import DUMMY, META_NAME, read_meta
 from fastgpt2.device import pick_device
-from fastgpt2.fields import Count, Name, Natural, NonNegative, check_fields
+from fastgpt2.fields import Count, Name, Natural
 from fastgpt2.flags import read_arguments
-from fastgpt2.model import GPT
+from fastgpt2.generate import Sampling, generate, stream
 from fastgpt2.pretrained import check_vocabulary, load_run
 from fastgpt2.tokenizer import BPE_FILES, Tokenizer, load_tokenizer
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen from the model's distribution."""
-
-    temperature: NonNegative = 0.8
-    """Below 1 makes likely tokens likelier; 0 always takes the likeliest."""
-    top_k: Natural = 50
-    """Draw from this many of the likeliest tokens; 0 draws from all."""
-    top_p: NonNegative = 1.0
-    """Draw from the fewest likeliest tokens that together have this probability; 1 draws from all."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"--top-p must be over 0 and at most 1, got {self.top_p}")
 
 
 @dataclass(frozen=True)
@@ -55,7 +35,7 @@ class SampleConfig:
     """Text to continue (default: a new document)."""
     max_new_tokens: Count = 200
     """Maximum tokens to draw; a sample ends earlier if the model ends its text."""
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     num_samples: Count = 1
     """Samples to draw."""
     seed: Natural = 0
@@ -68,59 +48,6 @@ class SampleConfig:
     """Folder with GPT-2's vocab.bpe and encoder.json (default: the data folder)."""
     device: Name | None = None
     """cpu, cuda or cuda:N (default: cuda if there is one)."""
-
-
-@torch.no_grad()
-def generate(
-    model: GPT,
-    prompt: list[int],
-    max_new_tokens: int,
-    sampling: Sampling,
-    generator: torch.Generator,
-    vocab_size: int | None = None,
-) -> Iterator[int]:
-    """Draw tokens one by one, each conditioned on the last block_size tokens.
-
-    Args:
-        model: in evaluation mode.
-        prompt: ids to continue, at least one.
-        max_new_tokens: how many to draw.
-        generator: of the CPU; the same state gives the same tokens.
-        vocab_size: draw only ids below it (default: the model's vocabulary).
-
-    Raises:
-        ConfigError: the logits are not finite, as after a run diverged.
-    """
-    device = model.wte.weight.device
-    ids = list(prompt)
-    for _ in range(max_new_tokens):
-        context = torch.tensor([ids[-model.config.block_size :]], device=device)
-        logits = model(context)[0, -1, :vocab_size].cpu()
-        if not logits.isfinite().all():
-            raise ConfigError("the model's logits are not finite: the run had diverged at this checkpoint")
-        ids.append(draw(logits, sampling, generator))
-        yield ids[-1]
-
-
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """An id from softmax(logits / temperature) cut to top_k, then to top_p; logits (V,), on the CPU."""
-    logits, ids = logits.double().topk(min(sampling.top_k or len(logits), len(logits)))
-    if sampling.temperature == 0.0:
-        return int(ids[0])
-    # Subtract the largest: dividing by a temperature near 0 would overflow.
-    probabilities = ((logits - logits[0]) / sampling.temperature).softmax(0)
-    # Compare the mass before a token: this keeps the first token and the one that crosses the bound.
-    before = probabilities.cumsum(0) - probabilities
-    kept = probabilities[before < sampling.top_p]
-    return int(ids[kept.multinomial(1, generator=generator)])
-
-
-def stream(ids: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Decode ids as soon as they form whole characters; an incomplete last character becomes U+FFFD."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in ids:
-        yield decoder.decode(tokenizer.decode([token]))
-    yield decoder.decode(b"", final=True)
 
 
 def pick_tokenizer(config: SampleConfig, state: dict[str, Any], model: ModelConfig) -> Tokenizer:

@@ -374,6 +374,28 @@ def open_shard(path: Path, vocab_size: int, listed: Mapping[str, Any] | None = N
         raise ConfigError(str(error)) from None
 
 
+def count_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Count each id: int64 (vocab_size,)."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    # Count in parts: bincount copies its input to int64.
+    for begin in range(0, len(tokens), SCAN_TOKENS):
+        counts += np.bincount(tokens[begin : begin + SCAN_TOKENS], minlength=vocab_size)
+    return counts
+
+
+def unigram_entropy(counts: np.ndarray, model: np.ndarray | None = None) -> float:
+    """Nats per token when predicting each token by its frequency alone: what a trained model must beat.
+
+    Args:
+        counts: (V,), how often each id occurs in the tokens to predict.
+        model: (V,), the counts that the frequencies are taken from, plus one each so that an id that only
+            `counts` has is possible; None takes `counts` themselves, as they are.
+    """
+    frequencies = counts / counts.sum() if model is None else (model + 1) / (model.sum() + len(model))
+    seen = counts > 0
+    return float(-(counts[seen] @ np.log(frequencies[seen])) / counts.sum())
+
+
 def write_shard(path: Path | str, tokens: Any) -> None:
     """Write tokens, integers (n,) from 0 to 65535, as a shard, atomically.
 

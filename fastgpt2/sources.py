@@ -22,8 +22,8 @@ from pathlib import Path
 from rich.progress import Progress
 
 from fastgpt2.config import ConfigError
-from fastgpt2.data import META_NAME
 from fastgpt2.durable import LOCK_NAME, read_json
+from fastgpt2.shards import META_NAME
 from fastgpt2.tokenizer import BPE_FILES, END_OF_TEXT
 
 ASIDE = ".preparing"

@@ -33,7 +33,7 @@ import fastgpt2.reporters.display
 from fastgpt2 import checkpoint
 from fastgpt2.console import run_command
 from fastgpt2.metrics import read_json_lines
-from fastgpt2.prepare import PrepareConfig, prepare
+from fastgpt2.preparation import PrepareConfig, prepare
 from fastgpt2.prepare import main as prepare_main
 
 STEPS, SAVE_EVERY, EVAL_EVERY = 40, 5, 10

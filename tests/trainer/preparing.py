@@ -12,7 +12,7 @@ from fastgpt2 import prepare as prepare_module
 from fastgpt2.config import ConfigError
 from fastgpt2.console import run_command
 from fastgpt2.data import ShardTokens, open_shard
-from fastgpt2.prepare import PrepareConfig
+from fastgpt2.preparation import PrepareConfig
 from fastgpt2.sources import Found, find
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -164,7 +164,7 @@ def test_leftovers_are_removed_by_a_resume_and_by_a_save(out: Path) -> None:
 
 
 def prepare_shards(folder: Path) -> None:
-    prepare = pytest.importorskip("fastgpt2.prepare", reason="preparing data needs rich")
+    prepare = pytest.importorskip("fastgpt2.preparation", reason="preparing data needs rich")
     (folder / "text.txt").write_text("Some words. " * 100)
     prepare.prepare(prepare.PrepareConfig(sources=(folder / "text.txt",), out=folder / "run", tokenizer="byte"))
 

@@ -418,7 +418,7 @@ def test_a_git_that_is_missing_fails_or_takes_long_holds_up_no_run(
 def test_every_file_has_the_mode_that_the_umask_gives(
     tmp_path: Path, mask: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = pytest.importorskip("fastgpt2.prepare", reason="preparing data needs rich")
+    prepare = pytest.importorskip("fastgpt2.preparation", reason="preparing data needs rich")
     (tmp_path / "text.txt").write_text("Some words. " * 100)
     before = os.umask(mask)
     try:

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastgpt2 import prepare as prepare_module
+from fastgpt2 import preparation
 from fastgpt2.config import ConfigError
 from fastgpt2.data import ShardTokens, open_shard, unigram_entropy
 from fastgpt2.durable import locked
-from fastgpt2.prepare import PrepareConfig, prepare
+from fastgpt2.preparation import PrepareConfig, prepare
 from fastgpt2.sources import ASIDE, assign
 from fastgpt2.tokenizer import BPE_FILES, load_tokenizer
 from tests.trainer.preparing import config, found_in, names, readable, run
@@ -81,7 +81,7 @@ def test_the_same_files_give_the_same_bytes(texts, tmp_path, bpe):
 
 def test_shards_are_cut_and_described(texts, tmp_path, monkeypatch):
     prepare(config(texts, out=tmp_path / "whole"))
-    monkeypatch.setattr(prepare_module, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(preparation, "SHARD_TOKENS", 1000)
     meta = prepare(config(texts, out=tmp_path / "cut"))
     assert meta == json.loads((tmp_path / "cut" / "meta.json").read_text())
     paths = sorted((tmp_path / "cut").glob("train_*.bin"))
@@ -155,7 +155,7 @@ def test_a_failure_leaves_the_old_shards(texts, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(prepare_module, "write_shard", disk_full)
+    monkeypatch.setattr(preparation, "write_shard", disk_full)
     with pytest.raises(ConfigError, match=r"can't write .*train_000000\.bin: No space left on device"):
         prepare(config(texts, out=out, overwrite=True))
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
@@ -172,15 +172,15 @@ class PowerCuts:
         self.out, self.done = out, []
         self.on_disk = self.now()
         self.states = [self.on_disk]
-        replace, unlink, sync = os.replace, Path.unlink, prepare_module.sync
+        replace, unlink, sync = os.replace, Path.unlink, preparation.sync
 
         def played_sync(path: Path) -> None:
             sync(path)
             if path == out:
                 self.on_disk, self.done = self.now(), []
 
-        monkeypatch.setattr(prepare_module, "sync", played_sync)
-        monkeypatch.setattr(prepare_module.os, "replace", lambda old, new: self.do(new, lambda: replace(old, new)))
+        monkeypatch.setattr(preparation, "sync", played_sync)
+        monkeypatch.setattr(preparation.os, "replace", lambda old, new: self.do(new, lambda: replace(old, new)))
         monkeypatch.setattr(Path, "unlink", lambda path, **_: self.do(path, lambda: unlink(path)))
 
     def now(self) -> dict[str, bytes]:
@@ -209,7 +209,7 @@ def test_a_power_cut_leaves_the_old_shards_the_new_ones_or_none_that_train(
         files = request.getfixturevalue("bpe") if replaced == "gpt2" else None
         prepare(config(texts / "part0", out=out, tokenizer=replaced, bpe=files))
         shutil.copy(out / "train_000000.bin", out / "older_train_000001.bin")
-    monkeypatch.setattr(prepare_module, "SHARD_TOKENS", 3000)
+    monkeypatch.setattr(preparation, "SHARD_TOKENS", 3000)
     with monkeypatch.context() as patch:
         cuts = PowerCuts(out, patch)
         prepare(config(texts, out=out, overwrite=True))
@@ -236,7 +236,7 @@ def test_a_prepare_that_was_cut_while_publishing_is_done_again(texts, tmp_path, 
         moved.append(shutil.move(source, target))
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module.os, "replace", killed)
+        patch.setattr(preparation.os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare(config(texts, out=out))
     assert names(out) == ["meta.json"]
@@ -282,9 +282,9 @@ def test_a_second_prepare_into_the_same_folder_is_one_line(texts, tmp_path, monk
 def test_a_killed_prepare_leaves_nothing_that_stops_the_next(texts, tmp_path):
     out = tmp_path / "out"
     program = (
-        "import os, signal, sys; from fastgpt2 import prepare; "
-        "prepare.write_shard = lambda path, tokens: (path.write_bytes(b'half'), os.kill(os.getpid(), signal.SIGKILL)); "
-        "prepare.main()"
+        "import os, signal, sys; from fastgpt2 import preparation, prepare; "
+        "kill = lambda path, tokens: (path.write_bytes(b'half'), os.kill(os.getpid(), signal.SIGKILL)); "
+        "preparation.write_shard = kill; prepare.main()"
     )
     arguments = [str(texts), "--out", str(out), "--tokenizer", "byte"]
     assert subprocess.run([sys.executable, "-c", program, *arguments]).returncode == -signal.SIGKILL
@@ -297,7 +297,7 @@ def test_a_killed_prepare_leaves_nothing_that_stops_the_next(texts, tmp_path):
 @pytest.mark.parametrize("function", ["write_shard", "_describe"], ids=["in a shard", "before publishing"])
 def test_a_signal_ends_it_in_one_line(number, function, texts, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    monkeypatch.setattr(prepare_module, function, lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr(preparation, function, lambda *_: signal.raise_signal(number))
     before = signal.getsignal(number)
     status, stdout, stderr = run(monkeypatch, capsys, texts, "--out", out, "--tokenizer", "byte")
     assert (status, stdout) == (128 + number, "")
@@ -314,8 +314,8 @@ def test_a_signal_while_publishing_waits_for_its_end(texts, tmp_path, monkeypatc
 
 
 def test_what_nohup_ignores_stays_ignored(texts, tmp_path, monkeypatch, capsys):
-    describe = prepare_module._describe
-    monkeypatch.setattr(prepare_module, "_describe", lambda *a: (signal.raise_signal(signal.SIGHUP), describe(*a))[1])
+    describe = preparation._describe
+    monkeypatch.setattr(preparation, "_describe", lambda *a: (signal.raise_signal(signal.SIGHUP), describe(*a))[1])
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert run(monkeypatch, capsys, texts, "--out", tmp_path / "out", "--tokenizer", "byte")[0] == 0

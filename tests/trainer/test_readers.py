@@ -17,6 +17,7 @@ from fastgpt2 import evaluate as evaluate_module
 from fastgpt2 import sample as sample_module
 from fastgpt2.data import write_shard
 from fastgpt2.evaluate import _perplexity
+from fastgpt2.model import GPT
 from tests.trainer.test_sample import make_run, run
 
 
@@ -89,9 +90,7 @@ def test_the_largest_values_work(out, monkeypatch, capsys) -> None:
 
 def test_of_a_long_prompt_the_end_is_seen_and_that_is_said(out, monkeypatch, capsys) -> None:
     contexts = []
-    monkeypatch.setattr(
-        sample_module.GPT, "forward", lambda model, tokens: contexts.append(tokens) or torch.zeros(1, 1, 257)
-    )
+    monkeypatch.setattr(GPT, "forward", lambda model, tokens: contexts.append(tokens) or torch.zeros(1, 1, 257))
     prompt = "abcdefghijklm"
     status, stdout, stderr = run(
         monkeypatch, capsys, sample_module, "--from", out, "--prompt", prompt, "--max-new-tokens", 1

@@ -22,8 +22,9 @@ from fastgpt2.config import ConfigError, ModelConfig, TrainConfig
 from fastgpt2.console import run_command
 from fastgpt2.data import DummyTokens, ShardTokens, write_shard
 from fastgpt2.evaluate import evaluate, evaluate_split
+from fastgpt2.generate import Sampling, draw, generate, stream
 from fastgpt2.model import GPT
-from fastgpt2.sample import SampleConfig, Sampling, draw, generate, pick_tokenizer, stream
+from fastgpt2.sample import SampleConfig, pick_tokenizer
 from fastgpt2.settings import resolve
 from fastgpt2.state import RunState
 from fastgpt2.tokenizer import ByteTokenizer

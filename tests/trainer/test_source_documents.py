@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from fastgpt2.config import ConfigError
-from fastgpt2.prepare import prepare
+from fastgpt2.preparation import prepare
 from fastgpt2.sources import assign
 from fastgpt2.sources import texts as texts_of
 from tests.trainer.preparing import MARK, config, documents_of, found_in, readable, run

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt2 import prepare as prepare_module
-from fastgpt2 import sources
+from fastgpt2 import preparation, sources
 from fastgpt2.config import ConfigError
-from fastgpt2.prepare import prepare
+from fastgpt2.preparation import prepare
 from fastgpt2.sources import NOT_TEXT, assign
 from fastgpt2.tokenizer import BPE_FILES
 from tests.trainer.preparing import RECORDS, ROOT, config, documents_of, found_in, names, readable, run
@@ -308,7 +307,7 @@ def test_a_file_that_changes_meanwhile_is_an_error(texts, tmp_path, monkeypatch)
         (texts / "part0" / "000.txt").write_text("other text")
         return assign(*arguments)
 
-    monkeypatch.setattr(prepare_module, "assign", assign_and_change)
+    monkeypatch.setattr(preparation, "assign", assign_and_change)
     with pytest.raises(ConfigError, match=r"000\.txt changed while it was read"):
         prepare(config(texts, out=tmp_path / "out"))
     assert names(tmp_path / "out") == []
