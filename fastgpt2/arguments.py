@@ -17,8 +17,6 @@ from fastgpt2.folder import settings_of_run, without_compiler
 from fastgpt2.renamed import with_current_flags
 from fastgpt2.toml import read_toml
 
-PROGRAM = "python -m fastgpt2.train"
-
 
 def parse(arguments: list[str]) -> TrainConfig:
     """A configuration from command-line arguments.
@@ -38,7 +36,7 @@ def read_command_line(arguments: list[str]) -> tuple[TrainConfig, dict[str, str]
     Raises:
         ConfigError: a flag or a value in a file is invalid.
     """
-    parser = make_parser(TrainConfig, PROGRAM)
+    parser = make_parser(TrainConfig, "fastgpt2.train")
     about = "TOML file of settings, named as the flags; flags override it. Paths in it are relative to where you are."
     parser.add_argument("--config", metavar="FILE", help=about)
     arguments, renamed = with_current_flags(arguments)

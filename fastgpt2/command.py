@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from fastgpt2.arguments import naming_files, read_command_line
+from fastgpt2.console import is_out_of_memory
 from fastgpt2.data import DataError
-from fastgpt2.device import is_out_of_memory
 from fastgpt2.durable import OutputError
 from fastgpt2.folder import new_folder
 from fastgpt2.metrics import NonFiniteLossError

@@ -10,8 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, TextIO, cast
 
-from fastgpt2.config import ConfigError
-from fastgpt2.device import is_out_of_memory
+from fastgpt2.fields import ConfigError
 from fastgpt2.signals import can_write
 
 STALLED_S = 1.0
@@ -56,6 +55,14 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         discard_unwritten(sys.stdout)
         discard_unwritten(sys.stderr)
     sys.exit(status)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means out of memory; PyTorch has no exception type for it on the CPU."""
+    torch = sys.modules.get("torch")  # not imported for this: commands that don't need it stay quick
+    return isinstance(error, (MemoryError, getattr(torch, "OutOfMemoryError", MemoryError))) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
 
 
 def unfailing(stream: TextIO | None) -> TextIO:

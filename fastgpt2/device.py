@@ -83,13 +83,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resident if sys.platform == "darwin" else resident * 1024
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means out of memory; PyTorch has no exception type for it on the CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    )
-
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 """Parameters of glibc's mallopt, numbered as in malloc.h."""
 

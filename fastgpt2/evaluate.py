@@ -1,4 +1,9 @@
-"""Validation loss: a function for the trainer and `python -m fastgpt2.evaluate` for a saved run."""
+"""`python -m fastgpt2.evaluate`: compute a checkpoint's loss over a validation split.
+
+    python -m fastgpt2.evaluate --from runs/NAME
+
+The trainer evaluates with the same function.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +117,7 @@ def _loss(model: nn.Module, tokens: Tensor, device: torch.device | str) -> Tenso
 
 def main(arguments: list[str] | None = None) -> None:
     """`python -m fastgpt2.evaluate --from OUT`: prints the loss, the perplexity and the unigram entropy."""
-    config = read_arguments(EvaluateConfig, "python -m fastgpt2.evaluate", arguments)
+    config = read_arguments(EvaluateConfig, "fastgpt2.evaluate", arguments)
     device = pick_device(config.device)
     model, state = load_run(config.from_, device, config.step)
     data = config.data or state["config"]["data"]

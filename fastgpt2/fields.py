@@ -45,10 +45,21 @@ class Range:
 
 
 @dataclass(frozen=True)
-class FunctionChoice:
-    """One of some names, or a function as "module:function"; one that can't be imported has <> in its name."""
+class Choice:
+    """One of some names. Literal is shorter where they are not computed."""
 
     names: tuple[str, ...]
+
+    def __call__(self, text: str) -> str:
+        """The text itself. Raises ValueError with what is expected."""
+        if text not in self.names:
+            raise ValueError(f"one of {', '.join(self.names)}")
+        return text
+
+
+@dataclass(frozen=True)
+class FunctionChoice(Choice):
+    """One of some names, or a function as "module:function"; one that can't be imported has <> in its name."""
 
     def __call__(self, text: str) -> str:
         """The text itself. Raises ValueError with what is expected."""
@@ -146,7 +157,7 @@ def names(option: Any) -> tuple[str, ...]:
     if get_origin(option) is Literal:
         return get_args(option)
     rules = get_args(option)[1:] if get_origin(option) is Annotated else ()
-    return next((rule.names for rule in rules if isinstance(rule, FunctionChoice)), ())
+    return next((rule.names for rule in rules if isinstance(rule, Choice)), ())
 
 
 def _accept(option: Any, value: Any) -> Any:

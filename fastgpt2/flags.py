@@ -12,22 +12,26 @@ import dataclasses
 import functools
 import inspect
 import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
-from fastgpt2.fields import checked, field_hints, flag, from_text, names, nearest, options
+from fastgpt2.fields import FunctionChoice, checked, field_hints, flag, from_text, names, nearest, options
+from fastgpt2.program import program
 
 T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and no abbreviations; `_` and `-` are the same in a flag."""
+    """argparse with one-line errors and no abbreviations; `_` and `-` are the same in a flag. The last of two wins."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, formatter_class=_Help, add_help=False, **settings)
+        self.add_argument("-h", "--help", action="help", help="Show this help.")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does; the error for an unknown flag suggests the nearest one."""
@@ -35,36 +39,62 @@ class Parser(argparse.ArgumentParser):
         given, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
-            if not name.startswith("--"):
-                self.error(f"unexpected argument {name!r}")
+            if not name.startswith("-") or name in ("-", "--"):
+                self.error(f"unexpected argument {unknown[0]!r}")
             known = re.findall(r"--[a-z][a-z0-9-]*", self.format_help())
             self.error(f"unknown flag {name!r}{nearest(name, known)}")
         return given
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""
+        for theirs, ours in _IN_OUR_WORDS.items():
+            message = re.sub(theirs, ours, message)
         self.exit(2, f"error: {message} ({self.prog} --help shows every flag)\n")
 
 
-def read_arguments(kind: type[T], prog: str, arguments: Sequence[str] | None = None) -> T:
+_IN_OUR_WORDS = {
+    r"^the following arguments are required: ": "missing ",
+    r"^argument (--[\w-]+).*: expected one argument$": r"\1 needs a value; one that begins with - is given as \1=-...",
+    r"^argument (--[\w-]+).*: expected at least one argument$": r"\1 needs at least one value",
+    r"^argument (--[\w-]+).*: ignored explicit argument ": r"\1 takes no value, got ",
+}
+"""argparse's messages and what replaces them."""
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows a flag that takes several values as --flag VALUE ..."""
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.nargs == argparse.ONE_OR_MORE:
+            return f"{action.metavar or default_metavar} ..."
+        return super()._format_args(action, default_metavar)
+
+
+def read_arguments(kind: type[T], module: str, arguments: Sequence[str] | None = None) -> T:
     """Make a dataclass from a command line.
+
+    Args:
+        module: the command's module, whose docstring --help shows.
 
     Raises:
         ConfigError: a value has the wrong type or range.
     """
-    return _make(kind, given_flags(make_parser(kind, prog), kind, arguments))
+    return _make(kind, given_flags(make_parser(kind, module), kind, arguments))
 
 
-def make_parser(kind: type, prog: str) -> Parser:
+def make_parser(kind: type, module: str) -> Parser:
     """A parser with a flag for each field of a dataclass, nested dataclasses included.
 
-    A field whose metadata has "group" starts a group of --help.
+    A field whose metadata has "group" starts a group of --help. A field with no string below it is hidden from --help.
     """
-    words = "".join(f" {_word(field)} ..." for field, hint, _ in _fields(kind) if _is_positional(field, hint))
+    about, examples = documentation(module)
+    width = shutil.get_terminal_size().columns - 2
+    words = "".join(f" {_words(field, hint)}" for field, hint, _ in _fields(kind) if _is_positional(field, hint))
     parser = Parser(
-        prog=prog,
+        prog=program(module),
         usage=f"%(prog)s{words} [flags]",
-        description=inspect.getdoc(kind),
+        description=textwrap.fill(about, width),
+        epilog=examples.replace(f"python -m {module}", program(module)),
         argument_default=argparse.SUPPRESS,
     )
     flags: argparse._ActionsContainer = parser
@@ -73,6 +103,22 @@ def make_parser(kind: type, prog: str) -> Parser:
             flags = parser.add_argument_group(field.metadata["group"])
         _add(flags, field, hint, text)
     return parser
+
+
+def documentation(module: str) -> tuple[str, str]:
+    """What a command does and its examples: the first line of its module's docstring, and the commands indented in it.
+
+    The module is not imported.
+    """
+    spec = find_spec(module)
+    if spec is not None and spec.submodule_search_locations is not None:
+        spec = find_spec(f"{module}.__main__")
+    assert spec is not None and spec.origin is not None
+    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    first, *paragraphs = text.split("\n\n")
+    about = first.partition("\n")[0].rpartition("`: ")[2]
+    examples = [paragraph for paragraph in paragraphs if re.match(r" +(# |python -m )", paragraph)]
+    return about[:1].upper() + about[1:], "\n".join(["examples:", *examples] if examples else [])
 
 
 def given_flags(parser: Parser, kind: type, arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -118,11 +164,11 @@ def _make(kind: Any, given: dict[str, Any]) -> Any:
 
 def _add(parser: argparse._ActionsContainer, field: dataclasses.Field[Any], hint: Any, text: str) -> None:
     required = field.default is dataclasses.MISSING
-    silent = required or field.default in ("", (), None) or field.default is False
-    about = (text if silent else f"{text} (default: {field.default})").replace("%", "%%")
+    about = _about(field, text).replace("%", "%%") if text else argparse.SUPPRESS
     name: dict[str, Any] = {"dest": field.name, "help": about}
     if _is_positional(field, hint):
-        parser.add_argument(field.name, nargs="+", metavar=_word(field), help=about)
+        several: dict[str, Any] = {"nargs": "+"} if get_origin(hint) is tuple else {}
+        parser.add_argument(field.name, metavar=_word(field), help=about, **several)
     elif get_origin(hint) is tuple:
         parser.add_argument(flag(field.name), nargs="+", metavar=_metavar(get_args(hint)[0]), **name)
     elif hint is bool:
@@ -136,8 +182,22 @@ def _add(parser: argparse._ActionsContainer, field: dataclasses.Field[Any], hint
         parser.add_argument(flag(field.name), required=required, metavar=_metavar(hint), **name)
 
 
+def _about(field: dataclasses.Field[Any], text: str) -> str:
+    """A flag's help, with its default unless the text itself tells it or there is none."""
+    silent = field.default in (dataclasses.MISSING, "", (), None) or field.default is False
+    if silent or "(default" in text:
+        return text
+    shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    return f"{text.removesuffix('.')} (default: {shown})."
+
+
 def _is_positional(field: dataclasses.Field[Any], hint: Any) -> bool:
-    return get_origin(hint) is tuple and field.default is dataclasses.MISSING
+    several = get_origin(hint) is tuple and field.default is dataclasses.MISSING
+    return several or field.metadata.get("positional", False)
+
+
+def _words(field: dataclasses.Field[Any], hint: Any) -> str:
+    return f"{_word(field)} ..." if get_origin(hint) is tuple else _word(field)
 
 
 def _word(field: dataclasses.Field[Any]) -> str:
@@ -148,7 +208,8 @@ def _metavar(hint: Any) -> str:
     """{a,b} for a choice, else the type."""
     option = options(hint)[0]
     if choices := names(option):
-        return "{" + ",".join(choices) + ("}" if get_origin(option) is Literal else ",module:function}")
+        outside = any(isinstance(rule, FunctionChoice) for rule in get_args(option))
+        return "{" + ",".join(choices) + (",module:function}" if outside else "}")
     kind = get_args(option)[0] if get_origin(option) is Annotated else option
     return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
 

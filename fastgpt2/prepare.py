@@ -1,4 +1,8 @@
-"""`python -m fastgpt2.prepare`: turn text files into a folder of token shards to train on."""
+"""`python -m fastgpt2.prepare`: turn text files into a folder of token shards to train on.
+
+python -m fastgpt2.prepare book.txt --out data/book
+python -m fastgpt2.prepare ~/code --ext .py --tokenizer byte --out data/code
+"""
 
 from __future__ import annotations
 
@@ -49,7 +53,7 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 def _run() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for names the terminal can't show
-    config = read_arguments(PrepareConfig, "python -m fastgpt2.prepare")
+    config = read_arguments(PrepareConfig, "fastgpt2.prepare")
     meta = prepare(config)
     try:
         _print(meta, config)

@@ -1,4 +1,8 @@
-"""`python -m fastgpt2.sample --from OUT --prompt TEXT`: generate text from a checkpoint."""
+"""`python -m fastgpt2.sample`: generate text from a checkpoint.
+
+python -m fastgpt2.sample --from runs/NAME --prompt "def main("
+python -m fastgpt2.sample --from runs/NAME --num-samples 3 --temperature 1
+"""
 
 from __future__ import annotations
 
@@ -119,7 +123,7 @@ def emit(text: str) -> None:
 
 def main() -> None:
     """`python -m fastgpt2.sample`: print each sample after its prompt, and the checkpoint on stderr."""
-    config = read_arguments(SampleConfig, "python -m fastgpt2.sample")
+    config = read_arguments(SampleConfig, "fastgpt2.sample")
     model, state = load_run(config.from_, pick_device(config.device), config.step)
     tokenizer = pick_tokenizer(config, state, model.config)
     # As in training, a document starts after the end of another.

@@ -1,6 +1,14 @@
-"""The command `python -m fastgpt2.train`, and nothing to import: the package's attribute of this name is the function.
+"""`python -m fastgpt2.train`: train a GPT-2.
 
-Importing a submodule binds it as an attribute of its package, so this module would hide the function.
+    # a model that suits this machine, on dummy tokens
+    python -m fastgpt2.train
+    # on text: Python's standard library, byte by byte
+    python -m fastgpt2.train --data stdlib --lr 3e-3 --warmup-steps 40
+    # continue a run
+    python -m fastgpt2.train --resume --out runs/NAME --steps 2000
+
+Nothing to import: importing a submodule binds it as an attribute of its package, so this module would hide the function
+`fastgpt2.train`.
 """
 
 if __name__ == "fastgpt2.train":

@@ -1,4 +1,8 @@
-"""`python -m fastgpt2.verify`: does every implementation of every slot compute what the reference computes, here?
+"""`python -m fastgpt2.verify`: check every implementation against the float64 reference, here.
+
+    python -m fastgpt2.verify
+    python -m fastgpt2.verify --attn triton
+    python -m fastgpt2.verify --attn my_package.attention:flash
 
 Three checks against the plain form in float64. The budget of each is relative to what PyTorch itself loses in the same
 precision:
@@ -359,7 +363,7 @@ class VerifyConfig:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; exit status 1 where a backend is out of budget."""
-    given = read_arguments(VerifyConfig, "python -m fastgpt2.verify", arguments)
+    given = read_arguments(VerifyConfig, "fastgpt2.verify", arguments)
     device = str(pick_device(given.device))
     only = {slot: name for slot in SLOTS if (name := getattr(given, slot))}
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -1,4 +1,4 @@
-"""`python -m fastgpt2.kernels.tools.inspect`: inspect the machine code of every shipped configuration, without a GPU.
+"""`python -m fastgpt2.kernels.tools.inspect`: inspect the machine code of every shipped kernel, without a GPU.
 
 Each kernel is compiled for each architecture that has a table, as its launcher compiles it, with the assembler that
 comes with Triton. The report lists registers a thread, bytes spilled, shared memory, blocks that fit on a

@@ -1,8 +1,8 @@
-"""`python -m fastgpt2.kernels.tools.profile`: read what limits a kernel from the GPU's counters, by Nsight Compute.
+"""`python -m fastgpt2.kernels.tools.profile`: read from the GPU's counters what limits a kernel.
 
 Each kernel is launched at GPT-2 124M's shape with its table's configuration, as `fastgpt2.kernels.tools.tune` times it.
-The third launch is read: how busy the matrix units, the issue slots and the memory were, and what its warps waited for.
-The clocks are not locked: the time is the one that users see.
+Nsight Compute reads the third launch: how busy the matrix units, the issue slots and the memory were, and what its
+warps waited for. The clocks are not locked: the time is the one that users see.
 
     python -m fastgpt2.kernels.tools.profile                                 attention, bfloat16; needs a CUDA GPU
     python -m fastgpt2.kernels.tools.profile --op gelu_mlp --precision tf32   kernels whose name begins so

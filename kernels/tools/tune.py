@@ -1,4 +1,4 @@
-"""`python -m fastgpt2.kernels.tools.tune`: choose this GPU's launch configurations, and write its table.
+"""`python -m fastgpt2.kernels.tools.tune`: choose this GPU's launch configurations and write its table.
 
 For each kernel, precision and size of the table:
 

@@ -375,18 +375,17 @@ def test_bytes_that_are_no_text_are_one_line_on_an_ascii_terminal(folder: Path) 
 
 
 def test_help_says_what_a_flag_is_and_its_default() -> None:
-    shown = " ".join(make_parser(TrainConfig, "train").format_help().split())
+    shown = " ".join(make_parser(TrainConfig, "fastgpt2.train").format_help().split())
     for text in (
         "--resume [auto] Continue the run in --out",
         "--keep-checkpoints N Number of newest checkpoints to keep",
-        "0 keeps all. (default: 2)",
+        "0 keeps all (default: 2).",
         "--dropout X Dropout after",
-        "(default: 0.0)",
         "--schedule {constant,cosine,linear}",
         "--compile, --no-compile",
     ):
         assert text in shown
-    flags = make_parser(TrainConfig, "train").format_help()
+    flags = make_parser(TrainConfig, "fastgpt2.train").format_help()
     assert all(f"--{name.replace('_', '-')}" in flags for name in TrainConfig.__dataclass_fields__)
 
 

@@ -54,7 +54,7 @@ def test_a_current_flag_needs_no_note(current: str, capsys: pytest.CaptureFixtur
 
 
 def test_help_shows_no_old_flag() -> None:
-    shown = make_parser(TrainConfig, "train").format_help()
+    shown = make_parser(TrainConfig, "fastgpt2.train").format_help()
     assert "--lean" not in shown and "--keep " not in shown
 
 
