@@ -233,7 +233,7 @@ def ablation_section(records: Sequence[Record]) -> str:
 def cpu_section(records: Sequence[Record]) -> str:
     def show(_: Record, results: list[Result]) -> Iterable[str]:
         yield markdown([step_row(result, results) for group in by_work(results) for result in group])
-        yield f"Peak memory is {'; '.join(dict.fromkeys(str(r.peak_memory_meaning) for r in results))}."
+        yield f"Peak memory: {'; '.join(dict.fromkeys(str(r.peak_memory_meaning) for r in results))}."
 
     return each_device("A training step on a CPU", records, steps_of, show, RATIO_IN_WORDS, gpu=False)
 
