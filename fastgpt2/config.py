@@ -135,7 +135,7 @@ class TrainConfig:
     steps: Count | None = None
     """Optimizer steps (default: 200 on a GPU; 600 without one, about a minute)."""
     device: Name | None = None
-    """cpu, cuda or cuda:N (default: cuda if there is one)."""
+    """cpu, cuda, cuda:N, or mps, an Apple GPU (untested) (default: cuda if there is one, else cpu)."""
     dtype: Dtype | None = None
     """Precision. The 16-bit ones are autocast over float32 weights (default: bfloat16 on a GPU that supports it, else
     float32)."""

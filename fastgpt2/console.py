@@ -58,10 +58,11 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means out of memory; PyTorch has no exception type for it on the CPU."""
+    """Whether an error means out of memory; PyTorch has no exception type for it on the CPU and on MPS."""
     torch = sys.modules.get("torch")  # not imported for this: commands that don't need it stay quick
     return isinstance(error, (MemoryError, getattr(torch, "OutOfMemoryError", MemoryError))) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        isinstance(error, RuntimeError)
+        and any(words in str(error) for words in ("DefaultCPUAllocator", "MPS backend out of memory"))
     )
 
 
@@ -112,7 +113,12 @@ class _Unfailing:
 
 
 def _descriptor(stream: TextIO | None) -> int | None:
-    """The stream's file descriptor, or None if it has none, as in a notebook or a test."""
+    """The stream's file descriptor, or None if it has none, as in a notebook or a test.
+
+    None on Windows too: a terminal there shows only what its own stream encodes.
+    """
+    if not hasattr(select, "poll"):
+        return None
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return stream.fileno() if stream is not None else None
     return None

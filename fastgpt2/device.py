@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import resource
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,21 +15,33 @@ from fastgpt2.config import ConfigError
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of a --device flag; None means CUDA if available, else the CPU.
+    """The device of a --device flag; None means CUDA if available, else the CPU: MPS is untested.
 
     Raises:
         ConfigError: no such device here.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
-        raise ConfigError(f"--device {name!r} is not cpu, cuda or cuda:N")
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,3})?", name):
+        raise ConfigError(f"--device {name!r} is not cpu, cuda, cuda:N or mps")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {name}: torch {torch.__version__} sees no CUDA GPU here; use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"--device {name}: torch {torch.__version__} sees no Apple GPU here; use --device cpu")
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} CUDA GPUs, numbered from 0")
     return device
+
+
+def notes_on(device: torch.device) -> list[str]:
+    """What a user should know about a run on this device."""
+    if device.type != "mps":
+        return []
+    return [
+        "--device mps is untested. PyTorch doesn't list which of its MPS operators are deterministic: two runs may "
+        "differ in their last digits. If PyTorch refuses an operator, give --no-deterministic"
+    ]
 
 
 _PEAK_TFLOPS: dict[str, dict[str, float]] = {
@@ -62,23 +74,34 @@ def device_name(device: torch.device) -> str:
 
 def copy_async(tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Start copying a batch to the device without waiting. PyTorch keeps the pinned buffer until the copy is done."""
-    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens
+    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held at once: allocated by torch on a GPU, resident in the process on a CPU."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory held at once: allocated by torch on a GPU, resident in the process on a CPU.
+
+    None where nothing tells: MPS keeps no peak, and Windows has no getrusage.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return None
     status = Path("/proc/self/status")
     if status.exists():  # getrusage starts from the parent's peak
         peak = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
         return int(peak.split()[1]) * 1024
+    if find_spec("resource") is None:
+        return None
+    import resource
+
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024
 

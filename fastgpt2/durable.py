@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import stat
+import threading
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from fastgpt2.config import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 LOCK_NAME = ".lock"
 JSON_BYTES = 16 << 20
@@ -28,7 +33,7 @@ class OutputError(RuntimeError):
 
 def sync(path: Path) -> None:
     """Wait until a file's contents, or a folder's entries, are on the disk."""
-    if os.name == "nt" and path.is_dir():  # Windows can't open folders
+    if path.is_dir() and not hasattr(os, "O_DIRECTORY"):  # Windows can't open folders
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
@@ -85,11 +90,27 @@ def open_regular(path: Path) -> BufferedReader:
     Raises:
         OSError: the file can't be opened or is not a regular file (IsADirectoryError).
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | _READ_FLAGS)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise IsADirectoryError(errno.EISDIR, "Not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
+
+
+_READ_FLAGS = sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+"""Windows has only the last; the others lack it."""
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """Read up to `size` bytes at an offset, from any thread. Uses os.pread, or a lock where Windows lacks it."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, offset)
+    with _reading:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, size)
+
+
+_reading = threading.Lock()
 
 
 def sha256(path: Path) -> str:
@@ -143,7 +164,8 @@ def _leave_locks_to_the_parent() -> None:
         os.close(_held.pop())
 
 
-os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
 
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
@@ -155,22 +177,24 @@ def locked(folder: Path) -> Iterator[bool]:
     """Lock a folder for this process. The lock ends with the process, even if it is killed.
 
     Yields:
-        True if locked. False if the file system has no locks: nothing keeps a second process out.
+        True if locked. False if the file system, or the system (Windows), has no such locks: nothing keeps a second
+            process out.
 
     Raises:
         InUseError: another process (or another caller in this one) holds it.
         OSError: the folder or the lock file can't be opened.
     """
+    if fcntl is None:
+        yield False
+        return
     # Lock the folder itself, which nobody deletes by mistake. The file names the holder, and is locked where a network
     # file system can lock only files.
-    with _opened(folder, os.O_RDONLY | os.O_DIRECTORY) as itself, _opened(folder / LOCK_NAME, _LOCK_FILE) as file:
+    lock_file = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    with _opened(folder, os.O_RDONLY | os.O_DIRECTORY) as itself, _opened(folder / LOCK_NAME, lock_file) as file:
         held = _try_to_lock(itself, folder, file) or _try_to_lock(file, folder, file)
         if held:
             _write_holder(file)
         yield held
-
-
-_LOCK_FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 
 
 @contextlib.contextmanager

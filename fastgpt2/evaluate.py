@@ -43,7 +43,7 @@ class EvaluateConfig:
     batches: Natural = 0
     """Stop after this many batches; 0 takes all."""
     device: Name | None = None
-    """cpu, cuda or cuda:N (default: cuda if there is one)."""
+    """cpu, cuda, cuda:N, or mps, an Apple GPU (untested) (default: cuda if there is one, else cpu)."""
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def evaluate(
             if stop is not None and len(losses) > 1:
                 losses[-2].item()  # keep the host from running far ahead of the device and calling stop too early
         source.check()
-        return torch.stack(losses).double().mean().item()
+        return torch.stack(losses).cpu().double().mean().item()
     finally:
         model.train(was_training)
 
@@ -105,7 +105,7 @@ def evaluate_split(
         source.check()
         # Weight by tokens: the last batch may be smaller.
         weights = torch.tensor(sizes, dtype=torch.float64)
-        return (torch.stack(losses).double().cpu() @ weights).item() / sum(sizes), sum(sizes)
+        return (torch.stack(losses).cpu().double() @ weights).item() / sum(sizes), sum(sizes)
     finally:
         model.train(was_training)
 

@@ -114,7 +114,9 @@ def name_of(slot: str, function: Callable[..., Any]) -> str:
 
 def why_not(slot: str, known: Implementation, site: Site) -> str | None:
     """Why an implementation can't run there, in a line that says what would work; None where it can."""
-    if known.package and not _installed(known.package):
+    if site.device.type == "mps" and not known.mps:
+        reason = "it is not supported with --device mps"
+    elif known.package and not _installed(known.package):
         reason = f"the {known.package} package is not installed (pip has it for Linux)"
     elif known.why_not:
         reason = load(known.why_not, f"--{slot}")(*(getattr(site, name) for name in known.asks))

@@ -145,7 +145,7 @@ class TrainResult:
     tokens_per_s: float
     """Excludes the first logged interval (warm-up, compilation)."""
     mfu: float | None
-    peak_memory_bytes: int
+    peak_memory_bytes: int | None
     seconds: float
     skipped_steps: int
     """Steps that the float16 gradient scaler skipped because a gradient was not finite."""

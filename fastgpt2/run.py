@@ -22,7 +22,7 @@ from fastgpt2.backends.attention import CUDNN, sdpa_attention, sdpa_picks
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.cuda_graph import CapturedStep
 from fastgpt2.data import GIVEN, ShardTokens, TokenSource, data_end_of_text, data_vocab_size, open_data, split
-from fastgpt2.device import copy_async, keep_freed_memory, pick_device
+from fastgpt2.device import copy_async, keep_freed_memory, notes_on, pick_device
 from fastgpt2.folder import Claim, claim
 from fastgpt2.given import GivenTokens, try_ops
 from fastgpt2.memory import check_memory
@@ -198,7 +198,7 @@ def _build(
     source, val_source = _open_sources(config, own_source)
     # The last check, because it makes a folder.
     claimed = claim(config, held) if config.out is not None else Claim(None, [])
-    notes = [*source.notes, *(val_source.notes if val_source else ()), *claimed.notes]
+    notes = [*notes_on(device), *source.notes, *(val_source.notes if val_source else ()), *claimed.notes]
     if claimed.latest is not None:
         saved = checkpoint.check_shape(claimed.latest, model_config)
         notes += changed_settings(saved, config) + carried_over(saved, config, device)
@@ -270,6 +270,8 @@ def settle(config: TrainConfig) -> tuple[Settled, torch.device]:
     """
     device = pick_device(config.device)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if device.type == "mps":
+        _check_mps(config)
     if config.dtype == "float16" and device.type == "cpu":
         raise ConfigError("--dtype float16 needs a CUDA GPU: on a CPU use --dtype bfloat16 or float32")
     if config.dtype == "tf32" and (capability is None or capability < (8, 0)):
@@ -292,6 +294,14 @@ def settle(config: TrainConfig) -> tuple[Settled, torch.device]:
         data_end_of_text=data_end_of_text(config.data),
     )
     return settled, device
+
+
+def _check_mps(config: TrainConfig) -> None:
+    """Raise ConfigError for what --device mps doesn't take. It is untested, so it takes only the plain path."""
+    if config.dtype not in (None, "float32"):
+        raise ConfigError(f"--dtype {config.dtype} is not supported with --device mps: use --dtype float32")
+    if config.compile:
+        raise ConfigError("--compile is not supported with --device mps: leave it out")
 
 
 @contextlib.contextmanager

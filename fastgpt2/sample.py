@@ -51,7 +51,7 @@ class SampleConfig:
     bpe: Path | None = None
     """Folder with GPT-2's vocab.bpe and encoder.json (default: the data folder)."""
     device: Name | None = None
-    """cpu, cuda or cuda:N (default: cuda if there is one)."""
+    """cpu, cuda, cuda:N, or mps, an Apple GPU (untested) (default: cuda if there is one, else cpu)."""
 
 
 def pick_tokenizer(config: SampleConfig, state: dict[str, Any], model: ModelConfig) -> Tokenizer:

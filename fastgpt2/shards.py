@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from fastgpt2.config import ConfigError
-from fastgpt2.durable import open_regular, read_json, sync
+from fastgpt2.durable import open_regular, read_at, read_json, sync
 
 GPT2_VOCAB_SIZE = 50257
 META_NAME = "meta.json"
@@ -124,7 +124,7 @@ class Shard:
             self._file = open_regular(path)
             weakref.finalize(self, self._file.close).atexit = False  # a thread may still read then
             self._descriptor = self._file.fileno()
-            self._header = os.pread(self._descriptor, HEADER_BYTES, 0)
+            self._header = read_at(self._descriptor, HEADER_BYTES, 0)
             self._stamp = self._now()
         except OSError as error:
             raise ConfigError(f"can't read {path}: {error.strerror}") from None
@@ -148,8 +148,8 @@ class Shard:
         """
         at, size = HEADER_BYTES + 2 * start, 2 * count
         try:
-            raw = os.pread(self._descriptor, size, at)
-            while len(raw) < size and (more := os.pread(self._descriptor, size - len(raw), at + len(raw))):
+            raw = read_at(self._descriptor, size, at)
+            while len(raw) < size and (more := read_at(self._descriptor, size - len(raw), at + len(raw))):
                 raw += more
         except OSError as error:
             raise DataError(f"can't read {self.path}: {error.strerror}") from None
@@ -420,7 +420,7 @@ def write_shard(path: Path | str, tokens: Any) -> None:
             file.write(header.tobytes())
             file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
         sync(aside)
-        aside.rename(path)
+        os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise

@@ -57,7 +57,12 @@ def say(line: str) -> None:
 
 
 def can_write(descriptor: int, seconds: float) -> bool:
-    """Whether a write would succeed within `seconds`: not to a full pipe or a terminal stopped by Ctrl-S."""
+    """Whether a write would succeed within `seconds`: not to a full pipe or a terminal stopped by Ctrl-S.
+
+    True on Windows, which can't tell.
+    """
+    if not hasattr(select, "poll"):
+        return True
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
     return bool(poll.poll(1e3 * seconds))

@@ -28,6 +28,7 @@ class Implementation:
         package: what has to be installed for it, beside torch.
         interpreted: on a CPU it runs in Triton's interpreter: `auto` leaves it out there, and its time says nothing.
         cuda: trains on a CUDA GPU only.
+        mps: may be chosen with --device mps.
         deterministic: adds in a fixed order.
         ours: its kernels or its loop are ours, not PyTorch's.
         picks_kernel: PyTorch picks its kernel; which one also depends on whether algorithms must be deterministic.
@@ -42,6 +43,7 @@ class Implementation:
     package: str = ""
     interpreted: bool = False
     cuda: bool = False
+    mps: bool = False
     deterministic: bool = True
     ours: bool = False
     picks_kernel: bool = False
@@ -53,7 +55,7 @@ _TRITON: dict[str, Any] = {"package": "triton", "interpreted": True, "ours": Tru
 SLOTS: dict[str, dict[str, Implementation]] = {
     "attn": {
         "naive": Implementation("fastgpt2.backends.attention:naive_attention"),
-        "sdpa": Implementation("fastgpt2.backends.attention:sdpa_attention", picks_kernel=True),
+        "sdpa": Implementation("fastgpt2.backends.attention:sdpa_attention", mps=True, picks_kernel=True),
         "cudnn": Implementation(
             "fastgpt2.backends.attention:cudnn_attention",
             why_not="fastgpt2.backends.attention:cudnn_why_not",
@@ -77,13 +79,13 @@ SLOTS: dict[str, dict[str, Implementation]] = {
         ),
     },
     "mlp": {
-        "torch": Implementation("fastgpt2.backends.mlp:torch_mlp"),
+        "torch": Implementation("fastgpt2.backends.mlp:torch_mlp", mps=True),
         "triton": Implementation(
             "fastgpt2.kernels.mlp:gelu_mlp", "fastgpt2.kernels.mlp:why_unsupported", **_TRITON, tf32=True
         ),
     },
     "norm": {
-        "torch": Implementation("fastgpt2.backends.norm:torch_norm"),
+        "torch": Implementation("fastgpt2.backends.norm:torch_norm", mps=True),
         "triton": Implementation(
             "fastgpt2.kernels.norm:stream_norm",
             "fastgpt2.kernels.norm:why_unsupported",
@@ -92,9 +94,9 @@ SLOTS: dict[str, dict[str, Implementation]] = {
         ),
     },
     "loss": {
-        "torch": Implementation("fastgpt2.backends.loss:torch_loss"),
+        "torch": Implementation("fastgpt2.backends.loss:torch_loss", mps=True),
         "chunked": Implementation(
-            "fastgpt2.kernels.loss:linear_cross_entropy", ours=True, options={"implementation": "chunked"}
+            "fastgpt2.kernels.loss:linear_cross_entropy", mps=True, ours=True, options={"implementation": "chunked"}
         ),
         "triton": Implementation(
             "fastgpt2.kernels.loss:linear_cross_entropy",

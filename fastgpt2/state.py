@@ -156,6 +156,8 @@ class RunState:
         states = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state(self.device)
+        elif self.device.type == "mps":
+            states["mps"] = torch.mps.get_rng_state()
         return states
 
     def _load_generators(self, states: Mapping[str, Tensor]) -> None:
@@ -163,6 +165,8 @@ class RunState:
             torch.set_rng_state(states["cpu"])
             if self.device.type == "cuda" and "cuda" in states:
                 torch.cuda.set_rng_state(states["cuda"], self.device)
+            elif self.device.type == "mps" and "mps" in states:
+                torch.mps.set_rng_state(states["mps"])
         except KeyError:
             raise StateError("rng", "the CPU generator's state is missing") from None
         except (RuntimeError, TypeError) as error:

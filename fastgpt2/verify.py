@@ -365,6 +365,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; exit status 1 where a backend is out of budget."""
     given = read_arguments(VerifyConfig, "fastgpt2.verify", arguments)
     device = str(pick_device(given.device))
+    if device == "mps":
+        raise ConfigError("--device mps has no float64 for the reference: use --device cpu")
     only = {slot: name for slot in SLOTS if (name := getattr(given, slot))}
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         # Triton decides at its import whether it interprets, and torch may have imported it by now.

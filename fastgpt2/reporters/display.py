@@ -129,7 +129,7 @@ class TrainDisplay(Reporter):
             "tokens/s": f"{result.tokens_per_s:,.0f}" if result.losses else None,
             "MFU (llm.c's formula)": None if result.mfu is None else f"{result.mfu:.1%}",
             "skipped steps": str(result.skipped_steps) if result.config.dtype == "float16" else None,
-            "peak memory": f"{result.peak_memory_bytes / 2**20:,.0f} MiB {_memory_kind(result)}",
+            "peak memory": _memory(result),
             "time": f"{result.seconds:.1f} s",
         }
         if out is not None:
@@ -165,8 +165,12 @@ def _console(stream: TextIO | None) -> Console:
     return Console(file=file, width=width, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
-def _memory_kind(result: TrainResult) -> str:
-    return "allocated on the GPU" if result.model.wte.weight.is_cuda else "resident in the process"
+def _memory(result: TrainResult) -> str | None:
+    """The peak of memory and what it counts; None if this system tells none."""
+    if result.peak_memory_bytes is None:
+        return None
+    kind = "allocated on the GPU" if result.model.wte.weight.is_cuda else "resident in the process"
+    return f"{result.peak_memory_bytes / 2**20:,.0f} MiB {kind}"
 
 
 def plot_losses(out: Path, result: TrainResult) -> Path:
