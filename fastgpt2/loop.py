@@ -192,6 +192,7 @@ class Loop:
         run, reporter = self.run, self.reporter
         if run.val_source is None or reporter.stop_requested:
             return
+        reporter.validating()
         self.meter.pause()
         with run.autocast():
             loss = evaluate(

@@ -39,6 +39,9 @@ class Reporter:
     def logged(self, record: dict[str, Any]) -> None:
         """A logging step has made this record for metrics.jsonl."""
 
+    def validating(self) -> None:
+        """A validation begins."""
+
     def validated(self, record: dict[str, Any]) -> None:
         """A validation has made this record for metrics.jsonl."""
 
@@ -87,6 +90,9 @@ class Reporters:
 
     def logged(self, record: dict[str, Any]) -> None:
         self._tell(lambda reporter: reporter.logged({**record}))
+
+    def validating(self) -> None:
+        self._tell(lambda reporter: reporter.validating())
 
     def validated(self, record: dict[str, Any]) -> None:
         self._tell(lambda reporter: reporter.validated({**record}))

@@ -1,17 +1,19 @@
-"""What the user sees of a run: live progress, notes, the summary table and the loss curve."""
+"""What the user sees of a run: its steps as they pass, notes, a summary and the loss curve."""
 
 from __future__ import annotations
 
 import math
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from textwrap import wrap
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task
 from rich.text import Text
 
 from fastgpt2 import signals
@@ -25,9 +27,12 @@ from fastgpt2.reporter import Reporter, TrainResult
 if TYPE_CHECKING:
     from fastgpt2.run import Run
 
+ROOM_FOR_MFU = 100
+"""Columns of a terminal on which a step's line shows mfu as well: without it a line needs at most 80."""
+
 
 class TrainDisplay(Reporter):
-    """Shows a progress bar on a terminal, elsewhere a line for each logged step. Drops output that can't be written.
+    """Prints a line for each logged step, and on a terminal a bar below. Drops output that can't be written.
 
     As a context manager it handles the signals that ask to stop: the first ends the run after the current step with a
     checkpoint, a second Ctrl-C ends it immediately. Before a run has started, the first ends the process.
@@ -36,27 +41,32 @@ class TrainDisplay(Reporter):
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or _console(sys.stdout)
         self.live = self.console.is_terminal
+        self.bar = Progress(
+            _Words(self._phase_words),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Words(self._left_words),
+            console=self.console,
+            disable=not self.live,
+            transient=True,
+        )
         self.stopped_by: signal.Signals | None = None
         """The first signal that asked to stop."""
         self._can_save = False
         self._interrupts = 0
         self._handlers: dict[signal.Signals, Any] = {}
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.live,
-        )
+        self._enter("starting")
+        self._first: dict[str, Any] | None = None
+        """The first record of this start: how fast the run is, is measured from there."""
+        self._ends: float | None = None
+        """When the run is expected to end, on the monotonic clock."""
 
     def __enter__(self) -> TrainDisplay:
         self._handlers = signals.handle(self._stop)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self.bar.stop()
         discard_unwritten(sys.stdout)
         signals.put_back(self._handlers)
 
@@ -75,7 +85,7 @@ class TrainDisplay(Reporter):
     def started(self, run: Run) -> None:
         self._can_save = True
         config, shape = run.config, run.model.config
-        self.console.print(
+        self._print(
             f"{preset_name(shape)}: {parameter_count(shape):,} parameters "
             f"(L={shape.n_layer} H={shape.n_head} C={shape.n_embd} T={shape.block_size} V={shape.vocab_size}) "
             f"on {device_name(run.device)}, {config.dtype}"
@@ -86,41 +96,66 @@ class TrainDisplay(Reporter):
             "blocks recomputed": config.recompute == "blocks",
             "one CUDA graph": config.cuda_graph,
         }
-        self.console.print(", ".join(parts + [name for name, on in switches.items() if on]))
+        self._print(", ".join(parts + [name for name, on in switches.items() if on]))
         tokens = run.samples_per_step * shape.block_size
-        data, out = printable(config.data), printable(config.out)
-        self.console.print(f"{config.steps} steps of {tokens:,} tokens from {data}; writing to {out}")
-        self._progress.start()
-        self._task = self._progress.add_task("", total=config.steps, completed=run.start, status="starting")
+        self._print(f"{config.steps} steps of {tokens:,} tokens from {config.data}; writing to {config.out}")
+        self._compiles = config.compile
+        self._enter("compiling" if config.compile else "starting")
+        if config.compile and not self.live:
+            self._print("compiling until the first step is done")
         self._steps = config.steps
-        self._status = ""
+        self._task = self.bar.add_task("", total=config.steps, completed=run.start)
+        self.bar.start()
 
     def note(self, text: str) -> None:
-        self.console.print(Text(printable(text), "dim"))
+        self._print(text, "dim")
 
     def warn(self, text: str) -> None:
-        self.console.print(Text(f"warning: {printable(text)}", "yellow"))
+        self._print(f"warning: {text}", "yellow")
 
     def error(self, text: str) -> None:
         """Print one line that says why the run ended."""
-        self._progress.stop()
-        _console(sys.stderr).print(Text(f"error: {printable(text)}", "red"))
+        self.bar.stop()
+        _print(_console(sys.stderr), f"error: {text}", "red")
 
     def stepped(self, done: int) -> None:
-        self._progress.update(self._task, completed=done)
+        self._enter("training")
+        self.bar.update(self._task, completed=done)
 
     def logged(self, record: dict[str, Any]) -> None:
-        mfu = "" if record["mfu"] is None else f"  mfu {record['mfu']:.1%}"
-        status = f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tok/s{mfu}"
-        self._progress.update(self._task, status=status)
-        if not self.live:
-            self.console.print(f"step {record['step']:>6}/{self._steps}  {status}  {record['step_ms']:.0f} ms")
+        self._first = first = self._first or record
+        columns = [
+            self._step(record),
+            f"loss {record['loss']:7.4f}",
+            f"lr {_scientific(record['lr']):>7}",
+            f"{record['tokens_per_s']:>9,.0f} tok/s",
+            f"{_memory(record['memory_bytes']):>8}",
+        ]
+        if record["mfu"] is not None and self.console.width >= ROOM_FOR_MFU:
+            columns.append(f"mfu {record['mfu']:.1%}")
+        steps, to_go = record["step"] - first["step"], self._steps - record["step"]
+        if steps and to_go:
+            left = (record["seconds"] - first["seconds"]) / steps * to_go
+            self._ends = time.monotonic() + left
+            columns.append(f"{_clock(left):>8} left")
+        self._print("  ".join(columns))
+
+    def validating(self) -> None:
+        # The evaluation mode is another graph.
+        self._enter("validating (compiling)" if self._compiles else "validating")
+        self._compiles = False
 
     def validated(self, record: dict[str, Any]) -> None:
-        self.console.print(f"step {record['step']:>6}/{self._steps}  val {record['val_loss']:.4f}")
+        self._print(f"{self._step(record)}  val  {record['val_loss']:7.4f}", "bold")
+
+    def saving(self) -> None:
+        self._enter("saving")
+
+    def close(self) -> list[str]:
+        self.bar.stop()
+        return []
 
     def finished(self, result: TrainResult) -> None:
-        self._progress.stop()
         out = result.out
         rows = {
             "steps": f"{result.steps_done} of {result.config.steps}",
@@ -129,24 +164,39 @@ class TrainDisplay(Reporter):
             "tokens/s": f"{result.tokens_per_s:,.0f}" if result.losses else None,
             "MFU (llm.c's formula)": None if result.mfu is None else f"{result.mfu:.1%}",
             "skipped steps": str(result.skipped_steps) if result.config.dtype == "float16" else None,
-            "peak memory": _memory(result),
-            "time": f"{result.seconds:.1f} s",
+            "peak memory": _peak_memory(result),
+            "time": _clock(result.seconds),
         }
         if out is not None:
             rows["metrics"] = str(out / "metrics.jsonl")
             rows["loss curve"] = self._plot(out, result)
             if result.config.save_every:
                 rows["checkpoints"] = str(out / "checkpoints")
-        table = Table(title="fastgpt2", show_header=False, title_justify="left")
-        table.add_column()
-        table.add_column(overflow="fold")  # a truncated path is useless
-        for name, value in rows.items():
-            if value is not None:
-                table.add_row(name, printable(value))
-        self.console.print(table)
+        shown = {name: value for name, value in rows.items() if value is not None}
+        for name, value in shown.items():
+            # A path is printed whole, however long, so that it can be copied.
+            self.console.print(f"{name:<{max(map(len, shown))}}  {printable(value)}", soft_wrap=True)
         stopped = self.stop_requested and result.steps_done < result.config.steps
         if stopped and out is not None and result.config.save_every and result.steps_done and not result.missing:
-            self.console.print(f"stopped early; continue with --resume --out {shell_word(out)}")
+            self.console.print(f"stopped early; continue with --resume --out {shell_word(out)}", soft_wrap=True)
+
+    def _print(self, text: str, style: str = "") -> None:
+        _print(self.console, text, style)
+
+    def _step(self, record: dict[str, Any]) -> str:
+        return f"step {record['step']:>{len(str(self._steps))}}"
+
+    def _enter(self, phase: str) -> None:
+        """Name what the run does from now on."""
+        self._phase, self._since = phase, time.monotonic()
+
+    def _phase_words(self) -> str:
+        """What the run does now, and since when, if that isn't to make steps: "compiling 0:12"."""
+        phase = "stopping" if self.stop_requested else self._phase
+        return phase if phase == "training" else f"{phase} {_clock(time.monotonic() - self._since)}"
+
+    def _left_words(self) -> str:
+        return "" if self._ends is None else f"{_clock(max(0.0, self._ends - time.monotonic()))} left"
 
     def _plot(self, out: Path, result: TrainResult) -> str | None:
         """Draw the loss curve. Returns its path, or None if that fails: the run doesn't."""
@@ -157,20 +207,60 @@ class TrainDisplay(Reporter):
             return None
 
 
+class _Words(ProgressColumn):
+    """Words beside the bar, asked for at each refresh."""
+
+    def __init__(self, words: Callable[[], str]) -> None:
+        super().__init__()
+        self._words = words
+
+    def render(self, task: Task) -> Text:
+        return Text(self._words())
+
+
 def _console(stream: TextIO | None) -> Console:
     """A console that prints the user's text as it is: in a path, [lr=0.1] is not a style and :x: not an emoji."""
     file = unfailing(stream)
-    # A pipe or a log file has no width: rich's default of 80 columns would wrap paths.
-    width = None if file.isatty() else 120
-    return Console(file=file, width=width, soft_wrap=True, markup=False, emoji=False, highlight=False)
+    terminal = file.isatty()
+    # In a pipe or a log file an event is a line, however long.
+    width = None if terminal else 120
+    return Console(file=file, width=width, soft_wrap=not terminal, markup=False, emoji=False, highlight=False)
 
 
-def _memory(result: TrainResult) -> str | None:
+def _print(console: Console, text: str, style: str = "") -> None:
+    """Print a user's text, wrapped at the ends of words. A longer word, such as a path, is left whole."""
+    lines = [printable(text)]
+    if not console.soft_wrap:
+        lines = wrap(lines[0], console.width, break_long_words=False, break_on_hyphens=False)
+    console.print(Text("\n".join(lines), style), soft_wrap=True)
+
+
+def _scientific(value: float) -> str:
+    """3e-4 as 3.00e-4: "%e" writes e-04."""
+    digits, exponent = f"{value:.2e}".split("e")
+    return f"{digits}e{int(exponent)}"
+
+
+def _memory(size: float | None) -> str:
+    """79.1 GiB; empty on a system that tells none."""
+    if size is None:
+        return ""
+    return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
+
+
+def _clock(seconds: float) -> str:
+    """1:02:03, and below an hour 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _peak_memory(result: TrainResult) -> str | None:
     """The peak of memory and what it counts; None if this system tells none."""
     if result.peak_memory_bytes is None:
         return None
     kind = "allocated on the GPU" if result.model.wte.weight.is_cuda else "resident in the process"
-    return f"{result.peak_memory_bytes / 2**20:,.0f} MiB {kind}"
+    return f"{_memory(result.peak_memory_bytes)} {kind}"
 
 
 def plot_losses(out: Path, result: TrainResult) -> Path:
