@@ -11,6 +11,7 @@ import torch
 
 from fastgpt2.arguments import naming_files, read_command_line
 from fastgpt2.console import is_out_of_memory
+from fastgpt2.corpus import prepare_aloud
 from fastgpt2.data import DataError
 from fastgpt2.durable import OutputError
 from fastgpt2.folder import new_folder
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     config, origins = read_command_line(sys.argv[1:] if arguments is None else arguments)
     refuse_several_processes()
     with contextlib.ExitStack() as folder, TrainDisplay() as display, naming_files(origins):
+        prepare_aloud(config.data)
         if config.out is None:
             config = dataclasses.replace(config, out=folder.enter_context(new_folder(Path("runs"))))
         try:

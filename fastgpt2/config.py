@@ -120,7 +120,8 @@ class TrainConfig:
     """Token that starts a document, for --document-mask (default: the data's)."""
 
     data: Place = field(default="dummy", metadata={"group": "data"})
-    """dummy (uniform random tokens), dummy-fixed (one such batch, repeated), or a folder of token shards."""
+    """dummy (uniform random tokens), dummy-fixed (one such batch, repeated), stdlib (the source of Python's standard
+    library), a text file, or a folder of token shards from python -m fastgpt2.prepare."""
     seed: Natural = 0
     """Determines the initial weights, the dummy tokens, the order of the data and the dropout."""
     eval_every: Natural = 0

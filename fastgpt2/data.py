@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.config import ConfigError
+from fastgpt2.corpus import DUMMY, GIVEN, is_text, shard_folder
 from fastgpt2.shards import (
     GPT2_VOCAB_SIZE,
     HEADER_BYTES,
@@ -38,6 +37,7 @@ from fastgpt2.shards import (
     write_shard,
     write_shards,
 )
+from fastgpt2.tokenizer import ByteTokenizer
 
 __all__ = [
     "DUMMY",
@@ -62,9 +62,6 @@ __all__ = [
     "write_shards",
 ]
 
-DUMMY = ("dummy", "dummy-fixed")
-GIVEN = "<source>"
-"""What a run is saved with whose training tokens were given in Python."""
 DUMMY_EVAL_BATCH = 8
 
 
@@ -156,7 +153,7 @@ class ShardTokens:
     windows. No window spans two shards; what is left at the ends of one, under two windows, varies by epoch.
 
     Args:
-        folder: holds the shards.
+        data: the folder that holds the shards, or text that is prepared on first use, as --data names it.
         split: "train" or "val": which shards.
         batch_size, block_size, grad_accum: the shape, see TokenSource.tokens.
         seed: decides the order.
@@ -172,7 +169,7 @@ class ShardTokens:
 
     def __init__(
         self,
-        folder: str | Path,
+        data: str | Path,
         split: str,
         batch_size: int,
         block_size: int,
@@ -182,7 +179,7 @@ class ShardTokens:
         world: int = 1,
         sequences: int = 0,
     ) -> None:
-        folder = _folder(folder)
+        folder = shard_folder(data)
         self.block_size, self.grad_accum = block_size, grad_accum
         self.seed, self.rank, self.world = seed, rank, world
         self.meta = read_meta(folder)
@@ -194,7 +191,7 @@ class ShardTokens:
         self.shards = [shard for shard in shards if len(shard) > block_size]
         if not self.shards:
             raise ConfigError(
-                f"the {split} split of {folder} is too short: its longest shard has {max(map(len, shards))} "
+                f"the {split} split of {data} is too short: its longest shard has {max(map(len, shards))} "
                 f"tokens, a window needs --block-size + 1 = {block_size + 1}"
             )
         sizes = np.array([len(shard) for shard in self.shards])
@@ -334,7 +331,7 @@ def open_data(
     world: int = 1,
     sequences: int = 0,
 ) -> DummyTokens | ShardTokens:
-    """The token source that --data names: "dummy", "dummy-fixed" or a folder of token shards.
+    """The token source that --data names: dummy, dummy-fixed, stdlib, a text file or a folder of token shards.
 
     Args:
         split: "train" or "val".
@@ -356,12 +353,14 @@ def open_data(
 
 
 def data_vocab_size(data: str) -> int | None:
-    """The vocabulary of --data, None for dummy tokens; reads only meta.json.
+    """The vocabulary of --data, None for dummy tokens; reads only meta.json and prepares nothing.
 
     Raises:
         ConfigError: no such folder, or a meta.json that can't be used.
     """
-    return None if data in (*DUMMY, GIVEN) else read_meta(_folder(data))["vocab_size"]
+    if data in (*DUMMY, GIVEN):
+        return None
+    return ByteTokenizer.vocab_size if is_text(data) else read_meta(shard_folder(data))["vocab_size"]
 
 
 def data_end_of_text(data: str) -> int | None:
@@ -370,27 +369,9 @@ def data_end_of_text(data: str) -> int | None:
     Raises:
         ConfigError: as data_vocab_size does.
     """
-    return None if data in (*DUMMY, GIVEN) else read_meta(_folder(data)).get("end_of_text")
-
-
-def _folder(data: str | Path) -> Path:
-    choices = f"give {', '.join(DUMMY)} or a folder of token shards"
-    if not str(data):
-        raise ConfigError(f"--data is empty; {choices}")
-    if data == GIVEN:
-        raise ConfigError(
-            "the tokens were given in Python: give them again, by train(config, source=...), or give --data a folder"
-        )
-    try:
-        folder = Path(data).expanduser()
-        is_folder = stat.S_ISDIR(os.stat(folder).st_mode)
-    except FileNotFoundError:
-        raise ConfigError(f"--data {data}: no such folder; {choices}") from None
-    except (OSError, ValueError, RuntimeError) as error:  # a zero byte in the name; the home of nobody
-        raise ConfigError(f"can't read --data {data}: {getattr(error, 'strerror', None) or error}") from None
-    if not is_folder:
-        raise ConfigError(f"--data {data} is not a folder; {choices}")
-    return folder
+    if data in (*DUMMY, GIVEN):
+        return None
+    return ByteTokenizer.end_of_text if is_text(data) else read_meta(shard_folder(data)).get("end_of_text")
 
 
 def _fingerprint(shards: list[Shard]) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastgpt2.config import ConfigError
 from fastgpt2.console import run_command
+from fastgpt2.corpus import prepare_aloud
 from fastgpt2.data import DUMMY, DataError, ShardTokens, TokenSource, open_data, split, unigram_entropy
 from fastgpt2.device import copy_async, pick_device
 from fastgpt2.fields import Count, Name, Natural
@@ -37,7 +38,7 @@ class EvaluateConfig:
     step: Natural | None = None
     """Use the run's checkpoint of this step instead of the newest."""
     data: Name | None = None
-    """Folder of token shards (default: the one the run was trained on)."""
+    """stdlib, a text file or a folder of token shards (default: what the run was trained on)."""
     batch_size: Count = 8
     """Sequences in a batch."""
     batches: Natural = 0
@@ -122,7 +123,10 @@ def main(arguments: list[str] | None = None) -> None:
     model, state = load_run(config.from_, device, config.step)
     data = config.data or state["config"]["data"]
     if data in DUMMY:
-        raise ConfigError(f"{config.from_} was trained on dummy tokens: give --data a folder of token shards")
+        raise ConfigError(
+            f"{config.from_} was trained on dummy tokens: give --data stdlib, a text file or a folder of token shards"
+        )
+    prepare_aloud(data)
     source = open_data(
         data,
         split="val",

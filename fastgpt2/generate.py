@@ -57,7 +57,8 @@ def generate(
     ids = list(prompt)
     for _ in range(max_new_tokens):
         context = torch.tensor([ids[-model.config.block_size :]], device=device)
-        logits = model(context)[0, -1, :vocab_size].cpu()
+        # Not model(...): a compiled model would be compiled anew for each length.
+        logits = model.forward(context)[0, -1, :vocab_size].cpu()
         if not logits.isfinite().all():
             raise ConfigError("the model's logits are not finite: the run had diverged at this checkpoint")
         ids.append(draw(logits, sampling, generator))

@@ -88,15 +88,21 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> dict[str, 
         with locked(config.out) as alone:
             if not alone:
                 _warn(console, f"{config.out} is on a file system without locks: start no second prepare into it")
-            return _prepare_alone(config, console)
+            _check_unused(config)
+            return fill(config, console)
     except InUseError:
         raise ConfigError(f"--out {config.out} is in use by another process: wait for it or give another") from None
     except OSError as error:
         raise ConfigError(f"can't write {error.filename or config.out}: {error.strerror or error}") from None
 
 
-def _prepare_alone(config: PrepareConfig, console: Console) -> dict[str, Any]:
-    _check_unused(config)
+def fill(config: PrepareConfig, console: Console) -> dict[str, Any]:
+    """Write the shards to --out, which is locked, in place of those that it holds. Returns the contents of meta.json.
+
+    Raises:
+        ConfigError: see prepare.
+        OSError: --out can't be written.
+    """
     aside = config.out / ASIDE
     shutil.rmtree(aside, ignore_errors=True)  # of a prepare that was killed
     aside.mkdir()

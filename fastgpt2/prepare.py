@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgpt2.console import printable, run_command, shell_word
+from fastgpt2.corpus import DUMMY, STDLIB
 from fastgpt2.flags import read_arguments
 from fastgpt2.preparation import SIGNALS, PrepareConfig, on_signals, prepare
 from fastgpt2.sources import skipped_text
@@ -70,7 +71,8 @@ def _print(meta: dict[str, Any], config: PrepareConfig) -> None:
     for split, tokens in meta["tokens"].items():
         if tokens <= SHORT_TOKENS:
             console.print(f"the {split} split is short: --block-size must be below its {tokens:,} tokens")
-    out = shell_word(config.out)
+    # --data takes these names for something else.
+    out = f"./{config.out}" if str(config.out) in (*DUMMY, STDLIB) else shell_word(config.out)
     console.print(f"wrote {printable(config.out)}; train on it: python -m fastgpt2.train --data {out}")
 
 

@@ -18,13 +18,14 @@ import torch
 
 from fastgpt2.config import ConfigError, ModelConfig
 from fastgpt2.console import run_command
+from fastgpt2.corpus import is_text
 from fastgpt2.data import DUMMY, META_NAME, read_meta
 from fastgpt2.device import pick_device
 from fastgpt2.fields import Count, Name, Natural
 from fastgpt2.flags import read_arguments
 from fastgpt2.generate import Sampling, generate, stream
 from fastgpt2.pretrained import check_vocabulary, load_run
-from fastgpt2.tokenizer import BPE_FILES, Tokenizer, load_tokenizer
+from fastgpt2.tokenizer import BPE_FILES, ByteTokenizer, Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class SampleConfig:
     seed: Natural = 0
     """Random seed of the first sample; each further sample uses the next seed."""
     data: Name | None = None
-    """Folder of token shards whose tokenizer to use (default: the one the run was trained on)."""
+    """stdlib, a text file or a folder of token shards: use its tokenizer (default: what the run was trained on)."""
     tokenizer: Literal["gpt2", "byte"] | None = None
     """The tokenizer, if no data folder names one."""
     bpe: Path | None = None
@@ -73,9 +74,14 @@ def pick_tokenizer(config: SampleConfig, state: dict[str, Any], model: ModelConf
     data = config.data or state["config"]["data"]
     if data in DUMMY:
         raise ConfigError(f"{config.from_} was trained on dummy tokens, which stand for no text")
+    if is_text(data):
+        tokenizer = _load(ByteTokenizer.name, config.bpe, None)
+        if config.data or tokenizer.vocab_size > model.vocab_size:
+            check_vocabulary(f"the byte tokenizer of {data}", tokenizer.vocab_size, model)
+        return tokenizer
     folder = Path(os.path.expanduser(data))
     if not os.path.isdir(folder):  # Path's raises where a name is too long or a folder can't be entered
-        raise ConfigError(f"{data}, which tells the tokenizer, is no folder here: give --data or --tokenizer")
+        raise ConfigError(f"{data}, which tells the tokenizer, is no file or folder here: give --data or --tokenizer")
     meta = read_meta(folder)
     if (folder / META_NAME).exists() and "tokenizer" not in meta:
         raise ConfigError(

@@ -182,7 +182,7 @@ class Shard:
         if self.sha256 not in (None, digest.hexdigest()):
             raise DataError(
                 f"{self.path} is damaged or changed: its SHA-256 is not the one in {META_NAME} beside it; "
-                f"copy the folder again or prepare the data again"
+                f"copy the folder again, or delete it and prepare the data again"
             )
         if outside is not None:
             raise DataError(f"{self.path}: {outside}")

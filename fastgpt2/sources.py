@@ -393,11 +393,18 @@ def _advice(kind: str) -> str:
     hint = _ROWS if kind == ".json" else NOT_TEXT.get(kind)
     if hint is None:
         return ""
-    as_text = f" (--ext {kind} takes it as it stands)" if kind in (".json", *_LINES, *_TABLES) else ""
+    as_text = (
+        f" (python -m fastgpt2.prepare --ext {kind} takes it as it stands)"
+        if kind in (".json", *_LINES, *_TABLES)
+        else ""
+    )
     return f"reading {kind} comes later; {hint}{as_text}"
 
 
 def _nothing(sources: Sequence[Path], ext: Sequence[str], found: Found) -> str:
+    if len(found.skipped) == 1 and len(sources) == 1 and not sources[0].is_dir():
+        (reason,) = found.skipped
+        return f"can't take {sources[0]} as text: it is {reason.replace('regular files', 'a regular file')}"
     only = f" with --ext {' '.join(ext)}" if ext else ""
     advice = [text for kind in sorted(found.skipped) if (text := _advice(kind))]
     return f"nothing to read in {_some(sources)}{only}: " + "; ".join([_counts(found.skipped) or "no files", *advice])

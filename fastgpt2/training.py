@@ -12,6 +12,7 @@ from typing import Any, Never
 import torch
 
 from fastgpt2.config import TrainConfig
+from fastgpt2.corpus import about
 from fastgpt2.data import TokenSource
 from fastgpt2.device import give_back_freed_memory, peak_memory_bytes, pick_device
 from fastgpt2.folder import as_saved
@@ -148,6 +149,7 @@ def _notes(run: Run) -> Iterator[str]:
             f"--recompute blocks stores {kept:,.1f} MiB of activations instead of {instead:,.1f} "
             f"and computes the blocks' forward twice: {more:.0%} more FLOPs, which mfu does not count"
         )
+    yield from about(config.data)
     yield from run.found
     if run.start:
         yield f"continuing after step {run.start}"
@@ -156,7 +158,7 @@ def _notes(run: Run) -> Iterator[str]:
     if config.data == "dummy":
         yield (
             f"dummy tokens are uniform and new at every step, so nothing can be learned: the loss stays at "
-            f"ln {config.vocab_size} = {math.log(config.vocab_size):.4f} nats, its floor"
+            f"ln {config.vocab_size} = {math.log(config.vocab_size):.4f} nats, its floor. --data stdlib trains on text"
         )
     if config.data == "dummy-fixed":
         yield "dummy-fixed repeats one batch: the loss falls as the model memorises it"

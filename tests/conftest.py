@@ -1,6 +1,7 @@
 """Triton's kernels run in its interpreter where there is no GPU; tests marked gpu are skipped there."""
 
 import os
+from collections.abc import Iterator
 
 # The tests' tensors are tiny: a second thread would only wait, for seconds if other processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,6 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or fills the user's cache, in which text given to --data is prepared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.hookimpl(trylast=True)

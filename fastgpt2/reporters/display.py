@@ -19,6 +19,7 @@ from rich.text import Text
 from fastgpt2 import signals
 from fastgpt2.config import preset_name
 from fastgpt2.console import discard_unwritten, printable, shell_word, unfailing
+from fastgpt2.corpus import val_unigram_entropy
 from fastgpt2.device import device_name
 from fastgpt2.metrics import curve, read_json_lines
 from fastgpt2.model import parameter_count
@@ -283,6 +284,9 @@ def plot_losses(out: Path, result: TrainResult) -> Path:
         axes.axhline(floor, color="gray", linestyle="--", label=f"{label}: ln {config.vocab_size} = {floor:.3f}")
         if config.data == "dummy":  # a scale on which noise around the floor doesn't look like a trend
             axes.set_ylim(floor - 0.5, max([floor + 0.5, *(loss + 0.1 for loss in losses)]))
+    if (entropy := val_unigram_entropy(config.data)) is not None:
+        label = f"unigram entropy of the val split: {entropy:.3f}"
+        axes.axhline(entropy, color="gray", linestyle="--", label=label)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     title = f"{preset_name(result.model.config)} on {config.data}"
     axes.set_title(printable(title), parse_math=False)  # $ is part of the name

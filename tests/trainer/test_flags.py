@@ -160,8 +160,8 @@ def test_a_config_toml_that_was_cut_is_not_taken_for_whole(tmp_path: Path, at: f
             r"^--recompute elementwise is done by the compiler: .*\(--compile is from c\.toml\)$",
         ),
         (["--weight-decay", "0.1", "--optimizer", "adam"], r"^--weight-decay needs --optimizer adamw: [^(]*$"),
-        (["--data", "nowhere"], r"^--data nowhere: no such folder[^(]*$"),
-        ([], r"^--data texts: no such folder.* \(--data is from run/config\.toml\)$"),
+        (["--data", "nowhere"], r"^--data nowhere: no such file or folder[^(]*$"),
+        ([], r"^--data texts: no such file or folder.* \(--data is from run/config\.toml\)$"),
     ],
 )
 def test_an_error_blames_the_flag_that_was_given_and_the_file_for_the_rest(

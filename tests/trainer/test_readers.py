@@ -68,7 +68,7 @@ def test_a_copied_checkpoint_is_of_its_own_data(out, tmp_path, monkeypatch, caps
         (["--max-new-tokens", -3], "--max-new-tokens must be at least 1, got -3"),
         (["--temperature", "nan"], "--temperature must be a finite number, got nan"),
         (["--temperature", "inf"], "--temperature must be a finite number, got inf"),
-        (["--data", "a" * 300], "which tells the tokenizer, is no folder here: give --data or --tokenizer"),
+        (["--data", "a" * 300], "which tells the tokenizer, is no file or folder here: give --data or --tokenizer"),
         (["--tokenizer", "gpt2", "--bpe", "a" * 300], "a has neither vocab.bpe nor encoder.json"),
         (["--bpe", "nowhere"], "--bpe holds GPT-2's tokenizer: it has no use with the byte tokenizer"),
         (["--tokenizer", "gpt2", "--bpe", "nowhere"], "--bpe nowhere has neither vocab.bpe nor encoder.json"),

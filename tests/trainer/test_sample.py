@@ -140,7 +140,7 @@ def test_generation_repeats_and_depends_on_the_seed():
 
 def test_greedy_generation_is_the_argmax_given_the_last_block():
     model, contexts = make_model(), []
-    model.register_forward_pre_hook(lambda module, arguments: contexts.append(arguments[0].tolist()))
+    model.wte.register_forward_pre_hook(lambda module, arguments: contexts.append(arguments[0].tolist()))
     ids = [5, 6]
     ids += generate(model, ids, 20, Sampling(temperature=0.0), seeded())
     assert contexts == [[ids[max(0, i - 8) : i]] for i in range(2, 22)]
@@ -214,7 +214,7 @@ def test_which_tokenizer(tmp_path):
     assert pick(replace(config, tokenizer="byte"), "dummy").name == "byte"
     assert pick(config, folder, replace(SHAPE, vocab_size=1000)).name == "byte"  # --vocab-size 1000, and the run's data
     for gone in (tmp_path / "gone", "~nosuchuser/data"):
-        with pytest.raises(ConfigError, match="is no folder here: give --data or --tokenizer"):
+        with pytest.raises(ConfigError, match="is no file or folder here: give --data or --tokenizer"):
             pick(config, str(gone))
     meta = tmp_path / "data" / "meta.json"
     for contents, message in (

@@ -312,7 +312,7 @@ def test_defaults_suit_the_device() -> None:
         ({"dropout": 1.0}, r"--dropout must be in \[0, 1\), got 1.0"),
         ({"weight_decay": 0.1}, "--weight-decay needs --optimizer adamw"),
         ({"resume": True}, "--resume needs --out"),
-        ({"data": "/nowhere"}, "--data /nowhere: no such folder"),
+        ({"data": "/nowhere"}, "--data /nowhere: no such file or folder"),
     ],
 )
 def test_bad_settings_are_one_line(changes: dict[str, Any], message: str) -> None:

@@ -234,7 +234,10 @@ def test_json_is_refused_by_name(contents, tmp_path):
     """In a folder it is text, as package.json is among code; so it is where --ext asks for it."""
     path = tmp_path / "x.json"
     path.write_text(contents)
-    with pytest.raises(ConfigError, match=r"take .*x\.json as text: .*; extract the texts .* \(--ext \.json takes"):
+    with pytest.raises(
+        ConfigError,
+        match=r"take .*x\.json as text: .*; extract the texts .* \(python -m fastgpt2\.prepare --ext \.json takes",
+    ):
         prepare(config(path, out=tmp_path / "out"))
     for found in (found_in(tmp_path), found_in(path, ext=("json",))):
         assert [d.path for d in found.documents] == [path]
