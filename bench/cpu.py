@@ -1,4 +1,4 @@
-"""`python -m bench.cpu`: the training step on a CPU, ours beside the peers, in speed and memory.
+"""`python -m bench.cpu`: time the training step on a CPU, ours beside its peers.
 
 Four contests: float32 and bfloat16, eager and compiled. In each, ours by default (every slot at auto) against plain
 PyTorch and transformers, each in a process of its own with as many threads, timed in turn. The table shows the speed
@@ -13,9 +13,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
 
@@ -26,7 +26,9 @@ from bench.step.lockstep import Limits
 from bench.step.steps import STEPS, StepContest, StepShape
 from bench.timing import ROOT, commit, environment
 from fastgpt2.config import PRESETS
-from fastgpt2.flags import Parser
+from fastgpt2.console import run_command
+from fastgpt2.fields import Choice, Count, Name, Positive
+from fastgpt2.flags import read_arguments
 
 CANDIDATES = ("ours-auto", "plain", "transformers")
 ROUND_S = 0.5
@@ -34,20 +36,39 @@ ROUND_S = 0.5
 CELLS = [f"{dtype}-{how}" for dtype in ("float32", "bfloat16") for how in ("eager", "compiled")]
 
 
+@dataclass(frozen=True)
+class CpuConfig:
+    """What to time, and for how long."""
+
+    minutes: Positive = field(default=45.0, metadata={"group": "contests"})
+    """Start no round later than this."""
+    rounds: Count = 10
+    """Rounds of each contest."""
+    cells: tuple[Annotated[str, Choice(tuple(CELLS))], ...] = tuple(CELLS)
+    """Contests to hold."""
+    candidates: tuple[Annotated[str, Choice(tuple(STEPS))], ...] = CANDIDATES
+    """Whom to time."""
+    threads: Count = os.cpu_count() or 1
+    """Threads of each candidate (default: one a core)."""
+
+    model: Annotated[str, Choice(tuple(PRESETS))] = field(default="small", metadata={"group": "step"})
+    """Preset."""
+    n_layer: Count | None = None
+    """Transformer blocks (default: the preset's)."""
+    batch_size: Count = 64
+    """Sequences in a step."""
+    block_size: Count | None = None
+    """Tokens in a sequence (default: the preset's)."""
+
+    out: Path = field(default=ROOT / "bench" / "results", metadata={"group": "record"})
+    """Folder for the record (default: bench/results)."""
+    commit: Name | None = None
+    """What is measured, if there is no git repository to ask."""
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m bench.cpu", description="Time the training step on a CPU.")
-    parser.add_argument("--minutes", type=float, default=45.0, help="no round starts later (default: 45)")
-    parser.add_argument("--rounds", type=int, default=10, help="of each contest (default: 10)")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="default: bench/results")
-    parser.add_argument("--commit", help="what is measured, where there is no git repository to ask")
-    parser.add_argument("--cells", nargs="+", default=CELLS, choices=CELLS, metavar="CELL", help=f"of {CELLS}")
-    parser.add_argument("--candidates", nargs="+", default=CANDIDATES, choices=list(STEPS), metavar="NAME")
-    parser.add_argument("--model", default="small", choices=list(PRESETS), help="default: small")
-    parser.add_argument("--n-layer", type=int, help="blocks (default: the model's)")
-    parser.add_argument("--batch-size", type=int, default=64, help="sequences in a step (default: 64)")
-    parser.add_argument("--block-size", type=int, help="tokens in a sequence (default: the model's)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each candidate (default: every core's)")
-    given = parser.parse_args(arguments)
+    """The command; exit status 1 if a candidate crashed, hung or is wrong."""
+    given = read_arguments(CpuConfig, "bench.cpu", arguments)
     ends = time.monotonic() + 60 * given.minutes
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # this is about the CPU, whatever else is here
     record = Record(
@@ -69,13 +90,13 @@ def main(arguments: list[str] | None = None) -> int:
     return int(failed)
 
 
-def _run_cell(record: Record, shape: StepShape, compiled: bool, given: Any, until: float) -> bool:
+def _run_cell(record: Record, shape: StepShape, compiled: bool, given: CpuConfig, until: float) -> bool:
     """Run one contest into the record; returns whether a candidate failed."""
     contest = StepContest(
         "cpu",
         shape,
         compiled,
-        tuple(given.candidates),
+        given.candidates,
         rounds=given.rounds,
         round_s=ROUND_S,
         at_once=1,
@@ -102,6 +123,4 @@ def _run_cell(record: Record, shape: StepShape, compiled: bool, given: Any, unti
 
 
 if __name__ == "__main__":
-    from fastgpt2.console import run_command
-
     run_command(main)

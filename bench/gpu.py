@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: what a GPU that is lent for minutes has to show, in two commands.
+"""`python -m bench.gpu`: test, verify and measure on a GPU that is there for minutes.
 
     python -m bench.gpu --part 1 --minutes 9.3 --out OUT
     python -m bench.gpu --part 2 --minutes 3 --out OUT
@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -38,7 +39,9 @@ from bench.report.results import summary
 from bench.stages import Files, NotNow, Stage, exit_status, read_environment, run_stages
 from bench.step.steps import TUNED, Kernels
 from bench.timing import ROOT, commit
-from fastgpt2.flags import Parser
+from fastgpt2.console import run_command
+from fastgpt2.fields import ConfigError, Name, Positive, Range
+from fastgpt2.flags import read_arguments
 from fastgpt2.kernels.tools.toolkit import align, find_tool
 from fastgpt2.kernels.tuning import check_table
 
@@ -300,24 +303,30 @@ def findings(record: Record) -> str:
     return "\n".join([*smokes, *(kernel_profile.table(found) for found in record.step_kernels)])
 
 
+@dataclass(frozen=True)
+class GpuConfig:
+    """What to run, for how long."""
+
+    part: Annotated[int, Range(1, 1 + len(PARTS))] | None = None
+    """1 or 2 (default: both, in order)."""
+    minutes: Positive | None = None
+    """Time for all stages (default: 9.3 for part 1, 3 for part 2)."""
+    out: Path = ROOT / "bench" / "results"
+    """Folder for the record (default: bench/results)."""
+    commit: Name | None = None
+    """What is measured, if there is no git repository to ask."""
+    only: tuple[str, ...] = ()
+    """Run only the stages whose name contains one of these."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = Parser(prog="python -m bench.gpu", description="Test, verify and measure on a GPU.")
-    parser.add_argument("--part", type=int, choices=list(PARTS), help="default: both, in order")
-    parser.add_argument("--minutes", type=float, help="for all stages; default: 9.3 for part 1, 3 for part 2")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="default: bench/results")
-    parser.add_argument("--commit", help="what is measured, where there is no git repository to ask")
-    parser.add_argument("--only", nargs="+", metavar="TEXT", help="only the stages whose name contains one of these")
-    given = parser.parse_args(arguments)
-    if given.minutes is not None and not given.minutes > 0:
-        parser.error(f"--minutes must be positive, got {given.minutes:g}")
-    if given.only:
-        names = [stage.name for stage in programme(Run(given.out, given.out, "", given.out), given.part)]
-        if unknown := [text for text in given.only if not (text and any(text in name for name in names))]:
-            parser.error(f"no stage's name contains {' or '.join(unknown)}; there are {', '.join(names)}")
+    given = read_arguments(GpuConfig, "bench.gpu", arguments)
+    names = [stage.name for stage in programme(Run(given.out, given.out, "", given.out), given.part)]
+    if unknown := [repr(text) for text in given.only if not (text and any(text in name for name in names))]:
+        raise ConfigError(f"--only: no stage's name contains {' or '.join(unknown)}; there are {', '.join(names)}")
     if not torch.cuda.is_available():
-        print(f"error: python -m bench.gpu needs a CUDA GPU, torch {torch.__version__} sees none here", file=sys.stderr)
-        return 2
+        raise ConfigError(f"python -m bench.gpu needs a CUDA GPU, torch {torch.__version__} sees none here")
     began = time.monotonic()
     minutes = given.minutes or (PARTS[given.part] if given.part else sum(PARTS.values()))
     environment = read_environment()
@@ -327,7 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             check_table(table)
         except ValueError as error:
-            parser.error(str(error))
+            raise ConfigError(str(error)) from None
     state = make_state_query()
     record = Record(
         minutes=minutes,
@@ -349,6 +358,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from fastgpt2.console import run_command
-
     run_command(main)

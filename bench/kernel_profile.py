@@ -1,17 +1,15 @@
-"""`python -m bench.kernel_profile STEP`: where the time of a training step goes, kernel by kernel, by torch.profiler.
+"""`python -m bench.kernel_profile`: show the time of a training step, kernel by kernel.
 
-python -m bench.kernel_profile ours-triton              GPT-2 124M at B = 64, compiled, in bfloat16
+python -m bench.kernel_profile ours-triton
 python -m bench.kernel_profile plain --B 8 --eager
-python -m bench.kernel_profile plain --warm             takes one step, so that its compiled code is in the caches
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any
 
 import torch
 from torch.autograd import DeviceType
@@ -22,8 +20,10 @@ from bench.record import StepKernels
 from bench.step.steps import STEPS, Kernels, StepShape
 from bench.timing import append_json_line
 from fastgpt2.config import PRESETS, ConfigError, Dtype
+from fastgpt2.console import run_command
 from fastgpt2.device import synchronize
-from fastgpt2.flags import Parser
+from fastgpt2.fields import Choice, Count
+from fastgpt2.flags import read_arguments
 from fastgpt2.kernels.tools.toolkit import align
 from fastgpt2.kernels.tuning import check_table
 from fastgpt2.slots import SLOTS
@@ -73,38 +73,47 @@ def table(found: StepKernels) -> str:
     return f"{found.step}: {found.ms:.2f} ms a step in kernels\n{align(rows) if rows else 'none was seen'}"
 
 
-def count(text: str) -> int:
-    """An argument of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+@dataclass(frozen=True)
+class KernelProfileConfig:
+    """Which step to profile, at which size."""
+
+    step: Annotated[str, Choice(tuple(STEPS))] = field(metadata={"positional": True, "group": "step"})
+    """Whose step, such as ours-auto, ours-triton, plain or transformers; an error lists all."""
+    model: Annotated[str, Choice(tuple(PRESETS))] = "gpt2"
+    """Preset."""
+    B: Count = 64
+    """Sequences in a batch."""
+    T: Count | None = None
+    """Tokens in a sequence (default: the preset's)."""
+    n_layer: Count | None = None
+    """Transformer blocks (default: the preset's)."""
+    dtype: Dtype = "bfloat16"
+    """Precision."""
+    eager: bool = False
+    """Don't compile the model."""
+
+    warm: bool = field(default=False, metadata={"group": "profile"})
+    """Take one step and make no profile: its compiled code is then in the caches."""
+    without: tuple[Annotated[str, Choice(tuple(SLOTS))], ...] = ()
+    """Use PyTorch's form in these slots."""
+    table: Path | None = None
+    """Launch configurations, named after the architecture (sm_90.json)."""
+    jsonl: Path | None = None
+    """File of JSON lines to append the profile to."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    parser = Parser(prog="python -m bench.kernel_profile", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("step", choices=list(STEPS))
-    parser.add_argument("--model", choices=list(PRESETS), default="gpt2", help="default: gpt2")
-    parser.add_argument("--B", type=count, default=64, help="sequences in a batch (default: 64)")
-    parser.add_argument("--T", type=count, help="tokens in a sequence (default: the model's)")
-    parser.add_argument("--n-layer", type=count, help="blocks (default: the model's)")
-    parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16", help="default: bfloat16")
-    parser.add_argument("--eager", action="store_true", help="don't compile the model")
-    parser.add_argument("--warm", action="store_true", help="one step, and no profile")
-    parser.add_argument("--without", action="append", choices=list(SLOTS), default=[], help="PyTorch's form there")
-    parser.add_argument("--table", type=Path, help="launch configurations, named by the architecture (sm_90.json)")
-    parser.add_argument("--jsonl", type=Path, help="file of JSON lines to append the profile to")
-    given = parser.parse_args(arguments)
+    given = read_arguments(KernelProfileConfig, "bench.kernel_profile", arguments)
     if given.table is not None:
         try:
             check_table(given.table)
         except ValueError as error:
-            parser.error(f"--table: {error}")
+            raise ConfigError(f"--table: {error}") from None
     if DEVICE.type == "cpu" and STEPS[given.step].needs_gpu:
         raise ConfigError(f"{given.step}: {STEPS[given.step].needs_gpu}")
     shape = StepShape(given.model, given.B, given.dtype, given.T, given.n_layer)
-    kernels = Kernels(tuple(given.without), given.table)
+    kernels = Kernels(given.without, given.table)
     candidate = STEPS[given.step].on(shape, DEVICE, compiled=not given.eager, kernels=kernels)
     step = candidate.loaded()
     if given.warm:
@@ -127,6 +136,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from fastgpt2.console import run_command
-
     run_command(main)

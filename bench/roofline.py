@@ -1,11 +1,11 @@
-"""What a device reaches at its simplest, and how far a piece of work is from it.
+"""`python -m bench.roofline`: measure a device's ceilings: bytes, FLOPs, exponentials.
 
 Three ceilings, each measured where the work is, in one contest of bench.timing: bytes a second of a large copy, FLOPs
 a second of a large product in each precision, and exponentials a second of a loop that does nothing else (CUDA only).
 A piece of work that counts its bytes, FLOPs and exponentials can take no less time than each of them takes at its
 ceiling; the longest of these times is its limit, as if the others were hidden under it.
 
-    python -m bench.roofline     measure the ceilings and print them as JSON
+The command prints them as JSON.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from bench.timing import Call, append_json_line, contest
+from fastgpt2.console import run_command
 from fastgpt2.device import device_name, peak_flops, pick_device
-from fastgpt2.flags import Parser
+from fastgpt2.flags import read_arguments
 
 COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 512}
@@ -161,11 +162,19 @@ def read_or_measure(path: Path | None, device: torch.device) -> dict[str, Any]:
     return measured
 
 
+@dataclass(frozen=True)
+class RooflineConfig:
+    """Where to keep the ceilings."""
+
+    out: Path | None = None
+    """JSON file to write them to, for pytest's --bench-ceilings."""
+    jsonl: Path | None = None
+    """File of JSON lines to append them to."""
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m bench.roofline", description="Measure the device's ceilings.")
-    parser.add_argument("--out", type=Path, help="JSON file to write them to, for pytest's --bench-ceilings")
-    parser.add_argument("--jsonl", type=Path, help="file of JSON lines to append them to")
-    given = parser.parse_args(arguments)
+    """The command."""
+    given = read_arguments(RooflineConfig, "bench.roofline", arguments)
     measured = ceilings(pick_device(None))
     if given.out is not None:
         given.out.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
@@ -175,4 +184,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,4 +1,4 @@
-"""`python -m bench.smoke`: which of our kernels are right on this GPU, in seconds.
+"""`python -m bench.smoke`: check in seconds which of our kernels are right on this GPU.
 
 Each slot is compared with float64 at GPT-2's width in bfloat16, in a process of its own, all at once. A slot that is
 wrong, fails or hangs is tried again with other launch configurations, again all at once: fewer stages, four warps,
@@ -6,8 +6,10 @@ pointers in place of descriptors. The first that is right is recorded, for whoev
 PyTorch's form takes its place. A slot that ran out of memory is tried again when the steps that compile beside it
 have ended.
 
-    python -m bench.smoke --failed FILE --warm ours-triton plain     what bench.gpu runs
-    python -m bench.smoke --slot mlp --change "1 stage"              one comparison, in this process
+    # what bench.gpu runs
+    python -m bench.smoke --failed FILE --warm ours-triton plain
+    # one comparison, in this process
+    python -m bench.smoke --slot mlp --change "1 stage"
 
 Exit status: 0; 1 where a slot is not right; 2 without a GPU.
 """
@@ -29,6 +31,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Annotated
 from unittest import mock
 
 import torch
@@ -36,7 +39,9 @@ import torch
 from bench.record import Smoke, smoke_from_json
 from bench.stages import run_tied
 from bench.timing import append_json_line, stage_ends
-from fastgpt2.flags import Parser
+from fastgpt2.console import run_command
+from fastgpt2.fields import Choice, ConfigError
+from fastgpt2.flags import read_arguments
 from fastgpt2.slots import OURS
 
 COMPARE = (sys.executable, "-m", "bench.smoke")
@@ -196,25 +201,36 @@ def read_failed(path: Path) -> tuple[str, ...]:
     return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ()
 
 
+@dataclass(frozen=True)
+class SmokeConfig:
+    """What to compare, and where to keep what was found."""
+
+    failed: Path | None = None
+    """File for the slots that are not right."""
+    jsonl: Path | None = None
+    """File of JSON lines to append what was found to."""
+    warm: tuple[str, ...] = ()
+    """Steps to compile meanwhile, for later."""
+    slot: Annotated[str, Choice(SLOTS)] | None = None
+    """Compare this slot alone, in this process."""
+    change: Annotated[str, Choice(tuple(CHANGES))] | None = None
+    """With --slot: launch its kernels otherwise."""
+
+    def __post_init__(self) -> None:
+        if self.change and self.slot not in CHANGES[self.change].slots:
+            raise ConfigError(f"--change {self.change!r} needs --slot {' or '.join(CHANGES[self.change].slots)}")
+        if self.warm:
+            from bench.step.steps import STEPS  # a slot's process need not wait for it
+
+            if unknown := [repr(name) for name in self.warm if name not in STEPS]:
+                raise ConfigError(f"--warm: no step {' or '.join(unknown)}; there are {', '.join(STEPS)}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = Parser(prog="python -m bench.smoke", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--failed", type=Path, help="file for the slots that are not right")
-    parser.add_argument("--jsonl", type=Path, help="file of JSON lines to append what was found to")
-    parser.add_argument("--warm", nargs="+", default=[], metavar="STEP", help="steps to compile meanwhile, for later")
-    parser.add_argument("--slot", choices=SLOTS, help="compare this one alone, in this process")
-    parser.add_argument("--change", choices=list(CHANGES), help="with --slot: launched otherwise")
-    given = parser.parse_args(arguments)
-    if given.change and given.slot not in CHANGES[given.change].slots:
-        parser.error(f"--change {given.change!r} needs --slot {' or '.join(CHANGES[given.change].slots)}")
-    if given.warm:
-        from bench.step.steps import STEPS  # a slot's process need not wait for it
-
-        if unknown := [name for name in given.warm if name not in STEPS]:
-            parser.error(f"--warm: no step {' or '.join(unknown)}; there are {', '.join(STEPS)}")
+    given = read_arguments(SmokeConfig, "bench.smoke", arguments)
     if not torch.cuda.is_available():
-        print(f"error: python -m bench.smoke needs a CUDA GPU, torch {torch.__version__} sees none", file=sys.stderr)
-        return 2
+        raise ConfigError(f"python -m bench.smoke needs a CUDA GPU, torch {torch.__version__} sees none")
     if given.slot:
         found = compare(given.slot, given.change)
         print(json.dumps(asdict(found)), flush=True)
@@ -260,4 +276,4 @@ def _end(warm: Mapping[str, subprocess.Popen], changed: str | None = None, share
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

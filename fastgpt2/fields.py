@@ -75,6 +75,13 @@ def not_empty(text: str) -> str:
     return text
 
 
+def positive(number: float) -> float:
+    """The number itself. Raises ValueError with what is expected."""
+    if not number > 0:
+        raise ValueError("above 0")
+    return number
+
+
 def expand_home(text: str) -> str:
     """Expand a leading ~ or ~user. Raises ValueError with what is expected."""
     if not text.startswith("~"):
@@ -88,6 +95,7 @@ def expand_home(text: str) -> str:
 Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
 NonNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, positive]
 Fraction = Annotated[float, Range(0, 1)]
 Name = Annotated[str, not_empty]
 Place = Annotated[str, not_empty, expand_home]

@@ -27,7 +27,8 @@ T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and no abbreviations; `_` and `-` are the same in a flag. The last of two wins."""
+    """argparse with one-line errors and no abbreviations; `_` and `-` are the same in a flag. Of a flag given twice the
+    last wins; lists add up."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, add_help=False, **settings)
@@ -170,7 +171,7 @@ def _add(parser: argparse._ActionsContainer, field: dataclasses.Field[Any], hint
         several: dict[str, Any] = {"nargs": "+"} if get_origin(hint) is tuple else {}
         parser.add_argument(field.name, metavar=_word(field), help=about, **several)
     elif get_origin(hint) is tuple:
-        parser.add_argument(flag(field.name), nargs="+", metavar=_metavar(get_args(hint)[0]), **name)
+        parser.add_argument(flag(field.name), action="extend", nargs="+", metavar=_metavar(get_args(hint)[0]), **name)
     elif hint is bool:
         parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **name)
     elif bool in options(hint):  # a switch that may take a word

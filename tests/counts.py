@@ -1,8 +1,4 @@
-"""Counts that don't vary: what a step and each slot's implementations ask of PyTorch, without running them.
-
-    python -m tests.counts            the table
-    python -m tests.counts --check    compare with tests/counts.json; status 1 where a count differs
-    python -m tests.counts --write    rewrite it, where the difference is meant
+"""`python -m tests.counts`: count what a step and each slot ask of PyTorch, running nothing.
 
 Times on shared CPUs say little; these counts are the same on every machine, and CI holds them. The step is GPT-2
 124M's with 4 sequences of 1024 tokens, on fake tensors, which have sizes and no values: nothing is computed, and what
@@ -38,7 +34,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from fastgpt2.accuracy import Problem, attention_problem, loss_problem, mlp_problem, norm_problem
 from fastgpt2.config import TrainConfig
-from fastgpt2.flags import Parser
+from fastgpt2.console import run_command
+from fastgpt2.fields import ConfigError
+from fastgpt2.flags import read_arguments
 from fastgpt2.kernels.specs import all_kernels
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import Ops, Site, make_ops
@@ -436,12 +434,23 @@ def _mebibytes(value: int) -> str:
     return f"{value / 2**20:,.1f} MiB"
 
 
-def main() -> int:
-    parser = Parser(prog="python -m tests.counts", description=__doc__.partition("\n")[0])
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--check", action="store_true", help="compare with the file; status 1 where a count differs")
-    what.add_argument("--write", action="store_true", help="rewrite the file's counts of this version of PyTorch")
-    given = parser.parse_args()
+@dataclasses.dataclass(frozen=True)
+class CountsConfig:
+    """What becomes of the counts (default: a table)."""
+
+    check: bool = False
+    """Compare with tests/counts.json; exit with status 1 if a count differs."""
+    write: bool = False
+    """Rewrite the file's counts of this version of PyTorch."""
+
+    def __post_init__(self) -> None:
+        if self.check and self.write:
+            raise ConfigError("--check and --write exclude each other: leave one of them out")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    given = read_arguments(CountsConfig, "tests.counts", arguments)
     torch.set_num_threads(1)  # the chunked loss takes some rows a thread at once
     counts = {}
     for number, (name, count) in enumerate(CASES.items(), start=1):
@@ -463,4 +472,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.pictures import diagrams, plots
 from bench.timing import ROOT
-from fastgpt2.flags import Parser
+from fastgpt2.console import run_command
+from fastgpt2.flags import read_arguments
 
 FOLDER = ROOT / "docs" / "pictures"
 PICTURES: dict[str, Callable[[], str]] = {
@@ -16,10 +18,14 @@ PICTURES: dict[str, Callable[[], str]] = {
 }
 
 
+@dataclass(frozen=True)
+class PicturesConfig:
+    """No flags."""
+
+
 def main(arguments: list[str] | None = None, folder: Path = FOLDER) -> int:
     """The command; writes below folder."""
-    parser = Parser(prog="python -m bench.pictures", description="Redraw the pictures in docs/pictures.")
-    parser.parse_args(arguments)
+    read_arguments(PicturesConfig, "bench.pictures", arguments)
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in PICTURES.items():
         (folder / name).write_text(draw(), encoding="utf-8")
@@ -28,6 +34,4 @@ def main(arguments: list[str] | None = None, folder: Path = FOLDER) -> int:
 
 
 if __name__ == "__main__":
-    from fastgpt2.console import run_command
-
     run_command(main)

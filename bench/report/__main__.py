@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.record import Record, RecordError
@@ -15,7 +16,8 @@ from bench.report import auto
 from bench.report.results import stored
 from bench.report.sections import SECTIONS
 from bench.timing import ROOT
-from fastgpt2.flags import Parser
+from fastgpt2.console import run_command
+from fastgpt2.flags import read_arguments
 
 PAGE = "docs/benchmarks.md"
 
@@ -45,11 +47,17 @@ def derive(root: Path) -> dict[Path, str]:
     }
 
 
+@dataclass(frozen=True)
+class ReportConfig:
+    """Whether to write."""
+
+    check: bool = False
+    """Write nothing; exit with status 1 if a file is out of date."""
+
+
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     """The command; all that it reads and writes is below root."""
-    parser = Parser(prog="python -m bench.report", description=f"Write {PAGE} and auto.json from bench/results.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is out of date")
-    given = parser.parse_args(arguments)
+    given = read_arguments(ReportConfig, "bench.report", arguments)
     texts = derive(root)
     wrong = [path for path, text in texts.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     names = [str(path.relative_to(root)) for path in wrong]
@@ -64,6 +72,4 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
 
 
 if __name__ == "__main__":
-    from fastgpt2.console import run_command
-
     run_command(main)

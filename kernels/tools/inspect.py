@@ -1,5 +1,7 @@
 """`python -m fastgpt2.kernels.tools.inspect`: inspect the machine code of every shipped kernel, without a GPU.
 
+    python -m fastgpt2.kernels.tools.inspect --arch sm_90 --op attention
+
 Each kernel is compiled for each architecture that has a table, as its launcher compiles it, with the assembler that
 comes with Triton. The report lists registers a thread, bytes spilled, shared memory, blocks that fit on a
 multiprocessor, matrix instructions, products that missed them, asynchronous copies, the instructions in each loop, and,
@@ -12,7 +14,6 @@ float32 has no matrix unit and is only reported.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -23,8 +24,11 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
-from typing import Any
+from typing import Annotated, Any
 
+from fastgpt2.console import run_command
+from fastgpt2.fields import Choice, ConfigError
+from fastgpt2.flags import read_arguments
 from fastgpt2.kernels.specs import all_kernels
 from fastgpt2.kernels.specs.records import Work
 from fastgpt2.kernels.tools.bounds import CARDS, SLACK, Bound, allowed, bound, check_in, read_code
@@ -33,6 +37,8 @@ from fastgpt2.kernels.tools.toolkit import align, run_compiling
 from fastgpt2.kernels.tuning import LaunchConfig, architectures, configurations, read_table
 
 ELEMENTS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "fp32"}
+Precision = Annotated[str, Choice(tuple(ELEMENTS))]
+Architecture = Annotated[str, Choice(tuple(architectures()))]
 
 ASYNCHRONOUS_COPIES = {"cp.async": "LDGSTS", "TMA": "UTMALDG"}
 MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
@@ -302,28 +308,40 @@ def _in_words(limit: Bound | None) -> str:
     return "" if limit is None else f"{limit.seconds * 1e3:.3f} ms ({limit.limit} {limit.fraction:.0%})"
 
 
+@dataclass(frozen=True)
+class InspectConfig:
+    """Which kernels to inspect, and what becomes of the reports."""
+
+    arch: tuple[Architecture, ...] = ()
+    """Only these architectures (default: all)."""
+    precision: tuple[Precision, ...] = ()
+    """Only these precisions (default: all)."""
+    op: tuple[str, ...] = ()
+    """Only kernels whose name begins so."""
+    size: tuple[int, ...] = ()
+    """Only these head sizes, channels or vocabularies."""
+    variants: bool = False
+    """Include dropout, documents, evaluation and the like."""
+    check_in_bounds: bool = False
+    """Write the bounds to kernels/tools/bounds.json."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
 def main(arguments: list[str] | None = None) -> int:
-    about, usage = __doc__.split("\n")[0], "python -m fastgpt2.kernels.tools.inspect [flags]"
-    parser = argparse.ArgumentParser(
-        "fastgpt2.kernels.tools.inspect", usage=usage, description=about, allow_abbrev=False
-    )
-    parser.add_argument("--arch", nargs="+", default=architectures(), choices=architectures(), help="default: all")
-    parser.add_argument("--precision", nargs="+", choices=list(ELEMENTS), help="default: all")
-    parser.add_argument("--op", nargs="+", metavar="PREFIX", help="only kernels whose name begins so")
-    parser.add_argument("--variants", action="store_true", help="include dropout, documents, evaluation and the like")
-    parser.add_argument("--size", nargs="+", type=int, help="only these head sizes, channels or vocabularies")
-    parser.add_argument("--check-in-bounds", action="store_true", help="write the bounds to kernels/tools/bounds.json")
-    parser.add_argument("--json", action="store_true", help="print JSON, not a table")
-    options = parser.parse_args(arguments)
-    known = [(case.op, case.precision, case.size) for case in shipped(options.arch)]
-    if problem := why_nothing(known, options.op, options.precision, options.size):
-        parser.error(problem)
-    cases = shipped(options.arch, options.precision, options.size, options.op, options.variants)
-    reports = inspect_all(cases)
-    if options.check_in_bounds:
+    """The command; exit status 1 if a kernel must not ship."""
+    given = read_arguments(InspectConfig, "fastgpt2.kernels.tools.inspect", arguments)
+    archs, ops = given.arch or tuple(architectures()), given.op or None
+    precisions, sizes = given.precision or None, given.size or None
+    if problem := why_nothing(
+        [(case.op, case.precision, case.size) for case in shipped(archs)], ops, precisions, sizes
+    ):
+        raise ConfigError(problem)
+    reports = inspect_all(shipped(archs, precisions, sizes, ops, given.variants))
+    if given.check_in_bounds:
         found = [(r.case.arch, r.case.op, r.case.precision, r.at_least.seconds) for r in reports if r.at_least]
         check_in(found, _triton_version())
-    if options.json:
+    if given.json:
         print(json.dumps([asdict(r) | {"faults": r.faults} for r in reports], indent=1))
     else:
         print(table(reports))
@@ -333,4 +351,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_compiling("fastgpt2.kernels.tools.inspect", main))
+    run_command(lambda: run_compiling(main))

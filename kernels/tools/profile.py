@@ -4,16 +4,16 @@ Each kernel is launched at GPT-2 124M's shape with its table's configuration, as
 Nsight Compute reads the third launch: how busy the matrix units, the issue slots and the memory were, and what its
 warps waited for. The clocks are not locked: the time is the one that users see.
 
-    python -m fastgpt2.kernels.tools.profile                                 attention, bfloat16; needs a CUDA GPU
-    python -m fastgpt2.kernels.tools.profile --op gelu_mlp --precision tf32   kernels whose name begins so
+    python -m fastgpt2.kernels.tools.profile
+    python -m fastgpt2.kernels.tools.profile --op gelu_mlp --precision tf32
 
-Some machines require a permission to read counters (NVreg_RestrictProfilingToAdminUsers); the tool then says so.
+It needs a CUDA GPU and Nsight Compute. Some machines require a permission to read counters
+(NVreg_RestrictProfilingToAdminUsers); the tool then says so.
 Exit status: 0; 1 if a kernel could not be read; 2 if the tool can't run.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -21,12 +21,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from fastgpt2.console import run_command
+from fastgpt2.fields import ConfigError
+from fastgpt2.flags import read_arguments
 from fastgpt2.kernels.specs import all_kernels, tunings
 from fastgpt2.kernels.tools.toolkit import align, find_tool
 from fastgpt2.kernels.tuning import LaunchConfig, lookup
@@ -170,31 +173,40 @@ def profile(op: str, precision: str, config: LaunchConfig, counters: dict[str, f
     }
 
 
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Which kernels to profile."""
+
+    op: tuple[str, ...] = ("attention",)
+    """Kernels whose name begins so."""
+    precision: Literal["bfloat16", "float16", "tf32", "float32"] = "bfloat16"
+    """Precision of the kernels."""
+    jsonl: Path | None = None
+    """File of JSON lines to append the counters to."""
+    launch: str | None = None
+
+    def __post_init__(self) -> None:
+        if unknown := [repr(text) for text in self.op if not (text and any(op.startswith(text) for op in tunings()))]:
+            there = ", ".join(tunings())
+            raise ConfigError(f"--op: no kernel's name begins with {' or '.join(unknown)}; there are {there}")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
-    prog, about = "python -m fastgpt2.kernels.tools.profile", __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(prog, usage=f"{prog} [flags]", description=about, allow_abbrev=False)
-    parser.add_argument("--op", nargs="+", metavar="PREFIX", default=["attention"], help="default: attention")
-    parser.add_argument("--precision", choices=["bfloat16", "float16", "tf32", "float32"], default="bfloat16")
-    parser.add_argument("--jsonl", type=Path, help="file of JSON lines to append the counters to")
-    parser.add_argument("--launch", metavar="OP", help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
+    """The command. read() starts it with --launch for one kernel, in a process that Nsight Compute watches."""
+    given = read_arguments(ProfileConfig, "fastgpt2.kernels.tools.profile", arguments)
     if given.launch:
         launch(given.launch, given.precision)
         return 0
-    if unknown := [repr(text) for text in given.op if not (text and any(op.startswith(text) for op in tunings()))]:
-        parser.error(f"no kernel's name begins with {' or '.join(unknown)}; there are {', '.join(tunings())}")
-    ops = [op for op in tunings() if op.startswith(tuple(given.op))]
     program = find_tool(NAME)
-    if program is None or not torch.cuda.is_available():
-        why = f"{NAME} (Nsight Compute) is not installed" if program is None else "no CUDA GPU here"
-        print(f"error: {prog}: {why}", file=sys.stderr)
-        return 2
+    if not torch.cuda.is_available():
+        raise ConfigError(f"no CUDA GPU here: {NAME} (Nsight Compute) reads the counters of one")
+    if program is None:
+        raise ConfigError(f"{NAME} (Nsight Compute) is not installed")
     major, _ = torch.cuda.get_device_capability()
     launched = [op for op in tunings() if tunings()[op].launched(major)]
-    ops = [op for op in ops if op in launched]
+    ops = [op for op in launched if op.startswith(given.op)]
     if not ops:
-        parser.error(f"this GPU launches none of {' and '.join(given.op)}; it launches {', '.join(launched)}")
+        raise ConfigError(f"this GPU launches none of {' and '.join(given.op)}; it launches {', '.join(launched)}")
     return report(program, ops, given.precision, given.jsonl, torch.device("cuda", 0))
 
 
@@ -218,4 +230,4 @@ def report(program: str, ops: list[str], precision: str, jsonl: Path | None, dev
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -4,29 +4,32 @@ memcheck finds accesses outside an allocation. racecheck finds shared memory tha
 between. Each must first find a planted fault. Each tensor gets an allocation of its own: memcheck sees no fault inside
 a block of PyTorch's caching allocator.
 
-    python -m fastgpt2.kernels.tools.sanitize                                both tools, every case; needs a CUDA GPU
-    python -m fastgpt2.kernels.tools.sanitize --only attention layer        cases whose name contains the text
+    python -m fastgpt2.kernels.tools.sanitize
+    python -m fastgpt2.kernels.tools.sanitize --only attention layer
 
-compute-sanitizer comes with the CUDA toolkit. It watches only this package's kernels, to save time in libraries.
+It needs a CUDA GPU and compute-sanitizer, which comes with the CUDA toolkit. It watches only this package's kernels, to
+save time in libraries.
 Exit status: 0; 1 if a tool found a fault, missed the planted one or did not finish; 2 if it can't run.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from fastgpt2 import kernels
+from fastgpt2.console import run_command
+from fastgpt2.fields import Choice, ConfigError
+from fastgpt2.flags import read_arguments
 from fastgpt2.kernels.specs import all_kernels
 from fastgpt2.kernels.tools.toolkit import align, find_tool
 
@@ -162,35 +165,41 @@ def check(program: str, tool: str, case: str) -> Outcome:
     return Outcome(tool, case, int(summaries[-1]) if summaries and ended else None, text[-3000:])
 
 
+@dataclass(frozen=True)
+class SanitizeConfig:
+    """Which tools to run on which cases."""
+
+    tool: tuple[Annotated[str, Choice(tuple(SUMMARY))], ...] = tuple(SUMMARY)
+    """Tools to run."""
+    only: tuple[str, ...] = ()
+    """Only the cases whose name contains one of these."""
+    run: Annotated[str, Choice((PLANT, *CASES))] | None = None
+
+    def __post_init__(self) -> None:
+        if unknown := [repr(text) for text in self.only if not (text and _named([text]))]:
+            raise ConfigError(f"--only: no case's name contains {' or '.join(unknown)}; there are {', '.join(CASES)}")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
-    prog, about = "python -m fastgpt2.kernels.tools.sanitize", __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(prog, usage=f"{prog} [flags]", description=about, allow_abbrev=False)
-    parser.add_argument("--tool", nargs="+", choices=list(SUMMARY), default=list(SUMMARY), help="default: both")
-    parser.add_argument("--only", nargs="+", metavar="TEXT", help="only the cases whose name contains one of these")
-    parser.add_argument("--run", choices=[PLANT, *CASES], help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
+    """The command. check() starts it with --run for one case, in a process that a tool watches."""
+    given = read_arguments(SanitizeConfig, "fastgpt2.kernels.tools.sanitize", arguments)
     if given.run:
         run_case(given.run, given.tool[0])
         return 0
-    if unknown := [repr(text) for text in given.only or [] if not (text and _named([text]))]:
-        parser.error(f"no case's name contains {' or '.join(unknown)}; there are {', '.join(CASES)}")
     program = find_tool(NAME)
-    if program is None or DEVICE.type != "cuda":
-        why = (
-            f"{NAME} is not installed; it comes with the CUDA toolkit" if DEVICE.type == "cuda" else "no CUDA GPU here"
-        )
-        print(f"error: {prog}: {why}", file=sys.stderr)
-        return 2
+    if DEVICE.type != "cuda":
+        raise ConfigError(f"no CUDA GPU here: {NAME} watches kernels run on one")
+    if program is None:
+        raise ConfigError(f"{NAME} is not installed; it comes with the CUDA toolkit")
     return report(program, given.tool, given.only)
 
 
-def _named(texts: list[str] | None) -> list[str]:
+def _named(texts: Sequence[str]) -> list[str]:
     """The cases whose name contains one of the texts; all cases if there are no texts."""
     return [case for case in CASES if any(text in case for text in texts or [""])]
 
 
-def report(program: str, tools: list[str], only: list[str] | None) -> int:
+def report(program: str, tools: Sequence[str], only: Sequence[str]) -> int:
     """Check the cases, several at a time, and print a line for each. Returns the exit status."""
     pairs = [(tool, case) for tool in tools for case in [PLANT, *_named(only)]]
     with ThreadPoolExecutor(AT_A_TIME) as pool:
@@ -211,4 +220,4 @@ def _row(outcome: Outcome) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -23,9 +23,9 @@ def align(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in cells)
 
 
-def run_compiling(module: str, main: Callable[[], int]) -> int:
+def run_compiling(main: Callable[[], int]) -> int:
     """Run a command, in a new process if TRITON_INTERPRET is set: Triton reads it once, when it is imported."""
     if os.environ.get("TRITON_INTERPRET", "0") == "0":
         return main()
     compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-m", module, *sys.argv[1:]], env=compiling, check=False).returncode
+    return subprocess.run([sys.executable, *sys.orig_argv[1:]], env=compiling, check=False).returncode

@@ -15,21 +15,20 @@ Two runs choose the same table: configurations within TIE of the fastest count a
 warps and stages wins; the table's own configuration stays unless it is more than KEEP slower. A time is the launcher's.
 If a launcher runs several kernels, the others have their table's configuration.
 
-    python -m fastgpt2.kernels.tools.tune --op layer_norm --precision bfloat16 --size 768
-    python -m fastgpt2.kernels.tools.tune --precision bfloat16 --seconds 3 --minutes 1.4 --out OUT/sm_90.json
-    python -m fastgpt2.kernels.tools.tune --dry-run --arch sm_90 --op attention    compile only; needs no GPU
+    python -m fastgpt2.kernels.tools.tune --op layer_norm --precision bfloat16
+    python -m fastgpt2.kernels.tools.tune --minutes 1.4 --out OUT/sm_90.json
+    # compile only, without a GPU
+    python -m fastgpt2.kernels.tools.tune --dry-run --arch sm_90 --op attention
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import datetime
 import functools
 import json
 import math
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable
@@ -39,9 +38,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from fastgpt2.console import run_command
+from fastgpt2.fields import ConfigError, Positive
+from fastgpt2.flags import read_arguments
 from fastgpt2.kernels.specs import tunings
 from fastgpt2.kernels.tools import inspect
-from fastgpt2.kernels.tools.inspect import Case, Report
+from fastgpt2.kernels.tools.inspect import Architecture, Case, Precision, Report
 from fastgpt2.kernels.tools.timing import checked, milliseconds, rotating
 from fastgpt2.kernels.tools.toolkit import run_compiling
 from fastgpt2.kernels.tuning import TABLES, LaunchConfig, architectures, check_table, major, nearest, read_table
@@ -50,8 +52,6 @@ TIE = 0.01
 """Medians this close, relative to the fastest, count as equal: the difference is noise."""
 KEEP = 0.02
 """The table's own configuration stays unless it is slower by more than this: a second run then changes nothing."""
-SECONDS = 10.0
-"""How long the rounds of one kernel, precision and size may take, by default; at least five are made."""
 ORDER = {
     "precision": ("bfloat16", "float16", "tf32", "float32"),
     "op": ("attention", "gelu_mlp", "cross_entropy", "layer_norm"),
@@ -339,48 +339,49 @@ def _this_arch() -> str | None:
     return f"sm_{major}{minor}"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    about, usage = __doc__.split("\n")[0], "python -m fastgpt2.kernels.tools.tune [flags]"
-    parser = argparse.ArgumentParser("fastgpt2.kernels.tools.tune", usage=usage, description=about, allow_abbrev=False)
-    parser.add_argument("--op", nargs="+", metavar="PREFIX", help="only kernels whose name begins so")
-    parser.add_argument("--precision", nargs="+", choices=list(inspect.ELEMENTS), help="default: all")
-    parser.add_argument("--size", nargs="+", type=int, help="only these head sizes, channels, ...")
-    parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help=f"time each kernel this long (default: {SECONDS:g})"
-    )
-    parser.add_argument("--minutes", type=float, default=60.0, help="start no kernel later than this (default: 60)")
-    parser.add_argument("--out", type=Path, help="the table to write (default: the shipped one of this GPU)")
-    parser.add_argument("--dry-run", action="store_true", help="compile, say what would be timed, write nothing")
-    parser.add_argument("--arch", choices=architectures(), help="with --dry-run: for this instead of the GPU present")
-    given = parser.parse_args(arguments)
-    if given.arch and not given.dry_run:
-        parser.error("--arch is for --dry-run: what is timed is the GPU present")
-    for name in ("seconds", "minutes"):
-        if not getattr(given, name) > 0:
-            parser.error(f"--{name} must be positive, got {getattr(given, name):g}")
+@dataclass(frozen=True)
+class TuneConfig:
+    """What to tune, for how long and into which table."""
 
-    arch = given.arch or _this_arch()
-    if arch is None:
-        hint = "name an --arch to compile for" if given.dry_run else "--dry-run --arch ARCH compiles without one"
-        print(f"fastgpt2.kernels.tools.tune: no CUDA GPU here; {hint}", file=sys.stderr)
-        return 2
-    if arch not in architectures():
-        copy = f"copy {_closest(arch)}.json to {arch}.json and add its shared memory to kernels/tools/inspect.py"
-        print(f"fastgpt2.kernels.tools.tune: {arch} has no table; {copy}", file=sys.stderr)
-        return 2
-    options = Options(*(tuple(x) if x else None for x in (given.op, given.precision, given.size)))
+    op: tuple[str, ...] = ()
+    """Only kernels whose name begins so."""
+    precision: tuple[Precision, ...] = ()
+    """Only these precisions (default: all)."""
+    size: tuple[int, ...] = ()
+    """Only these head sizes, channels or vocabularies."""
+    seconds: Positive = 10.0
+    """Time each kernel, precision and size this long; at least five rounds are made."""
+    minutes: Positive = 60.0
+    """Start no kernel later than this."""
+    out: Path | None = None
+    """The table to write (default: the shipped one of this GPU)."""
+    dry_run: bool = False
+    """Compile, say what would be timed, write nothing."""
+    arch: Architecture | None = None
+    """With --dry-run: compile for this architecture instead of the GPU present."""
+
+    def __post_init__(self) -> None:
+        if self.arch and not self.dry_run:
+            raise ConfigError("--arch is for --dry-run: what is timed is the GPU present")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    given = read_arguments(TuneConfig, "fastgpt2.kernels.tools.tune", arguments)
+    arch = _architecture(given)
+    options = Options(given.op or None, given.precision or None, given.size or None)
     out = given.out or TABLES / f"{arch}.json"
     if not given.dry_run and out.name != f"{arch}.json":
-        parser.error(f"--out must be named {arch}.json, after this GPU's architecture, got {out}")
+        raise ConfigError(f"--out must be named {arch}.json, after this GPU's architecture, got {out}")
     if out.exists():
         try:
             check_table(out)
         except ValueError as error:
-            parser.error(f"--out: {error}")
+            raise ConfigError(f"--out: {error}") from None
     table = read(arch, out)
     known = [(key.op, key.precision, key.size) for key in keys(arch, table, Options())]
     if problem := inspect.why_nothing(known, options.ops, options.precisions, options.sizes):
-        parser.error(problem)
+        raise ConfigError(problem)
     wanted = keys(arch, table, options)
     with contextlib.closing(compiled(arch, table, wanted)) as made:
         if given.dry_run:
@@ -389,6 +390,18 @@ def main(arguments: list[str] | None = None) -> int:
             device, where = _present()
             tune(arch, made, out, functools.partial(measure, device, given.seconds), where, given.minutes)
     return 0
+
+
+def _architecture(given: TuneConfig) -> str:
+    """The architecture to tune for. Raises ConfigError where there is no GPU, or none that has a table."""
+    arch = given.arch or _this_arch()
+    if arch is None:
+        hint = "name an --arch to compile for" if given.dry_run else "--dry-run --arch ARCH compiles without one"
+        raise ConfigError(f"no CUDA GPU here; {hint}")
+    if arch not in architectures():
+        copy = f"copy {_closest(arch)}.json to {arch}.json and add its shared memory to kernels/tools/inspect.py"
+        raise ConfigError(f"{arch} has no table; {copy}")
+    return arch
 
 
 def _present() -> tuple[Any, dict[str, Any]]:
@@ -408,4 +421,4 @@ def _closest(arch: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_compiling("fastgpt2.kernels.tools.tune", main))
+    run_command(lambda: run_compiling(main))

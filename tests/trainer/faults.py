@@ -1,6 +1,7 @@
-"""Kill a run, signal it, fill its disk, damage its files: resumed, it must end with the same bits.
+"""`python -m tests.trainer.faults`: kill runs and damage their files; resumed, they end with the same bits.
 
-    python -m tests.trainer.faults --rounds 20         # every fault 20 times, each round with another seed
+    # every fault 20 times, each round with another seed
+    python -m tests.trainer.faults --rounds 20
     python -m tests.trainer.faults --only killed --seed 7
 
 A fault strikes at a random moment drawn from the seed. The run is then continued with `--resume auto`, the command that
@@ -12,7 +13,6 @@ The trainer runs in real processes, forked from this one to import PyTorch only 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import os
@@ -25,13 +25,17 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Annotated
 
 import fastgpt2.command
 import fastgpt2.reporters.display
 from fastgpt2 import checkpoint
 from fastgpt2.console import run_command
+from fastgpt2.fields import Choice, Count, Natural
+from fastgpt2.flags import read_arguments
 from fastgpt2.metrics import read_json_lines
 from fastgpt2.preparation import PrepareConfig, prepare
 from fastgpt2.prepare import main as prepare_main
@@ -404,12 +408,21 @@ def set_up(folder: Path) -> Expected:
     return Expected(folder / "expected", folder / "data")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.trainer.faults", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=1, help="how many times each fault strikes (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first round; each round adds 1 (default: 0)")
-    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), help="only these faults")
-    given = parser.parse_args()
+@dataclass(frozen=True)
+class FaultsConfig:
+    """Which faults strike, and how often."""
+
+    rounds: Count = 1
+    """How many times each fault strikes."""
+    seed: Natural = 0
+    """Seed of the first round; each further round uses the next seed."""
+    only: tuple[Annotated[str, Choice(tuple(FAULTS))], ...] = tuple(FAULTS)
+    """Only these faults (default: all)."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    given = read_arguments(FaultsConfig, "tests.trainer.faults", arguments)
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     lost = 0
     expected = set_up(folder)
@@ -432,4 +445,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)
