@@ -14,6 +14,7 @@ from fastgpt2.console import is_out_of_memory
 from fastgpt2.corpus import prepare_aloud
 from fastgpt2.data import DataError
 from fastgpt2.durable import OutputError
+from fastgpt2.final_sample import print_sample
 from fastgpt2.folder import new_folder
 from fastgpt2.metrics import NonFiniteLossError
 from fastgpt2.reporters.display import TrainDisplay
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 1
         for text in result.missing:
             display.error(text)
+        print_sample(result, display.console)
     if result.missing:
         return 1
     complete = result.steps_done >= result.config.steps
