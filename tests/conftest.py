@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 # The tests' tensors are tiny: a second thread would only wait, for seconds if other processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +15,10 @@ from tests import seeds
 if not torch.cuda.is_available():
     # Triton reads this when it is imported, so nothing may import it earlier.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton") is not None:
+        from tests.interpreter import patch_once_a_launch
+
+        patch_once_a_launch()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
