@@ -7,13 +7,15 @@ tests/trainer/test_extending.py, and the figures of docs/benchmarks.md are held 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import io
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,13 +26,13 @@ import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
+from bench.__main__ import COMMANDS as bench_commands
 from bench.report.results import stored
 from fastgpt2 import command as train_command
 from fastgpt2.__main__ import COMMANDS
 from fastgpt2.arguments import parse as parse_train
-from fastgpt2.config import TrainConfig
 from fastgpt2.evaluate import EvaluateConfig
-from fastgpt2.flags import make_parser, read_arguments
+from fastgpt2.flags import read_arguments
 from fastgpt2.preparation import PrepareConfig
 from fastgpt2.sample import SampleConfig
 from fastgpt2.verify import VerifyConfig
@@ -134,13 +136,20 @@ def check_other_parser(module: str, words: list[str], monkeypatch: pytest.Monkey
             return known, unknown
         raise Parsed
 
-    package = find_spec(module)
-    assert package, f"no module {module}"
+    assert find_spec(module), f"no module {module}"
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
         patch.setattr(sys, "argv", [module, *words])
         with pytest.raises(Parsed):
-            import_module(f"{module}.__main__" if package.submodule_search_locations else module).main()
+            main_of(module)()
+
+
+def main_of(module: str) -> Callable[[], int | None]:
+    """What `python -m MODULE` calls."""
+    if module == "fastgpt2.train":  # it can't be imported
+        return train_command.main
+    spec = find_spec(module)
+    return import_module(f"{module}.__main__" if spec and spec.submodule_search_locations else module).main
 
 
 def check_pip(words: list[str]) -> None:
@@ -172,20 +181,27 @@ def test_every_command_is_read_by_its_own_parser(
 
 @functools.cache
 def known_flags() -> set[str]:
-    """Flags of the commands that an installed package has, and of the tests'."""
-    kinds = {**KINDS, "fastgpt2.train": TrainConfig}
-    helps = [make_parser(kind, module).format_help() for module, kind in kinds.items()]
-    sources = [path.read_text(encoding="utf-8") for folder in ("bench", "kernels", "tests") for path in
-               (ROOT / folder).rglob("*.py")]  # fmt: skip
-    added = [flag for source in sources for flag in re.findall(r'add(?:_argument|option)\(\s*"(--[a-z-]+)"', source)]
-    return {*re.findall(r"--[a-z][a-z0-9-]*", "\n".join(helps)), *added, "--help", "--version", "--config"}
+    """The flags of our commands and of our pytest options."""
+    modules = [*COMMANDS.values(), *bench_commands.values(), "tests.counts", "tests.trainer.faults"]
+    options = [path.read_text(encoding="utf-8") for path in (ROOT / "tests/conftest.py", ROOT / "bench/conftest.py")]
+    added = re.findall(r'addoption\(\s*"(--[a-z-]+)"', "\n".join(options))
+    return {*re.findall(r"--[a-z][a-z0-9-]*", "\n".join(map(help_of, modules))), *added, "--version"}
+
+
+def help_of(module: str) -> str:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", [module, "--help"])
+        with pytest.raises(SystemExit):
+            main_of(module)()
+    return printed.getvalue()
 
 
 @pages
 def test_every_flag_exists(page: Path) -> None:
     theirs = {"--check", "--index-url", "--name", "--start", "--out_dir"}  # ruff's, pip's, nanoGPT's
     named = {flag for code in inline(page) for flag in re.findall(r"(?<!\S)--[a-z][a-z0-9_-]*", code)}
-    assert not named - known_flags() - theirs
+    unknown = named - known_flags() - theirs
+    assert not unknown
 
 
 SMALL = "--n-layer 1 --n-head 2 --n-embd 32 --block-size 32 --batch-size 2 --device cpu"
@@ -218,8 +234,7 @@ def run(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a command in this process."""
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [module, *words])
-        main = train_command.main if module == "fastgpt2.train" else import_module(module).main
-        assert not main(), (module, words)
+        assert not main_of(module)(), (module, words)
 
 
 # ---------------------------------------------------------------------------------------------------------- code

@@ -1,7 +1,7 @@
 """`python -m bench.report`: rewrite everything that follows from the stored results.
 
-That is the sections of docs/benchmarks.md between <!-- bench:NAME --> and <!-- /bench:NAME -->, and what `auto` becomes
-(fastgpt2/auto.json). `--check` writes nothing, names what is out of step and then exits with 1.
+That is what stands between <!-- bench:NAME --> and <!-- /bench:NAME --> in docs/benchmarks.md and README.md, and what
+`auto` becomes (fastgpt2/auto.json). `--check` writes nothing, names what is out of step and then exits with 1.
 """
 
 from __future__ import annotations
@@ -14,37 +14,33 @@ from pathlib import Path
 from bench.record import Record, RecordError
 from bench.report import auto
 from bench.report.results import stored
-from bench.report.sections import SECTIONS
+from bench.report.sections import PAGES
 from bench.timing import ROOT
 from fastgpt2.console import run_command
 from fastgpt2.flags import read_arguments
 
-PAGE = "docs/benchmarks.md"
 
-
-def fill(page: str, records: Sequence[Record]) -> str:
-    """The page's text with every section written anew.
+def fill(page: str, text: str, records: Sequence[Record]) -> str:
+    """A page's text with every section written anew.
 
     Raises:
         RecordError: a section's markers are not there once each.
     """
-    for name, section in SECTIONS.items():
+    for name, section in PAGES[page].items():
         opening, closing = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
-        if page.count(opening) != 1 or page.count(closing) != 1:
-            raise RecordError(f"{PAGE} must have {opening} and {closing} once each: the report goes between them")
-        before, rest = page.split(opening)
+        if text.count(opening) != 1 or text.count(closing) != 1:
+            raise RecordError(f"{page} must have {opening} and {closing} once each: the report goes between them")
+        before, rest = text.split(opening)
         _, after = rest.split(closing)
-        page = before + "\n".join(filter(None, [opening, section(records), closing])) + after
-    return page
+        text = before + "\n".join(filter(None, [opening, section(records), closing])) + after
+    return text
 
 
 def derive(root: Path) -> dict[Path, str]:
     """The text of every file that follows from the results stored below root."""
     records = stored(root / "bench" / "results")
-    return {
-        root / PAGE: fill((root / PAGE).read_text(encoding="utf-8"), records),
-        root / "fastgpt2" / "auto.json": auto.as_text(records),
-    }
+    pages = {root / page: fill(page, (root / page).read_text(encoding="utf-8"), records) for page in PAGES}
+    return {**pages, root / "fastgpt2" / "auto.json": auto.as_text(records)}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The sections of docs/benchmarks.md, from the newest record of each device that has what a section shows.
+"""What docs/benchmarks.md and README say of measurements: of each device the newest record with what a section shows.
 
 A section has its own heading and is empty where nothing was measured: a reader meets no heading without figures.
 """
@@ -238,7 +238,34 @@ def cpu_section(records: Sequence[Record]) -> str:
     return each_device("A training step on a CPU", records, steps_of, show, RATIO_IN_WORDS, gpu=False)
 
 
-SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {
+def cpu_summary(records: Sequence[Record]) -> str:
+    """The table of the CPU in a sentence."""
+    parts = []
+    for record in newest((record for record in records if not record.on_gpu), steps_of).values():
+        groups = by_work(steps_of(record))
+        pairs = [(mine, best_peer(mine, group)) for group in groups if (mine := ours(group)) is not None]
+        speeds = [ratio(mine, peer).median for mine, peer in pairs if peer is not None]
+        shares = [
+            mine.peak_memory_bytes / peer.peak_memory_bytes
+            for mine, peer in pairs
+            if peer is not None and mine.peak_memory_bytes and peer.peak_memory_bytes
+        ]
+        parts.append(
+            f"On {record.environment['cpu_threads']} CPU threads a training step runs at {_span(speeds)} times the "
+            f"speed of the faster of transformers and plain PyTorch, in {_span(shares)} of its memory "
+            f"([the table](docs/benchmarks.md#a-training-step-on-a-cpu))."
+        )
+    return prose(" ".join(parts))
+
+
+def _span(values: Sequence[float]) -> str:
+    least, most = f"{min(values):.2f}", f"{max(values):.2f}"
+    return least if least == most else f"{least} to {most}"
+
+
+Sections = dict[str, Callable[[Sequence[Record]], str]]
+
+SECTIONS: Sections = {
     "status": status_section,
     "targets": targets_section,
     "step": step_section,
@@ -247,3 +274,5 @@ SECTIONS: dict[str, Callable[[Sequence[Record]], str]] = {
     "cpu": cpu_section,
 }
 """By the names of the page's markers, in its order."""
+PAGES: dict[str, Sections] = {"docs/benchmarks.md": SECTIONS, "README.md": {"cpu-summary": cpu_summary}}
+"""By the page that has them."""

@@ -26,7 +26,7 @@ from bench.report.results import (
     table,
     work,
 )
-from bench.report.sections import SECTIONS
+from bench.report.sections import PAGES, SECTIONS
 from bench.result import Result
 from bench.timing import ROOT
 from tests.bench.records import GPU, make_record, recorded, write_record
@@ -135,9 +135,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkout with nothing measured."""
     root = tmp_path_factory.mktemp("site")
     (root / "fastgpt2").mkdir()
-    places = "\n".join(f"<!-- bench:{name} -->\nold\n<!-- /bench:{name} -->" for name in SECTIONS)
-    (root / report.PAGE).parent.mkdir()
-    (root / report.PAGE).write_text(f"# head\n\n{places}\n\ntail\n")
+    (root / "docs").mkdir()
+    for page, sections in PAGES.items():
+        places = "\n".join(f"<!-- bench:{name} -->\nold\n<!-- /bench:{name} -->" for name in sections)
+        (root / page).write_text(f"# head\n\n{places}\n\ntail\n")
     assert report.main([], root) == 0
     return root
 
@@ -157,7 +158,7 @@ def measured(site: Path) -> Path:
 
 
 def section(root: Path, name: str) -> str:
-    page = (root / report.PAGE).read_text()
+    page = (root / next(page for page, sections in PAGES.items() if name in sections)).read_text()
     assert page.startswith("# head\n") and page.endswith("\ntail\n") and "\nold\n" not in page
     found = re.search(f"<!-- bench:{name} -->\n(.*)<!-- /bench:{name} -->", page, re.DOTALL)
     assert found is not None
@@ -215,17 +216,18 @@ def test_what_is_out_of_step_is_named(measured: Path, capsys: pytest.CaptureFixt
         if before is not None:
             file.write_bytes(before)
 
-    named(report.PAGE, lambda file: file.write_text(file.read_text().replace("20.00", "19.00", 1)))
+    named("docs/benchmarks.md", lambda file: file.write_text(file.read_text().replace("20.00", "19.00", 1)))
+    named("README.md", lambda file: file.write_text(file.read_text().replace("2 CPU threads", "3 CPU threads")))
     named("fastgpt2/auto.json", lambda file: file.write_text(file.read_text().replace("triton", "torch")))
     assert report.main(["--check"], measured) == 0
 
 
 def test_a_page_without_a_place_for_a_section_is_an_error(site: Path) -> None:
     with pytest.raises(RecordError, match="<!-- bench:status --> and <!-- /bench:status --> once each"):
-        report.fill("# a page\n", [])
+        report.fill("docs/benchmarks.md", "# a page\n", [])
 
 
-def test_the_page_is_in_step_with_the_stored_results() -> None:
+def test_the_pages_are_in_step_with_the_stored_results() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "bench.report", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
     )
