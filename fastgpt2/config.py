@@ -95,7 +95,7 @@ PRESETS: dict[str, ModelConfig] = {
 """The four published sizes (Radford et al. 2019, table 2) and three small ones of ours."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainConfig:
     """Train a GPT-2. Without arguments: a model that suits this machine, on dummy tokens."""
 
@@ -212,6 +212,11 @@ class TrainConfig:
         if self.resume and self.out is None:
             given = "--resume auto" if self.resume == "auto" else "--resume"
             raise ConfigError(f"{given} needs --out: the folder of the run to continue")
+
+    def __repr__(self) -> str:
+        """The call that makes it, without arguments that have their default."""
+        given = ((f, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return f"{type(self).__name__}({', '.join(f'{f.name}={value!r}' for f, value in given if value != f.default)})"
 
     def to_toml(self) -> str:
         """The configuration as `--config` reads it; `resume` and fields at None are left out."""

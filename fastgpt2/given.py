@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from fastgpt2.config import ConfigError, ModelConfig
-from fastgpt2.data import DataError, TokenSource
+from fastgpt2.data import DataError
 from fastgpt2.model import GPT
 from fastgpt2.ops import Ops
 from fastgpt2.outside import told
+
+Source = Callable[[int], Tensor]
+"""From a step counted from 0 to its tokens: int64, CPU, (grad_accum, batch_size, block_size + 1)."""
 
 TRIED_TOKENS = 1024
 """Longest sequence of a trial: PyTorch's loss holds all its logits."""
@@ -109,16 +112,19 @@ class GivenTokens:
     """Training tokens given in Python in place of --data's, each batch checked.
 
     Raises:
-        ConfigError: the source lacks a part of TokenSource.
+        ConfigError: the source is no function.
     """
 
-    def __init__(self, source: TokenSource, shape: tuple[int, int, int], vocab_size: int) -> None:
-        parts = ("batches", "fingerprint", "notes", "tokens", "begin_at", "check")
-        if missing := [name for name in parts if not hasattr(source, name)]:
-            raise ConfigError(f"source must have {', '.join(parts)}; {type(source).__name__} has no {missing[0]}")
+    batches, fingerprint = 0, ""
+
+    def __init__(self, source: Source, shape: tuple[int, int, int], vocab_size: int) -> None:
         self.source, self.shape, self.vocab_size = source, shape, vocab_size
-        self.batches, self.fingerprint, self.notes = source.batches, source.fingerprint, source.notes
-        self.begin_at, self.check = source.begin_at, source.check
+        self.notes: list[str] = []
+        if not callable(source):
+            raise ConfigError(
+                f"source must be a function of the step that returns {self._expected} "
+                f"(grad_accum, batch_size, block_size + 1), got {type(source).__name__}"
+            )
 
     def tokens(self, step: int) -> Tensor:
         """The source's batch of a step.
@@ -126,12 +132,20 @@ class GivenTokens:
         Raises:
             DataError: it has another shape or dtype, is not on the CPU, or holds a token outside the vocabulary.
         """
-        tokens, expected = self.source.tokens(step), f"int64 {self.shape}"
-        if _shown(tokens) != expected:
-            raise DataError(f"source.tokens({step}) must return {expected}, got {_shown(tokens)}")
+        tokens = self.source(step)
+        if _shown(tokens) != self._expected:
+            raise DataError(f"source({step}) must return {self._expected}, got {_shown(tokens)}")
         low, high = (int(x) for x in tokens.aminmax())
         if low < 0 or high >= self.vocab_size:
-            raise DataError(
-                f"source.tokens({step}) must be in [0, {self.vocab_size}), the vocabulary; got {low} to {high}"
-            )
+            raise DataError(f"source({step}) must be in [0, {self.vocab_size}), the vocabulary; got {low} to {high}")
         return tokens
+
+    def begin_at(self, step: int, samples: int) -> None:
+        """Do nothing: the step decides the batch."""
+
+    def check(self) -> None:
+        """Do nothing: each batch was checked."""
+
+    @property
+    def _expected(self) -> str:
+        return f"int64 {self.shape}"

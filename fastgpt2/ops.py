@@ -43,6 +43,9 @@ class Ops:
     norm: NormOp = torch_norm
     loss: LossOp = torch_loss
 
+    def __repr__(self) -> str:
+        return f"Ops({', '.join(f'{slot}={_call(function)}' for slot, function in vars(self).items())})"
+
 
 @dataclass(frozen=True)
 class Site:
@@ -110,6 +113,14 @@ def name_of(slot: str, function: Callable[..., Any]) -> str:
     """What a run is saved with for a function given in Python: its name in the table, else "module:function"."""
     name = import_name(function)
     return next((n for n, known in SLOTS[slot].items() if known.function == name and not known.options), name)
+
+
+def _call(function: Callable[..., Any]) -> str:
+    """A function's name, with the keyword arguments that a partial gives it."""
+    if not isinstance(function, partial):
+        return getattr(function, "__name__", type(function).__name__)
+    options = ", ".join(f"{name}={value!r}" for name, value in function.keywords.items())
+    return _call(function.func) + (f"({options})" if options else "")
 
 
 def why_not(slot: str, known: Implementation, site: Site) -> str | None:

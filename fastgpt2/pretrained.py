@@ -11,10 +11,25 @@ from torch.overrides import TorchFunctionMode
 
 from fastgpt2.checkpoint import MODEL, find, load_model
 from fastgpt2.config import ConfigError, ModelConfig
+from fastgpt2.device import pick_device
 from fastgpt2.model import GPT
 from fastgpt2.ops import Site, make_ops
 from fastgpt2.slots import SLOTS, is_outside
 from fastgpt2.tensors import check_tensors
+
+
+def load(path: Path | str, *, step: int | None = None, device: str | None = None) -> GPT:
+    """Load the model of a run, in evaluation mode.
+
+    Args:
+        path: a run's --out folder, or the folder of a checkpoint.
+        step: the step of the checkpoint, if path is a run's folder; its newest by default.
+        device: cpu, cuda, cuda:N or mps; cuda by default if there is one.
+
+    Raises:
+        ConfigError: as from load_run.
+    """
+    return load_run(Path(path), pick_device(device), step)[0]
 
 
 def load_run(source: Path, device: torch.device, step: int | None = None) -> tuple[GPT, dict[str, Any]]:

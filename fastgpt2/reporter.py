@@ -136,7 +136,7 @@ class Reporters:
         self.warn(f"{type(reporter).__name__} is dropped: it raised {type(error).__name__}: {reason}")
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainResult:
     """The result of a run."""
 
@@ -158,3 +158,16 @@ class TrainResult:
     out: Path | None = None
     missing: list[str] = field(default_factory=list)
     """What could not be written to `out` (the newest state, the last records), one line each."""
+
+    def __repr__(self) -> str:
+        """One line: the losses and the model would fill a screen."""
+        parts = [
+            f"{self.steps_done} of {self.config.steps} steps",
+            f"loss {self.losses[-1]:.4f}" if self.losses else "no step was made",
+            f"val {self.val_losses[-1][1]:.4f}" if self.val_losses else "",
+            f"{self.tokens_per_s:,.0f} tokens/s",
+            f"{self.seconds:.1f} s",
+            f"out={str(self.out)!r}" if self.out else "",
+            *self.missing,
+        ]
+        return f"TrainResult({', '.join(filter(None, parts))})"

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from fastgpt2 import checkpoint
 from fastgpt2.backends.attention import CUDNN, sdpa_attention, sdpa_picks
-from fastgpt2.config import ConfigError, TrainConfig
+from fastgpt2.config import ConfigError, TrainConfig, preset_name
 from fastgpt2.cuda_graph import CapturedStep
 from fastgpt2.data import GIVEN, ShardTokens, TokenSource, data_end_of_text, data_vocab_size, open_data, split
 from fastgpt2.device import copy_async, keep_freed_memory, notes_on, pick_device
 from fastgpt2.folder import Claim, claim
-from fastgpt2.given import GivenTokens, try_ops
+from fastgpt2.given import GivenTokens, Source, try_ops
 from fastgpt2.memory import check_memory
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import Ops, Site, ablation, as_choices, make_ops, name_of
@@ -34,7 +34,7 @@ from fastgpt2.state import RunState
 from fastgpt2.state_json import UNKNOWN, Progress, carried_over, changed_data, changed_settings, read_progress
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """A run that is ready to step."""
 
@@ -61,6 +61,10 @@ class Run:
     def __post_init__(self) -> None:
         self.model = self.state.model
         self.parameters = list(self.model.parameters())
+
+    def __repr__(self) -> str:
+        parts = [f"{slot}={name}" for slot, name in self.chosen.items()]
+        return f"Run({preset_name(self.model.config)} on {self.device}, {self.config.steps} steps, {', '.join(parts)})"
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """16-bit matmuls over float32 weights; does nothing in float32 and float64."""
@@ -153,14 +157,14 @@ def build(
     held: contextlib.ExitStack | None = None,
     *,
     ops: Ops | Mapping[str, Callable[..., Any]] | None = None,
-    source: TokenSource | None = None,
+    source: Source | None = None,
 ) -> Run:
     """Check everything that can be checked, then make the model, the data and the optimizer.
 
     Args:
         held: holds the lock on --out until it is closed. By default the lock ends when this returns.
         ops: functions by slot, used instead of the configuration's.
-        source: training tokens, used instead of --data's.
+        source: gives the training tokens of a step, instead of --data.
 
     Raises:
         ConfigError: this machine can't do what the configuration asks.
@@ -170,7 +174,7 @@ def build(
 
 
 def _build(
-    asked: TrainConfig, held: contextlib.ExitStack, own: dict[str, Callable[..., Any]], own_source: TokenSource | None
+    asked: TrainConfig, held: contextlib.ExitStack, own: dict[str, Callable[..., Any]], own_source: Source | None
 ) -> Run:
     refuse_several_processes()
     named: dict[str, Any] = {slot: name_of(slot, function) for slot, function in own.items()}
@@ -338,7 +342,7 @@ def kept_from_cudnn(run: Run) -> bool:
         return sdpa_picks(shape, config.torch_dtype, run.device, config.dropout) == CUDNN
 
 
-def _open_sources(config: Settled, own: TokenSource | None) -> tuple[TokenSource, TokenSource | None]:
+def _open_sources(config: Settled, own: Source | None) -> tuple[TokenSource, TokenSource | None]:
     def open_split(name: str, grad_accum: int, sequences: int) -> TokenSource:
         return open_data(
             config.data,

@@ -20,7 +20,7 @@ TORCH_DTYPE = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Settled(TrainConfig):
     """A configuration that trains the same run on any machine: no field that decides the computation is None.
 

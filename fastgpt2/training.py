@@ -13,9 +13,9 @@ import torch
 
 from fastgpt2.config import TrainConfig
 from fastgpt2.corpus import about
-from fastgpt2.data import TokenSource
 from fastgpt2.device import give_back_freed_memory, peak_memory_bytes, pick_device
 from fastgpt2.folder import as_saved
+from fastgpt2.given import Source
 from fastgpt2.loop import MFU_FORMULA, Loop, advice, mfu
 from fastgpt2.metrics import NonFiniteLossError
 from fastgpt2.model import FLOPS_PER_TOKEN, recompute_flops
@@ -30,7 +30,7 @@ def train(
     config: TrainConfig,
     *misplaced: Never,
     ops: Ops | Mapping[str, Callable[..., Any]] | None = None,
-    source: TokenSource | None = None,
+    source: Source | None = None,
     reporters: Sequence[Reporter] = (),
 ) -> TrainResult:
     """Train a GPT-2 as published, on random tokens or shards.
@@ -40,7 +40,8 @@ def train(
         misplaced: nothing. The other arguments are given by name.
         ops: functions by slot, {"attn": function}, used instead of the configuration's; see docs/extending.md. The
             checkpoints name them as module:function.
-        source: training tokens, used instead of `data`, which is left out. There are no validation tokens.
+        source: gives the training tokens of a step, instead of `data`: source(step), counted from 0, is int64 on the
+            CPU, (grad_accum, batch_size, block_size + 1). There are no validation tokens.
         reporters: receive the run's events. Without one nothing is printed, and warnings become Python's.
 
     Raises:

@@ -99,7 +99,8 @@ class TrainDisplay(Reporter):
         }
         self._print(", ".join(parts + [name for name, on in switches.items() if on]))
         tokens = run.samples_per_step * shape.block_size
-        self._print(f"{config.steps} steps of {tokens:,} tokens from {config.data}; writing to {config.out}")
+        writes = "" if config.out is None else f"; writing to {config.out}"
+        self._print(f"{config.steps} steps of {tokens:,} tokens from {config.data}{writes}")
         self._compiles = config.compile
         self._enter("compiling" if config.compile else "starting")
         if config.compile and not self.live:

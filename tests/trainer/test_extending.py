@@ -14,7 +14,21 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-MINE, SCRIPT = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+(MINE,) = (block for block in BLOCKS if block.startswith('"""Causal attention'))
+SCRIPTS = {
+    name: next(block for block in BLOCKS if mark in block)
+    for name, mark in {
+        "train": 'out=Path("first")',
+        "watch": "class EarlyStop",
+        "source": "source=counting",
+        "loop": "optimizer.step()",
+        "ops": "Ops(loss",
+        "load": "import load",
+        "kernels": "flash_attention(",
+        "mine": "ops={",
+    }.items()
+}
 COMMANDS = re.findall(r"^\$ (.*)$", PAGE, re.MULTILINE)
 SMALL = "--n-layer 1 --n-head 2 --n-embd 32 --block-size 32 --batch-size 2 --device cpu"
 SHORTER = {
@@ -28,8 +42,8 @@ SHORTER = {
 """What the test adds to a command of the page, or gives in place of a value there."""
 
 
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def run(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, *words]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -57,7 +71,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_is_run_whole() -> None:
     ours = [line for line in COMMANDS if line.startswith("python -m ")]
     assert sum(any(f"fastgpt2.{about}" in line for about in SHORTER) for line in ours) == len(ours) == len(SHORTER)
-    assert MINE.count("\n") < 25
+    assert sorted([MINE, *SCRIPTS.values()]) == sorted(BLOCKS)
+    assert MINE.count("\n") < 25 and SCRIPTS["loop"].count("\n") < 25
+
+
+def test_the_scripts_of_the_page_do_what_it_says(folder: Path) -> None:
+    """In one process, in the order of the page."""
+    for name, script in SCRIPTS.items():
+        (folder / f"script_{name}.py").write_text(script)
+    lines = [f"print('=== {name}'); runpy.run_path('script_{name}.py', run_name='__main__')" for name in SCRIPTS]
+    done = run(folder, "-c", "\n".join(["import runpy", *lines]), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    parts = (part.partition("\n") for part in done.stdout.split("=== ")[1:])
+    printed = {name: text.splitlines() for name, _, text in parts}
+    assert printed["train"][0].startswith("TrainResult(100 of 100 steps, loss ")
+    assert float(printed["train"][1]) < 4.0  # it began at ln 256 = 5.5
+    assert 10 < int(printed["watch"][-1].split()[0]) < 1000 and printed["watch"][0].startswith("tiny: ")
+    for name in ("source", "loop"):
+        assert float(printed[name][-1]) < 3.5  # it began at ln 128 = 4.9
+    plain, chunked = map(float, printed["ops"][0].split())
+    assert chunked == pytest.approx(plain, abs=1e-5)
+    assert printed["load"][0] == "torch.Size([1, 3, 256])" and printed["load"][1].count(",") == 9
+    assert printed["mine"] == ["mine:attention"] and printed["kernels"] == []
 
 
 def test_an_attention_from_outside_is_trained_resumed_evaluated_and_sampled(folder: Path) -> None:
@@ -92,13 +127,6 @@ def test_an_attention_from_outside_is_proved_and_a_wrong_one_is_found(folder: Pa
     assert done.returncode == 1 and done.stdout.count("OUT OF BUDGET") >= 4, done.stdout
     done = run(folder, *[word.replace("mine", "nosuch") for word in command("verify")])
     assert done.returncode == 2 and "no module 'nosuch'" in done.stderr
-
-
-def test_the_pages_script_trains(folder: Path) -> None:
-    (folder / "script.py").write_text(SCRIPT)
-    done = run(folder, "script.py")
-    assert done.returncode == 0, done.stderr
-    assert 0 < float(done.stdout) < 6
 
 
 RESUME = """

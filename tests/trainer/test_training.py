@@ -6,6 +6,7 @@ import dataclasses
 import math
 import subprocess
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,31 @@ def test_same_bits_twice_on_the_gpu(attn: str, dtype: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ what the user is told
+
+
+def test_train_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(tiny(out=tmp_path, eval_every=3, log_every=1, save_every=2))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_a_shell_shows_is_short(tmp_path: Path) -> None:
+    config = tiny(eval_every=6, out=tmp_path)
+    assert eval(repr(config), {"TrainConfig": TrainConfig, "PosixPath": Path}) == config
+    assert repr(TrainConfig(steps=2)) == "TrainConfig(steps=2)"
+    result = train(config)
+    loss, val = result.losses[-1], result.val_losses[-1][1]
+    assert repr(result) == (
+        f"TrainResult(6 of 6 steps, loss {loss:.4f}, val {val:.4f}, {result.tokens_per_s:,.0f} tokens/s, "
+        f"{result.seconds:.1f} s, out='{tmp_path}')"
+    )
+    assert repr(result.model.ops) == (
+        "Ops(attn=sdpa_attention, mlp=torch_mlp, norm=torch_norm, loss=linear_cross_entropy(implementation='chunked'))"
+    )
+    assert repr(build(tiny())) == "Run(custom on cpu, 6 steps, attn=sdpa, mlp=torch, norm=torch, loss=chunked)"
+    assert repr(result.config).startswith("Settled(n_layer=2, ") and len(repr(result.config)) < 400
+    assert repr(result.model).count("\n") < 40
 
 
 def test_the_notes_of_a_run(tmp_path: Path) -> None:
