@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import platform
+import shlex
 import stat
 import sys
 import sysconfig
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fastgpt2 import __version__
 from fastgpt2.config import ConfigError
-from fastgpt2.durable import LOCK_NAME, InUseError, locked
+from fastgpt2.durable import InUseError, locked
 from fastgpt2.shards import HEADER_BYTES, read_meta
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def is_text(data: str) -> bool:
     """
     path = os.path.expanduser(data)
     if data != STDLIB and data.endswith(".bin") and os.path.isfile(path):
-        raise ConfigError(f"--data {data} is one file of tokens: give the folder that holds it, {Path(data).parent}")
+        folder = shlex.quote(str(Path(data).parent))
+        raise ConfigError(f"--data {data} is one file of tokens; give its folder: --data {folder}")
     return data == STDLIB or os.path.isfile(path)
 
 
@@ -103,7 +105,7 @@ def about(data: str) -> Iterator[str]:
             yield "for the folder stdlib that is here, give --data ./stdlib"
     else:
         yield f"{data} is read as {tokens:,} byte tokens, in {folder}"
-        yield f"for GPT-2's tokens: python -m fastgpt2.prepare {data} --out DIR, then --data DIR"
+        yield f"for GPT-2's tokens: python -m fastgpt2.prepare {shlex.quote(data)} --out DIR, then --data DIR"
 
 
 def val_unigram_entropy(data: str) -> float | None:
@@ -173,9 +175,12 @@ def _prepare(data: str, text: _Text, folder: Path, console: Console | None) -> N
     from rich.console import Console
 
     from fastgpt2.preparation import PrepareConfig, fill
+    from fastgpt2.sources import find
 
     console = console or Console(file=io.StringIO())
     try:
+        if text.path.is_file():  # refuse a file that is not text before anything is made or said
+            find([text.path], folder)
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
             _wait_for_lock(folder, held)
@@ -185,9 +190,6 @@ def _prepare(data: str, text: _Text, folder: Path, console: Console | None) -> N
             config = PrepareConfig(sources=(text.path,), out=folder, tokenizer="byte", ext=text.ext, overwrite=True)
             fill(config, console)
     except ConfigError as error:
-        with contextlib.suppress(OSError):
-            (folder / LOCK_NAME).unlink()
-            folder.rmdir()
         raise ConfigError(f"--data {error}") from None
     except OSError as error:
         raise ConfigError(

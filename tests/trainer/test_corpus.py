@@ -163,15 +163,18 @@ def test_flipped_bits_are_refused_and_the_folder_named(cache, text):
         ("x.jsonl", b'{"text": "a"}\n', "reading .jsonl comes later; extract the texts to a .txt file first"),
         ("x.csv", b"a,b\n", "python -m fastgpt2.prepare --ext .csv takes it as it stands"),
         ("x.gz", b"\x1f\x8b", "unpack it first"),
-        ("train_000000.bin", b"\0", "is one file of tokens: give the folder that holds it"),
+        ("train_000000.bin", b"\0", "is one file of tokens; give its folder: --data "),
     ],
 )
-def test_what_is_not_text_is_one_line_and_leaves_nothing(cache, tmp_path, name, contents, message):
+def test_what_is_not_text_is_one_line_and_leaves_nothing(cache, tmp_path, capfd, name, contents, message):
     (tmp_path / name).write_bytes(contents)
     with pytest.raises(ConfigError) as error:
         open_data(str(tmp_path / name), **SHAPE)
     assert str(error.value).startswith("--data ") and message in str(error.value) and "\n" not in str(error.value)
-    assert not any(path.is_file() or path.name.startswith("text-") for path in cache.rglob("*"))
+    with pytest.raises(ConfigError):
+        main(["--data", str(tmp_path / name), "--out", str(tmp_path / "run")])
+    assert capfd.readouterr() == ("", "")
+    assert not cache.exists() and not (tmp_path / "run").exists()
 
 
 def test_a_short_text_names_the_block_size(cache, tmp_path):

@@ -26,6 +26,12 @@ FLAGS = [
 ]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes may share the cores."""
+    monkeypatch.setattr(final_sample, "SECONDS", 600.0)
+
+
 @pytest.fixture
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
