@@ -83,6 +83,38 @@ class StepKernels:
 
 
 @dataclass(kw_only=True)
+class TrainingRun:
+    """A training run as a picture shows it.
+
+    Args:
+        losses, val_losses: (step, nats a token), as in metrics.jsonl.
+        loss, unigram: over the whole validation split, the model's and the entropy of its token frequencies.
+        seconds: that the run took, its validations included.
+        screen: the lines of a terminal on which the run has begun, in pieces: text, colour, whether bold.
+    """
+
+    command: str
+    losses: list[tuple[int, float]]
+    val_losses: list[tuple[int, float]]
+    loss: float
+    unigram: float
+    seconds: float
+    sample_command: str
+    sample: str
+    screen: list[list[tuple[str, str, bool]]]
+
+
+@dataclass(kw_only=True)
+class Trajectory:
+    """A backend's losses minus the float64 reference's, step by step, and how far from 0 they may be; nats a token."""
+
+    backend: str
+    dtype: str
+    differences: list[float]
+    budget: float
+
+
+@dataclass(kw_only=True)
 class Record:
     """What one run measured.
 
@@ -106,6 +138,8 @@ class Record:
     profiles: list[dict[str, Any]] = field(default_factory=list)
     smokes: list[Smoke] = field(default_factory=list)
     step_kernels: list[StepKernels] = field(default_factory=list)
+    training_runs: list[TrainingRun] = field(default_factory=list)
+    trajectories: list[Trajectory] = field(default_factory=list)
     not_done: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -200,5 +234,7 @@ KINDS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "smoke": ("smokes", smoke_from_json),
     "kernels": ("step_kernels", lambda stored: _make(StepKernels, stored)),
     "profile": ("profiles", dict),
+    "training run": ("training_runs", lambda stored: _make(TrainingRun, stored)),
+    "trajectory": ("trajectories", lambda stored: _make(Trajectory, stored)),
 }
 """By a line's `kind`: the record's list that keeps it, and what reads it."""

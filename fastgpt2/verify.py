@@ -41,6 +41,7 @@ from fastgpt2.fields import Count, Name
 from fastgpt2.flags import read_arguments
 from fastgpt2.model import GPT
 from fastgpt2.ops import Ops, Site, make_ops
+from fastgpt2.reporter import TrainResult
 from fastgpt2.run import build, numerics
 from fastgpt2.settings import TORCH_DTYPE
 from fastgpt2.slots import OURS, REFERENCE, SLOTS, TORCH, implementation, is_outside
@@ -148,17 +149,20 @@ class Losses:
         self.reference = reference_losses(config)
         self._plain: dict[Dtype, float] = {}
 
+    def train(self, backend: Backend, dtype: Dtype, *, compile: bool = False) -> TrainResult:
+        """Train a backend in a precision."""
+        return train(dataclasses.replace(backend.config(self.config), dtype=dtype, compile=compile))
+
     def budget(self, dtype: Dtype) -> float:
         """What a backend's losses may deviate by in a precision."""
         if dtype not in self._plain:
-            plain = dataclasses.replace(Backend("plain", {}).config(self.config), dtype=dtype)
-            self._plain[dtype] = deviation(train(plain).losses, self.reference)
+            self._plain[dtype] = deviation(self.train(Backend("plain", {}), dtype).losses, self.reference)
         return max(ALLOWED * self._plain[dtype], LOSS_FLOOR[dtype])
 
     def check(self, backend: Backend, dtype: Dtype, *, compile: bool = False) -> Row:
         """Train a backend and compare; a float16 run that skipped a step fails."""
         began = time.perf_counter()
-        result = train(dataclasses.replace(backend.config(self.config), dtype=dtype, compile=compile))
+        result = self.train(backend, dtype, compile=compile)
         error = float("inf") if result.skipped_steps else deviation(result.losses, self.reference)
         name = f"{backend.name}, compiled" if compile else backend.name
         label = f"losses, {len(self.reference)} steps"

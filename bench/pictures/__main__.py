@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from bench.pictures import diagrams, plots
+from bench.pictures.measure import RECORDS, record
 from bench.timing import ROOT
 from fastgpt2.console import run_command
+from fastgpt2.fields import Choice
 from fastgpt2.flags import read_arguments
 
 FOLDER = ROOT / "docs" / "pictures"
@@ -16,16 +19,22 @@ PICTURES: dict[str, Callable[[], str]] = {
     "cpu-step.svg": plots.cpu_step,
     "slots.svg": diagrams.slots,
 }
+"""What draws each file of docs/pictures."""
 
 
 @dataclass(frozen=True)
 class PicturesConfig:
-    """No flags."""
+    """What to measure first."""
+
+    record: tuple[Annotated[str, Choice(tuple(RECORDS))], ...] = ()
+    """Measure these records anew: first-run (2 minutes on two cores), ten-minutes or backends (5 minutes)."""
 
 
 def main(arguments: list[str] | None = None, folder: Path = FOLDER) -> int:
-    """The command; writes below folder."""
-    read_arguments(PicturesConfig, "bench.pictures", arguments)
+    """The command; writes the pictures below folder."""
+    given = read_arguments(PicturesConfig, "bench.pictures", arguments)
+    for name in given.record:
+        print(f"wrote {record(name)}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in PICTURES.items():
         (folder / name).write_text(draw(), encoding="utf-8")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from bench.pictures import style
-from bench.pictures.style import BLUE, FAINT, GREEN, INK, PURPLE, RED, Svg
+from bench.pictures.measure import COLUMNS, FOLDER
+from bench.pictures.style import FAINT, INK, Svg
+from bench.record import load
 from fastgpt2.slots import SLOTS
 
-COLOURS = dict(zip(SLOTS, (BLUE, RED, GREEN, PURPLE), strict=True))
 STEPS: tuple[tuple[str, str], ...] = (
     ("tokens", ""),
     ("embedding", ""),
@@ -41,7 +44,7 @@ def slots() -> str:
 
 def _step(svg: Svg, y: float, words: str, slot: str, *, last: bool) -> None:
     """A box, the arrow to the next one, and to its right the slot's flag and implementations."""
-    colour = COLOURS.get(slot, FAINT)
+    colour = style.SLOTS.get(slot, FAINT)
     svg.box(56, y, 150, 30, fill="white", stroke=colour, stroke_width=1.5)
     svg.text(131, y + 20, words, text_anchor="middle")
     if not last:
@@ -56,3 +59,35 @@ def _step(svg: Svg, y: float, words: str, slot: str, *, last: bool) -> None:
         look = {"fill": "white" if known.ours else INK, "text_anchor": "middle", "font_family": style.MONOSPACE}
         svg.text(x + width / 2, y + 20, name, **look)
         x += width + 8
+
+
+# ------------------------------------------------------------------------------------------------ terminal
+
+CELL, LINE = 8.4, 18
+"""Pixels of a character and of a line."""
+DARK, LIGHT = "#161b22", "#e6edf3"
+SHADES = {"default": LIGHT, "brightblack": "#8b949e", "green": "#3fb950", "brown": "#d29922", "red": "#ff7b72"}
+SHADES |= {"cyan": "#39c5cf", "magenta": "#bc8cff", "blue": "#58a6ff"}
+"""What the terminal's colours look like; pyte calls yellow brown. Others are hexadecimal already."""
+
+
+def terminal() -> str:
+    """The first run as its terminal showed it."""
+    run = load(FOLDER / "first-run.json").training_runs[0]
+    typed = re.findall(f".{{1,{COLUMNS}}}", f"$ {run.command}")
+    lines = [*([(part, "default", True)] for part in typed), *run.screen]
+    width, height = round(CELL * COLUMNS) + 32, LINE * len(lines) + 52
+    svg = Svg(width, height, paper=DARK, family=style.MONOSPACE)
+    svg.add("rect", x=0.5, y=0.5, width=width - 1, height=height - 1, rx=6, fill="none", stroke="#30363d")
+    for number, colour in enumerate(("#ff5f57", "#febc2e", "#28c840")):
+        svg.add("circle", cx=20 + 18 * number, cy=18, r=5.5, fill=colour)
+    for number, line in enumerate(lines):
+        x = 16.0
+        for text, colour, bold in line:
+            if text.strip():
+                look = {"fill": SHADES.get(colour, f"#{colour}"), "font_weight": "bold" if bold else "normal"}
+                # The length keeps columns straight whatever the font.
+                length = {"textLength": round(CELL * len(text), 1), "lengthAdjust": "spacingAndGlyphs"}
+                svg.text(round(x, 1), 52 + LINE * number, text, font_size=14, **look, **length)
+            x += CELL * len(text)
+    return str(svg)

@@ -16,6 +16,7 @@ PAPER, INK, FAINT, GRID = "#ffffff", "#24292f", "#57606a", "#d8dee4"
 """White, as transparent pictures lose their text on dark pages; text, captions and grid."""
 BLUE, RED, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#999999"
 """Okabe and Ito's colours, which colour-blind readers can tell apart; the purple is darker, to carry white text."""
+SLOTS = {"attn": BLUE, "mlp": RED, "norm": GREEN, "loss": PURPLE}
 MONOSPACE = "DejaVu Sans Mono, Menlo, Consolas, monospace"
 SANS = "DejaVu Sans, Verdana, Arial, sans-serif"
 
@@ -33,6 +34,8 @@ SETTINGS: dict[Any, Any] = {
     "axes.spines.right": False,
     "xtick.color": FAINT,
     "ytick.color": FAINT,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
     "grid.color": GRID,
     "figure.facecolor": PAPER,
     "savefig.facecolor": PAPER,
@@ -83,7 +86,8 @@ class Svg:
         self._lines.append(f"<{tag}{named}>{escape(text)}</{tag}>" if text else f"<{tag}{named}/>")
 
     def text(self, x: float, y: float, text: str, **attributes: Any) -> None:
-        """Write text from its baseline's left end."""
+        """Write text from its baseline's left end; spaces are kept."""
+        text = text.replace(" ", "\u00a0")
         self.add("text", text, **{"x": x, "y": y, "font_size": 13, "fill": INK, **attributes})
 
     def box(self, x: float, y: float, width: float, height: float, **attributes: Any) -> None:

@@ -274,6 +274,7 @@ COMMANDS = {
     "bench.cpu": [],
     "bench.gpu": [],
     "bench.kernel_profile": ["plain"],
+    "bench.pictures.__main__": [],
     "bench.report.__main__": [],
     "bench.roofline": [],
     "bench.smoke": [],
