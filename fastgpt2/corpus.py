@@ -97,8 +97,11 @@ def about(data: str) -> Iterator[str]:
     """Notes for the user about the text that --data names; none for other data."""
     if not is_text(data):
         return
-    folder = _cached(_text(data))
-    tokens = sum(read_meta(folder)["tokens"].values())
+    try:
+        folder = _cached(_text(data))
+        tokens = sum(read_meta(folder)["tokens"].values())
+    except (ConfigError, KeyError):  # edited or deleted since the run opened it
+        return
     if data == STDLIB:
         yield f"stdlib is Python {platform.python_version()}'s standard library, {tokens:,} byte tokens, in {folder}"
         if os.path.isdir(STDLIB):

@@ -19,7 +19,7 @@ from rich.text import Text
 from fastgpt2 import signals
 from fastgpt2.config import preset_name
 from fastgpt2.console import discard_unwritten, printable, shell_word, unfailing
-from fastgpt2.corpus import val_unigram_entropy
+from fastgpt2.corpus import DUMMY, val_unigram_entropy
 from fastgpt2.device import device_name
 from fastgpt2.metrics import curve, read_json_lines
 from fastgpt2.model import parameter_count
@@ -279,7 +279,7 @@ def plot_losses(out: Path, result: TrainResult) -> Path:
     validated = curve(records, "val_loss")
     if validated[0]:
         axes.plot(*validated, "o-", label="validation", markersize=4)
-    if config.data.startswith("dummy"):
+    if config.data in DUMMY:
         floor = math.log(config.vocab_size)
         label = "floor" if config.data == "dummy" else "uniform guess"
         axes.axhline(floor, color="gray", linestyle="--", label=f"{label}: ln {config.vocab_size} = {floor:.3f}")

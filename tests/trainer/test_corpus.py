@@ -15,7 +15,7 @@ from fastgpt2 import TrainConfig, corpus, preparation, train
 from fastgpt2.command import main
 from fastgpt2.config import ConfigError
 from fastgpt2.corpus import about, shard_folder, val_unigram_entropy
-from fastgpt2.data import data_end_of_text, data_vocab_size, open_data, read_meta
+from fastgpt2.data import ShardTokens, data_end_of_text, data_vocab_size, open_data, read_meta, unigram_entropy
 from fastgpt2.evaluate import main as evaluate
 from fastgpt2.sample import SampleConfig, pick_tokenizer
 from tests.trainer.preparing import documents_of
@@ -221,6 +221,28 @@ def test_train_prints_nothing_and_notes_what_it_prepared(cache, text, tmp_path, 
     train(TrainConfig(**vars(SMALL) | {"data": str(text), "vocab_size": None}), reporters=[watch])
     assert capfd.readouterr() == ("", "")
     assert any("byte tokens, in" in note for note in watch.notes)
+
+
+def test_the_notes_outlive_the_text(cache, text):
+    shard_folder(str(text))
+    text.write_text("edited")
+    assert [*about(str(text))] == [] and val_unigram_entropy(str(text)) is None
+    text.unlink()
+    assert [*about(str(text))] == [] and val_unigram_entropy(str(text)) is None
+
+
+def test_the_loss_curve_has_the_unigram_entropy_of_the_val_split(cache, text, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    monkeypatch.setattr(Axes, "axhline", lambda axes, y, **style: drawn.append((y, style["label"])))
+    monkeypatch.chdir(tmp_path)
+    text.rename("dummy.txt")
+    assert main([*FLAGS, "--data", "dummy.txt", "--out", "run"]) == 0
+    counts = ShardTokens("dummy.txt", "val", 1, 8).count_tokens()
+    ((entropy, label),) = drawn
+    assert entropy == pytest.approx(unigram_entropy(counts))
+    assert label == f"unigram entropy of the val split: {entropy:.3f}"
 
 
 # The commands
