@@ -47,7 +47,7 @@ class CpuConfig:
     cells: tuple[Annotated[str, Choice(tuple(CELLS))], ...] = tuple(CELLS)
     """Contests to hold."""
     candidates: tuple[Annotated[str, Choice(tuple(STEPS))], ...] = CANDIDATES
-    """Whom to time."""
+    """Steps to time."""
     threads: Count = os.cpu_count() or 1
     """Threads of each candidate (default: one a core)."""
 

@@ -22,7 +22,7 @@ from bench.timing import append_json_line
 from fastgpt2.config import PRESETS, ConfigError, Dtype
 from fastgpt2.console import run_command
 from fastgpt2.device import synchronize
-from fastgpt2.fields import Choice, Count
+from fastgpt2.fields import Choice, Count, OutputFile
 from fastgpt2.flags import read_arguments
 from fastgpt2.kernels.tools.toolkit import align
 from fastgpt2.kernels.tuning import check_table
@@ -98,7 +98,7 @@ class KernelProfileConfig:
     """Use PyTorch's form in these slots."""
     table: Path | None = None
     """Launch configurations, named after the architecture (sm_90.json)."""
-    jsonl: Path | None = None
+    jsonl: OutputFile | None = None
     """File of JSON lines to append the profile to."""
 
 

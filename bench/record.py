@@ -178,7 +178,10 @@ class Record:
     def file(self, out: Path) -> Path:
         """Where it is kept below OUT; makes the folder."""
         folder = out.resolve() / re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"can't write to --out {out}: {error.strerror}") from None
         commit = re.sub(r"[^A-Za-z0-9]+", "-", self.commit_id)[:12]
         return folder / f"{datetime.fromisoformat(self.started):%Y-%m-%d-%H%M%S}-{commit}.json"
 

@@ -21,6 +21,7 @@ import torch
 from bench.timing import Call, append_json_line, contest
 from fastgpt2.console import run_command
 from fastgpt2.device import device_name, peak_flops, pick_device
+from fastgpt2.fields import OutputFile
 from fastgpt2.flags import read_arguments
 
 COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
@@ -166,9 +167,9 @@ def read_or_measure(path: Path | None, device: torch.device) -> dict[str, Any]:
 class RooflineConfig:
     """Where to keep the ceilings."""
 
-    out: Path | None = None
+    out: OutputFile | None = None
     """JSON file to write them to, for pytest's --bench-ceilings."""
-    jsonl: Path | None = None
+    jsonl: OutputFile | None = None
     """File of JSON lines to append them to."""
 
 

@@ -40,7 +40,7 @@ from bench.record import Smoke, smoke_from_json
 from bench.stages import run_tied
 from bench.timing import append_json_line, stage_ends
 from fastgpt2.console import run_command
-from fastgpt2.fields import Choice, ConfigError
+from fastgpt2.fields import Choice, ConfigError, OutputFile
 from fastgpt2.flags import read_arguments
 from fastgpt2.slots import OURS
 
@@ -205,9 +205,9 @@ def read_failed(path: Path) -> tuple[str, ...]:
 class SmokeConfig:
     """What to compare, and where to keep what was found."""
 
-    failed: Path | None = None
+    failed: OutputFile | None = None
     """File for the slots that are not right."""
-    jsonl: Path | None = None
+    jsonl: OutputFile | None = None
     """File of JSON lines to append what was found to."""
     warm: tuple[str, ...] = ()
     """Steps to compile meanwhile, for later."""

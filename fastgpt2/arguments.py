@@ -37,7 +37,10 @@ def read_command_line(arguments: list[str]) -> tuple[TrainConfig, dict[str, str]
         ConfigError: a flag or a value in a file is invalid.
     """
     parser = make_parser(TrainConfig, "fastgpt2.train")
-    about = "TOML file of settings, named as the flags; flags override it. Paths in it are relative to where you are."
+    about = (
+        "TOML file of settings, named as the flags; flags override it, such as --no-compile. Paths in it are relative "
+    )
+    about += "to where you are."
     parser.add_argument("--config", metavar="FILE", help=about)
     arguments, renamed = with_current_flags(arguments)
     if renamed:

@@ -10,9 +10,10 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 from fastgpt2.fields import (
+    Choice,
     ConfigError,
     Count,
     Fraction,
@@ -33,12 +34,8 @@ Norm = Annotated[str, FunctionChoice(("auto", *SLOTS["norm"]))]
 Loss = Annotated[str, FunctionChoice(("auto", *SLOTS["loss"]))]
 Dtype = Literal["float64", "float32", "tf32", "bfloat16", "float16"]
 Recompute = Literal["none", "elementwise", "blocks"]
-if TYPE_CHECKING:
-    Optimizer: TypeAlias = str
-    Schedule: TypeAlias = str
-else:
-    Optimizer = Literal[tuple(OPTIMIZERS)]
-    Schedule = Literal[tuple(SCHEDULES)]
+Optimizer = Annotated[str, Choice(tuple(OPTIMIZERS))]
+Schedule = Annotated[str, Choice(tuple(SCHEDULES))]
 
 VOCAB_PADDING = 128
 """The stored vocabulary is a multiple of this, so that the head's matmul is aligned."""
@@ -94,14 +91,16 @@ PRESETS: dict[str, ModelConfig] = {
 }
 """The four published sizes (Radford et al. 2019, table 2) and three small ones of ours."""
 
+Preset = Annotated[str, Choice(tuple(PRESETS))]
+
 
 @dataclass(frozen=True, repr=False)
 class TrainConfig:
-    """Train a GPT-2. Without arguments: a model that suits this machine, on dummy tokens."""
+    """The settings of a run. The defaults train a model that suits this machine, on dummy tokens."""
 
     # A group of --help starts at the field that names it.
-    model: Name | None = field(default=None, metadata={"group": "model"})
-    """Preset: tiny, mini, small, gpt2, gpt2-medium, gpt2-large or gpt2-xl (default: gpt2 on a GPU, mini without)."""
+    model: Preset | None = field(default=None, metadata={"group": "model"})
+    """Preset (default: gpt2 on a GPU, mini without)."""
     n_layer: Count | None = None
     """Transformer blocks (default: the preset's)."""
     n_head: Count | None = None
@@ -113,7 +112,7 @@ class TrainConfig:
     vocab_size: Count | None = None
     """Vocabulary; stored padded to a multiple of 128 (default: the data's, else the preset's)."""
     dropout: Fraction = 0.0
-    """Dropout after the embeddings, on the attention weights and on each residual branch."""
+    """Dropout after the embeddings, on the attention weights and on each residual branch (default: 0, none)."""
     document_mask: bool = False
     """Attend only within a position's own document, which GPT-2 did not do; --end-of-text starts a document."""
     end_of_text: Natural | None = None
@@ -125,7 +124,7 @@ class TrainConfig:
     seed: Natural = 0
     """Determines the initial weights, the dummy tokens, the order of the data and the dropout."""
     eval_every: Natural = 0
-    """Steps between validation losses; 0 turns them off."""
+    """Steps between validation losses (default: 0, no validation)."""
     eval_sequences: Count = 160
     """Sequences in a validation loss, the same ones at any batch size."""
 
@@ -136,12 +135,12 @@ class TrainConfig:
     steps: Count | None = None
     """Optimizer steps (default: 200 on a GPU; 600 without one, about a minute)."""
     device: Name | None = None
-    """cpu, cuda, cuda:N, or mps, an Apple GPU (untested) (default: cuda if there is one, else cpu)."""
+    """cpu, cuda, cuda:N, or mps for an Apple GPU, untested (default: cuda if there is one, else cpu)."""
     dtype: Dtype | None = None
     """Precision. The 16-bit ones are autocast over float32 weights (default: bfloat16 on a GPU that supports it, else
     float32)."""
     deterministic: bool = True
-    """Use only deterministic algorithms. --no-deterministic allows faster ones, and --attn cudnn."""
+    """Use only deterministic algorithms (default). --no-deterministic allows faster ones, and --attn cudnn."""
     compile: bool = False
     """Compile the model with torch.compile."""
     recompute: Recompute | None = None
@@ -154,21 +153,21 @@ class TrainConfig:
     takes longer than computing."""
 
     optimizer: Optimizer = field(default="adam", metadata={"group": "optimizer"})
-    """What steps the weights: adam as published, or adamw, which decays matrices apart from the gradient."""
+    """adam as published, or adamw, which decays the matrices apart from the gradient."""
     lr: NonNegative = 3e-4
     """Peak learning rate."""
     schedule: Schedule = "constant"
     """Learning rate after the warm-up: constant, or falling to a tenth along a cosine or a line."""
     warmup_steps: Natural = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0 (default: 0, no warm-up)."""
     weight_decay: NonNegative = 0.0
-    """Weight decay of adamw. Biases, LayerNorm weights and other vectors are never decayed."""
+    """Weight decay of adamw (default: 0, none). Biases, LayerNorm weights and other vectors are never decayed."""
     beta1: Fraction = 0.9
     """Decay of Adam's mean of the gradients."""
     beta2: Fraction = 0.999
     """Decay of Adam's mean of their squares."""
     grad_clip: NonNegative = 0.0
-    """Scale the gradients down to this total norm if it is larger; 0 turns it off."""
+    """Scale the gradients down to this total norm if it is larger (default: 0, no clipping)."""
 
     attn: Attention = field(default="auto", metadata={"group": "implementations"})
     """What computes the attention. An implementation asked for by name runs or is an error."""

@@ -42,7 +42,7 @@ class EvaluateConfig:
     batch_size: Count = 8
     """Sequences in a batch."""
     batches: Natural = 0
-    """Stop after this many batches; 0 takes all."""
+    """Stop after this many batches (default: 0, take all)."""
     device: Name | None = None
     """cpu, cuda, cuda:N, or mps, an Apple GPU (untested) (default: cuda if there is one, else cpu)."""
 

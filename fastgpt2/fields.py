@@ -92,11 +92,19 @@ def expand_home(text: str) -> str:
         raise ValueError("a path (write ./~name for a name that begins with ~)") from None
 
 
+def in_a_folder(path: Path) -> Path:
+    """The path itself. Raises ValueError with what is expected."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError("a file in a folder that exists")
+    return path
+
+
 Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, positive]
 Fraction = Annotated[float, Range(0, 1)]
+OutputFile = Annotated[Path, in_a_folder]
 Name = Annotated[str, not_empty]
 Place = Annotated[str, not_empty, expand_home]
 

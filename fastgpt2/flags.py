@@ -25,6 +25,9 @@ from fastgpt2.program import program
 
 T = TypeVar("T")
 
+MANY, LONGEST_CHOICE = "NAME", 65
+"""What --help shows for a choice of more characters than this; the help text then lists the names."""
+
 
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and no abbreviations; `_` and `-` are the same in a flag. Of a flag given twice the
@@ -165,31 +168,39 @@ def _make(kind: Any, given: dict[str, Any]) -> Any:
 
 def _add(parser: argparse._ActionsContainer, field: dataclasses.Field[Any], hint: Any, text: str) -> None:
     required = field.default is dataclasses.MISSING
-    about = _about(field, text).replace("%", "%%") if text else argparse.SUPPRESS
+    about = _about(field, hint, text).replace("%", "%%") if text else argparse.SUPPRESS
     name: dict[str, Any] = {"dest": field.name, "help": about}
     if _is_positional(field, hint):
         several: dict[str, Any] = {"nargs": "+"} if get_origin(hint) is tuple else {}
         parser.add_argument(field.name, metavar=_word(field), help=about, **several)
     elif get_origin(hint) is tuple:
-        parser.add_argument(flag(field.name), action="extend", nargs="+", metavar=_metavar(get_args(hint)[0]), **name)
-    elif hint is bool:
+        parser.add_argument(flag(field.name), action="extend", nargs="+", metavar=_metavar(hint), **name)
+    elif hint is bool and field.default:
         parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **name)
+    elif hint is bool:
+        parser.add_argument(flag(field.name), action="store_true", **name)
+        _add_off(parser, field)
     elif bool in options(hint):  # a switch that may take a word
         word = "|".join(word for option in options(hint) for word in get_args(option))
         parser.add_argument(flag(field.name), nargs="?", const=True, metavar=word, **name)
-        off = flag(f"no_{field.name}")
-        parser.add_argument(off, dest=field.name, action="store_false", help=argparse.SUPPRESS)
+        _add_off(parser, field)
     else:
         parser.add_argument(flag(field.name), required=required, metavar=_metavar(hint), **name)
 
 
-def _about(field: dataclasses.Field[Any], text: str) -> str:
-    """A flag's help, with its default unless the text itself tells it or there is none."""
-    silent = field.default in (dataclasses.MISSING, "", (), None) or field.default is False
-    if silent or "(default" in text:
-        return text
-    shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-    return f"{text.removesuffix('.')} (default: {shown})."
+def _add_off(parser: argparse._ActionsContainer, field: dataclasses.Field[Any]) -> None:
+    """Add the flag that turns a switch off. --help leaves it out: only a switch that a file turned on needs it."""
+    parser.add_argument(flag(f"no_{field.name}"), dest=field.name, action="store_false", help=argparse.SUPPRESS)
+
+
+def _about(field: dataclasses.Field[Any], hint: Any, text: str) -> str:
+    """A flag's help, with its default unless the text itself tells it or there is none, and with many choices."""
+    default = field.default
+    if default not in (dataclasses.MISSING, "", (), None) and default is not False and "(default" not in text:
+        words = default if isinstance(default, tuple) else (f"{default:g}" if isinstance(default, float) else default,)
+        text = f"{text.removesuffix('.')} (default: {' '.join(map(str, words))})."
+    choices = names(options(_item(hint))[0])
+    return text if _metavar(hint) != MANY else f"{text} One of {', '.join(choices)}."
 
 
 def _is_positional(field: dataclasses.Field[Any], hint: Any) -> bool:
@@ -206,13 +217,18 @@ def _word(field: dataclasses.Field[Any]) -> str:
 
 
 def _metavar(hint: Any) -> str:
-    """{a,b} for a choice, else the type."""
-    option = options(hint)[0]
+    """{a,b} for a choice, else the type; of a list's item."""
+    option = options(_item(hint))[0]
     if choices := names(option):
         outside = any(isinstance(rule, FunctionChoice) for rule in get_args(option))
-        return "{" + ",".join(choices) + (",module:function}" if outside else "}")
+        shown = "{" + ",".join(choices) + (",module:function}" if outside else "}")
+        return shown if len(shown) <= LONGEST_CHOICE else MANY
     kind = get_args(option)[0] if get_origin(option) is Annotated else option
     return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
+
+
+def _item(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is tuple else hint
 
 
 @functools.cache

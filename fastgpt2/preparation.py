@@ -58,7 +58,7 @@ class PrepareConfig:
     out: Path
     """Folder for the shards; created if it doesn't exist."""
     tokenizer: Literal["gpt2", "byte"] = "gpt2"
-    """gpt2 (byte-pair encoding, vocabulary 50257) or byte (vocabulary 257, for small models)."""
+    """gpt2: byte-pair encoding, vocabulary 50257. byte: vocabulary 257, for small models (default: gpt2)."""
     bpe: Path | None = None
     """Folder with vocab.bpe and encoder.json, GPT-2's or of other merges (default: tiktoken's, which needs the
     network once)."""

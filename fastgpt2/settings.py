@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastgpt2.config import PRESETS, ConfigError, Dtype, ModelConfig, Recompute, TrainConfig
-from fastgpt2.fields import Count, nearest
+from fastgpt2.fields import Count
 
 TORCH_DTYPE = {
     "float64": torch.float64,
@@ -98,8 +98,6 @@ def resolve(
 
 def _preset(config: TrainConfig, cuda: bool) -> ModelConfig:
     name = config.model or ("gpt2" if cuda else "mini")
-    if name not in PRESETS:
-        raise ConfigError(f"no preset {name!r}: choose {', '.join(PRESETS)}{nearest(name, PRESETS)}")
     positions = PRESETS[name].block_size
     if config.block_size is not None and config.model is not None and config.block_size > positions:
         raise ConfigError(

@@ -349,20 +349,20 @@ def _each(
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Does every implementation of every slot compute what the reference computes, here?"""
+    """What to check, and where."""
 
     device: Name | None = None
-    """cpu, cuda or cuda:N (default: cuda where there is one)."""
+    """cpu, cuda or cuda:N (default: cuda if there is one)."""
     steps: Count = 100
     """Training steps compared."""
     attn: Attention | None = None
-    """Check this attention alone: a name, or module:function for one of your own. Likewise the three below."""
+    """Check only this attention: a name, or module:function for your own (default: every one, of every slot)."""
     mlp: Mlp | None = None
-    """Check this MLP alone."""
+    """Check only this MLP."""
     norm: Norm | None = None
-    """Check this norm alone."""
+    """Check only this norm."""
     loss: Loss | None = None
-    """Check this loss alone."""
+    """Check only this loss."""
 
 
 def main(arguments: list[str] | None = None) -> int:

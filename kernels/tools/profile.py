@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 
 from fastgpt2.console import run_command
-from fastgpt2.fields import ConfigError
+from fastgpt2.fields import ConfigError, OutputFile
 from fastgpt2.flags import read_arguments
 from fastgpt2.kernels.specs import all_kernels, tunings
 from fastgpt2.kernels.tools.toolkit import align, find_tool
@@ -181,7 +181,7 @@ class ProfileConfig:
     """Kernels whose name begins so."""
     precision: Literal["bfloat16", "float16", "tf32", "float32"] = "bfloat16"
     """Precision of the kernels."""
-    jsonl: Path | None = None
+    jsonl: OutputFile | None = None
     """File of JSON lines to append the counters to."""
     launch: str | None = None
 

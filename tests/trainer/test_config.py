@@ -155,7 +155,7 @@ def test_a_tilde_is_the_home_folder(name: str, monkeypatch: pytest.MonkeyPatch, 
         ({"seed": 2**64}, r"--seed must be a whole number below 2\*\*63, got 18446744073709551616"),
         ({"resume": "run", "out": "x"}, "--resume must be true or false or auto, got 'run'"),
         ({"resume": "auto"}, "--resume auto needs --out"),
-        ({"model": "tinny"}, "no preset 'tinny': .*did you mean 'tiny'"),
+        ({"model": "tinny"}, "--model must be one of .*, got 'tinny'; did you mean 'tiny'"),
     ],
 )
 def test_what_can_mean_nothing_is_refused(changes: dict[str, Any], message: str) -> None:

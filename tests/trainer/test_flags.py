@@ -16,7 +16,8 @@ from fastgpt2 import ConfigError, TrainConfig, checkpoint, train
 from fastgpt2.arguments import naming_files, parse, read_command_line
 from fastgpt2.command import main
 from fastgpt2.console import run_command
-from fastgpt2.flags import Parser, make_parser
+from fastgpt2.flags import Parser, make_parser, read_arguments
+from fastgpt2.preparation import PrepareConfig
 from fastgpt2.settings import resolve
 
 # --------------------------------------------------------------------------------------------------- layers
@@ -271,6 +272,7 @@ COMMANDS = {
     "fastgpt2.kernels.tools.sanitize": [],
     "fastgpt2.kernels.tools.tune": [],
     "tests.counts": [],
+    "tests.trainer.faults": [],
     "bench.cpu": [],
     "bench.gpu": [],
     "bench.kernel_profile": ["plain"],
@@ -316,6 +318,36 @@ MISTAKES = [
     ("fastgpt2.kernels.tools.tune", ["--arch", "sm_10"], "--arch"),
     ("bench.cpu", ["--rounds", "x"], "--rounds"),
     ("bench.kernel_profile", ["plain", "--dtype", "int8"], "--dtype"),
+    ("bench.kernel_profile", ["plain", "x"], "unexpected argument 'x'"),
+    ("bench.kernel_profile", ["plain", "--jsonl", "no/lines"], "--jsonl must be a file in a folder that exists"),
+    ("bench.cpu", ["--out", "/dev/null"], "can't write to --out /dev/null"),
+    ("bench.cpu", ["--threads", "0"], "--threads"),
+    ("bench.gpu", ["--part", "3"], "--part"),
+    ("bench.gpu", ["--minutes", "inf"], "--minutes must be a finite number"),
+    ("bench.smoke", ["--slot", "nrom"], "did you mean 'norm'?"),
+    ("bench.roofline", ["--out", "/"], "--out must be a file"),
+    ("bench.roofline", ["--out"], "--out needs a value"),
+    ("tests.counts", ["--check", "--write"], "--check and --write"),
+    ("tests.trainer.faults", ["--rounds", "0"], "--rounds must be at least 1"),
+    ("tests.trainer.faults", ["--only", "kiled"], "did you mean 'killed'?"),
+    ("fastgpt2.kernels.tools.inspect", ["--op"], "--op needs at least one value"),
+    ("fastgpt2.kernels.tools.inspect", ["--json=yes"], "--json takes no value, got 'yes'"),
+    ("fastgpt2.kernels.tools.profile", ["--jsonl", "no/lines"], "--jsonl must be a file in a folder that exists"),
+    ("fastgpt2.kernels.tools.sanitize", ["--tool", "memchek"], "did you mean 'memcheck'?"),
+    ("fastgpt2.kernels.tools.tune", ["--seconds", "-1"], "--seconds must be above 0"),
+    ("fastgpt2.command", ["--"], "unexpected argument '--'"),
+    ("fastgpt2.command", ["x"], "unexpected argument 'x'"),
+    ("fastgpt2.command", [""], "unexpected argument ''"),
+    ("fastgpt2.command", ["-s", "5"], "unknown flag '-s'"),
+    ("fastgpt2.command", ["--lr", "-1e3"], "--lr needs a value; one that begins with - is given as --lr=-..."),
+    ("fastgpt2.command", ["--lr=-1e3"], "--lr must be at least 0"),
+    ("fastgpt2.command", ["--lr", "nan"], "--lr must be a finite number"),
+    ("fastgpt2.command", ["--model", "gpt3"], "did you mean 'gpt2'?"),
+    ("fastgpt2.command", ["--data", "no\nwhere"], r"--data no\nwhere: no such"),
+    ("fastgpt2.command", ["--out", "/dev/null/x", "--model", "tiny"], "can't write to --out /dev/null/x"),
+    ("fastgpt2.command", ["--config", "/dev/full"], "can't read --config /dev/full: not a file"),
+    ("fastgpt2.command", ["--cuda-graph", "--dtype", "float16"], "--cuda-graph"),
+    ("fastgpt2.prepare", ["--out", "x"], "missing SOURCE"),
     ("fastgpt2.command", ["--out", ""], "--out"),
     ("fastgpt2.command", ["--out", "caf\udce9"], "--out"),
     ("fastgpt2.command", ["--data", "caf\udce9"], "--data"),
@@ -351,11 +383,13 @@ def test_a_mistake_in_any_command_is_a_line_with_status_2(
 @pytest.mark.parametrize("module", COMMANDS)
 def test_any_terminal_can_show_the_help(module: str, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(module).main()
     shown = capsys.readouterr().out
     assert stop.value.code == 0
     assert "usage: " in shown and shown.isascii()
+    assert max(map(len, shown.splitlines())) <= 80 and "None" not in shown and "0.0)" not in shown
 
 
 def test_bytes_that_are_no_text_are_one_line_on_an_ascii_terminal(folder: Path) -> None:
@@ -381,11 +415,22 @@ def test_help_says_what_a_flag_is_and_its_default() -> None:
         "0 keeps all (default: 2).",
         "--dropout X Dropout after",
         "--schedule {constant,cosine,linear}",
-        "--compile, --no-compile",
+        "--compile Compile the model",
+        "--deterministic, --no-deterministic",
+        "--model {tiny,mini,small,gpt2,gpt2-medium,gpt2-large,gpt2-xl} Preset (default: gpt2 on a GPU",
+        "--attn {auto,naive,sdpa,cudnn,flex,triton,module:function}",
     ):
         assert text in shown
     flags = make_parser(TrainConfig, "fastgpt2.train").format_help()
     assert all(f"--{name.replace('_', '-')}" in flags for name in TrainConfig.__dataclass_fields__)
+
+
+def test_the_last_of_a_flag_given_twice_wins_and_lists_add_up() -> None:
+    assert parse(["--lr", "1", "--lr", "2", "--compile", "--no-compile"]) == TrainConfig(lr=2.0)
+    given = read_arguments(
+        PrepareConfig, "fastgpt2.prepare", ["a", "b", "--out", "o", "--ext", "py", "--ext", "md", "c"]
+    )
+    assert (given.sources, given.ext) == ((Path("a"), Path("b")), ("py", "md", "c"))
 
 
 def test_a_flag_is_the_same_with_hyphens_and_underscores() -> None:
@@ -393,5 +438,6 @@ def test_a_flag_is_the_same_with_hyphens_and_underscores() -> None:
     parser.add_argument("--batch-size")
     assert parser.parse_args(["--batch_size", "a_b"]).batch_size == "a_b"
     assert parser.parse_args(["--batch_size=a_b"]).batch_size == "a_b"
+    assert parser.parse_args(["--batch-size", "1", "--batch_size", "2"]).batch_size == "2"
     with pytest.raises(SystemExit):  # no abbreviations
         parser.parse_args(["--batch", "3"])

@@ -299,7 +299,7 @@ def test_defaults_suit_the_device() -> None:
     [
         ({"n_embd": 33}, "--n-embd 33 is not divisible by --n-head 2: .*try --n-embd 32"),
         ({"model": "gpt2", "block_size": 2048}, "--block-size 2048 is over the 1024 positions of gpt2"),
-        ({"model": "gpt2-mdium"}, "no preset 'gpt2-mdium': .*did you mean 'gpt2-medium'"),
+        ({"model": "gpt2-mdium"}, "--model must be one of .*, got 'gpt2-mdium'; did you mean 'gpt2-medium'"),
         ({"dtype": "float16"}, "--dtype float16 needs a CUDA GPU"),
         ({"dtype": "bf16"}, "--dtype must be one of .*, got 'bf16'; did you mean 'bfloat16'"),
         ({"device": "gpu"}, "--device 'gpu' is not cpu, cuda or cuda:N"),
