@@ -65,10 +65,15 @@ def prose(text: str) -> str:
 def provenance(record: Record) -> str:
     """Where and when a table was measured, in a line."""
     changed = " with uncommitted changes" if record.commit["dirty"] else ""
-    count = record.environment["cpu_threads"]
-    threads = "" if record.on_gpu else f", {count} thread{'s' * (count > 1)}"
+    on = "" if record.on_gpu else f", {threads(record)}"
     known = ", ".join(f"{name} {version}" for name, version in record.versions.items())
-    return prose(f"*{record.device}{threads}; {record.date}; commit {record.commit_id[:12]}{changed}; {known}.*")
+    return prose(f"*{record.device}{on}; {record.date}; commit {record.commit_id[:12]}{changed}; {known}.*")
+
+
+def threads(record: Record) -> str:
+    """How many threads a measurement on a CPU had."""
+    count = record.environment["cpu_threads"]
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def each_device(
@@ -251,11 +256,28 @@ def cpu_summary(records: Sequence[Record]) -> str:
             if peer is not None and mine.peak_memory_bytes and peer.peak_memory_bytes
         ]
         parts.append(
-            f"On {record.environment['cpu_threads']} CPU threads a training step runs at {_span(speeds)} times the "
-            f"speed of the faster of transformers and plain PyTorch, in {_span(shares)} of its memory "
+            f"On {threads(record)} of a CPU a training step runs at {_span(speeds)} times the speed of the faster of "
+            f"transformers and plain PyTorch, in {_span(shares)} of its memory "
             f"([the table](docs/benchmarks.md#a-training-step-on-a-cpu))."
         )
     return prose(" ".join(parts))
+
+
+def runs_summary(records: Sequence[Record]) -> str:
+    """What the stored training runs reach, the shortest first; each is drawn in docs/pictures."""
+    runs = [(run, record) for record in records for run in record.training_runs]
+    return prose(
+        " ".join(
+            f"{run.losses[-1][0]:,} steps take {_time(run.seconds)} on {threads(record)} of a CPU and reach "
+            f"{run.loss:.2f} nats a byte on the validation text, where the frequencies of the bytes alone give "
+            f"{run.unigram:.2f}."
+            for run, record in sorted(runs, key=lambda pair: pair[0].seconds)
+        )
+    )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
 def _span(values: Sequence[float]) -> str:
@@ -274,5 +296,6 @@ SECTIONS: Sections = {
     "cpu": cpu_section,
 }
 """By the names of the page's markers, in its order."""
-PAGES: dict[str, Sections] = {"docs/benchmarks.md": SECTIONS, "README.md": {"cpu-summary": cpu_summary}}
+README: Sections = {"runs": runs_summary, "cpu-summary": cpu_summary}
+PAGES: dict[str, Sections] = {"docs/benchmarks.md": SECTIONS, "README.md": README}
 """By the page that has them."""

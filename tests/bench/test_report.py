@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from bench.record import RecordError, load
+from bench.record import RecordError, TrainingRun, load
 from bench.report import __main__ as report
 from bench.report.results import (
     best_peer,
@@ -26,7 +26,7 @@ from bench.report.results import (
     table,
     work,
 )
-from bench.report.sections import PAGES, SECTIONS
+from bench.report.sections import PAGES, SECTIONS, runs_summary
 from bench.result import Result
 from bench.timing import ROOT
 from tests.bench.records import GPU, make_record, recorded, write_record
@@ -201,6 +201,23 @@ def test_the_figures_of_the_step_are_the_records(measured: Path) -> None:
     assert cells(section(measured, "cpu"), "ours-torch")[0] == "gpt2 n_layer=12 B=8 T=1024 float32 compiled"
 
 
+def test_the_readme_says_what_the_stored_runs_reached(tmp_path: Path) -> None:
+    """Two runs of one commit are read as one record that has both."""
+    (tmp_path / "pictures").mkdir()
+    for name, steps, seconds, loss in (("ten-minutes", 6000, 540.0, 1.625), ("first-run", 600, 54.0, 2.071)):
+        run = TrainingRun(
+            command="train", losses=[(1, 5.5), (steps, loss)], val_losses=[], loss=loss, unigram=3.24, seconds=seconds,
+            sample_command="sample", sample="", screen=[],
+        )  # fmt: skip
+        record = recorded(device="cpu")
+        record.results.clear()
+        record.training_runs.append(run)
+        record.write(tmp_path / "pictures" / f"{name}.json")
+    said = " ".join(runs_summary(stored(tmp_path)).split())
+    assert said.startswith("600 steps take 54 s on 2 threads of a CPU and reach 2.07 nats a byte")
+    assert "6,000 steps take 9.0 min on 2 threads of a CPU and reach 1.62" in said
+
+
 def test_what_is_out_of_step_is_named(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(["--check"], measured) == 0
 
@@ -217,7 +234,7 @@ def test_what_is_out_of_step_is_named(measured: Path, capsys: pytest.CaptureFixt
             file.write_bytes(before)
 
     named("docs/benchmarks.md", lambda file: file.write_text(file.read_text().replace("20.00", "19.00", 1)))
-    named("README.md", lambda file: file.write_text(file.read_text().replace("2 CPU threads", "3 CPU threads")))
+    named("README.md", lambda file: file.write_text(file.read_text().replace("On 2 threads", "On 3 threads")))
     named("fastgpt2/auto.json", lambda file: file.write_text(file.read_text().replace("triton", "torch")))
     assert report.main(["--check"], measured) == 0
 
