@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated
 
 from bench.pictures import diagrams, plots
 from bench.pictures.measure import RECORDS, record
+from bench.record import RecordError
 from bench.timing import ROOT
 from fastgpt2.console import run_command
 from fastgpt2.fields import Choice
@@ -16,6 +18,10 @@ from fastgpt2.flags import read_arguments
 
 FOLDER = ROOT / "docs" / "pictures"
 PICTURES: dict[str, Callable[[], str]] = {
+    "first-run.svg": plots.first_run,
+    "ten-minutes.svg": plots.ten_minutes,
+    "terminal.svg": diagrams.terminal,
+    "backends.svg": plots.backends,
     "cpu-step.svg": plots.cpu_step,
     "slots.svg": diagrams.slots,
 }
@@ -31,15 +37,20 @@ class PicturesConfig:
 
 
 def main(arguments: list[str] | None = None, folder: Path = FOLDER) -> int:
-    """The command; writes the pictures below folder."""
+    """The command; writes the pictures below folder. Exit status 1 if a record is missing or damaged."""
     given = read_arguments(PicturesConfig, "bench.pictures", arguments)
     for name in given.record:
         print(f"wrote {record(name)}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
+    failed = False
     for name, draw in PICTURES.items():
-        (folder / name).write_text(draw(), encoding="utf-8")
-        print(f"wrote {folder / name}")
-    return 0
+        try:
+            (folder / name).write_text(draw(), encoding="utf-8")
+            print(f"wrote {folder / name}")
+        except RecordError as error:
+            print(f"{name} is not drawn: {error}", file=sys.stderr)
+            failed = True
+    return int(failed)
 
 
 if __name__ == "__main__":

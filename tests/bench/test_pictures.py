@@ -12,10 +12,14 @@ import pytest
 
 from bench.pictures.__main__ import FOLDER, PICTURES, main
 from bench.pictures.diagrams import BLOCK, STEPS
+from bench.pictures.measure import FOLDER as RECORDED
 from bench.pictures.measure import ROWS, watch
+from bench.pictures.plots import SAMPLE_COLUMNS
+from bench.record import load
 from bench.report.results import newest, pick, stored
 from fastgpt2.config import ConfigError
-from fastgpt2.slots import SLOTS
+from fastgpt2.slots import SLOTS, implementation
+from fastgpt2.verify import backends
 
 
 def texts(name: str) -> list[str]:
@@ -28,7 +32,7 @@ def texts(name: str) -> list[str]:
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the command has drawn all pictures."""
     folder = tmp_path_factory.mktemp("pictures")
-    assert main([], folder) == 0
+    main([], folder)
     return folder
 
 
@@ -64,6 +68,40 @@ def test_the_cpu_step_shows_every_number_of_its_record_and_ours_leads() -> None:
         ours = next(r for r in results if (r.contest, r.role) == (result.contest, "ours"))
         # The title says so.
         assert ours.tokens_per_s >= result.tokens_per_s and ours.peak_memory_bytes <= result.peak_memory_bytes
+
+
+@pytest.mark.parametrize("name", ["first-run", "ten-minutes"])
+def test_a_run_shows_its_record_and_learns(name: str) -> None:
+    record = load(RECORDED / f"{name}.json")
+    (run,) = record.training_runs
+    shown = texts(f"{name}.svg")
+    assert any(f"from {run.losses[0][1]:.2f} to {run.losses[-1][1]:.2f} nats" in text for text in shown)
+    assert run.command in shown and f"unigram entropy {run.unigram:.2f}" in shown
+    assert any(record.commit_id[:12] in text for text in shown)
+    assert run.losses[-1][1] < run.unigram and run.val_losses[-1][1] < run.unigram
+    assert all(line[:SAMPLE_COLUMNS] in shown for line in run.sample.splitlines()[:5] if line)
+
+
+def test_the_terminal_shows_the_recorded_screen() -> None:
+    (run,) = load(RECORDED / "first-run.json").training_runs
+    pieces = [piece for line in run.screen for piece, _, _ in line if piece.strip()]
+    assert "".join(texts("terminal.svg")) == "".join([f"$ {run.command}", *pieces])
+    assert any("loss" in piece for piece in pieces), "no step is seen"
+
+
+def test_the_backends_are_all_there_and_within_budget() -> None:
+    record, shown = load(RECORDED / "backends.json"), texts("backends.svg")
+    assert any(record.commit_id[:12] in text for text in shown)
+    on_a_cpu = {name for name, backend in backends().items() if not any(map(needs_cuda, backend.choices.items()))}
+    for dtype in ("float32", "bfloat16"):
+        found = [trajectory for trajectory in record.trajectories if trajectory.dtype == dtype]
+        assert {trajectory.backend for trajectory in found} == on_a_cpu <= {*shown}
+        assert all(len(t.differences) == 100 and max(map(abs, t.differences)) <= t.budget for t in found)
+        assert f"budget: {min(t.budget for t in found):.1e}" in shown
+
+
+def needs_cuda(choice: tuple[str, str]) -> bool:
+    return implementation(*choice).cuda
 
 
 def test_a_screen_is_read_as_it_was_before_its_first_line_left() -> None:
