@@ -17,6 +17,11 @@ from fastgpt2.folder import settings_of_run, without_compiler
 from fastgpt2.renamed import with_current_flags
 from fastgpt2.toml import read_toml
 
+ABOUT_CONFIG = (
+    "TOML file of settings, named as the flags. Flags override it: --no-compile turns off what it turns on. "
+    "Paths in it are relative to where you are."
+)
+
 
 def parse(arguments: list[str]) -> TrainConfig:
     """A configuration from command-line arguments.
@@ -37,11 +42,7 @@ def read_command_line(arguments: list[str]) -> tuple[TrainConfig, dict[str, str]
         ConfigError: a flag or a value in a file is invalid.
     """
     parser = make_parser(TrainConfig, "fastgpt2.train")
-    about = (
-        "TOML file of settings, named as the flags; flags override it, such as --no-compile. Paths in it are relative "
-    )
-    about += "to where you are."
-    parser.add_argument("--config", metavar="FILE", help=about)
+    parser.add_argument("--config", metavar="FILE", help=ABOUT_CONFIG)
     arguments, renamed = with_current_flags(arguments)
     if renamed:
         print(f"note: {', '.join(renamed)}; the next version drops the old flags", file=sys.stderr)
