@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fastgpt2 import __version__
 from fastgpt2.config import ConfigError
 from fastgpt2.durable import InUseError, locked
-from fastgpt2.shards import HEADER_BYTES, read_meta
+from fastgpt2.shards import HEADER_BYTES, META_NAME, read_meta
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -150,7 +150,8 @@ def _listing(library: Path) -> str:
         for path in (Path(folder, name) for name in sorted(names) if name.endswith(".py")):
             with contextlib.suppress(OSError):  # a link to nothing
                 status = path.stat()
-                digest.update(f"{path.relative_to(library)}/{status.st_size}/{status.st_mtime_ns}\n".encode())
+                line = f"{path.relative_to(library)}/{status.st_size}/{status.st_mtime_ns}\n"
+                digest.update(line.encode(errors="surrogateescape"))
                 files += 1
     if not files:
         raise ConfigError(f"--data stdlib: this Python has no .py files in {library}; give --data a text file")
@@ -177,6 +178,7 @@ def _is_whole(folder: Path) -> bool:
 def _prepare(data: str, text: _Text, folder: Path, console: Console | None) -> None:
     from rich.console import Console
 
+    from fastgpt2.console import printable
     from fastgpt2.preparation import PrepareConfig, fill
     from fastgpt2.sources import find
 
@@ -189,9 +191,13 @@ def _prepare(data: str, text: _Text, folder: Path, console: Console | None) -> N
             _wait_for_lock(folder, held)
             if _is_whole(folder):  # another process has prepared it
                 return
-            console.print(f"preparing {data} as byte tokens in {folder}", markup=False, highlight=False, soft_wrap=True)
+            line = printable(f"preparing {data} as byte tokens in {folder}")
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
             config = PrepareConfig(sources=(text.path,), out=folder, tokenizer="byte", ext=text.ext, overwrite=True)
             fill(config, console)
+            if _text(data).key != text.key:
+                (folder / META_NAME).unlink()  # the name would lie
+                raise ConfigError(f"{data} changed while it was read: start again when nothing writes to it")
     except ConfigError as error:
         raise ConfigError(f"--data {error}") from None
     except OSError as error:

@@ -150,6 +150,17 @@ def test_flipped_bits_are_refused_and_the_folder_named(cache, text):
         open_data(str(text), **SHAPE)
 
 
+def test_a_text_edited_while_it_is_prepared_is_refused(cache, text, monkeypatch):
+    fill, contents = preparation.fill, text.read_text(encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "fill", lambda *given: (text.write_text("edited " * 100), fill(*given)))
+        with pytest.raises(ConfigError, match=r"--data .*poem\.txt changed while it was read: start again"):
+            shard_folder(str(text))
+    text.write_text(contents, encoding="utf-8")
+    folder = shard_folder(str(text))
+    assert documents_of(folder, "train")[0][:20] == contents[:20]
+
+
 # What can't be taken
 
 
