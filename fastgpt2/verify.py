@@ -67,7 +67,7 @@ def small_config(device: str = "cpu", steps: int = 100, *, short: bool = False) 
     elif short:
         shape = {"n_layer": 1, "n_head": 1, "n_embd": 32, "block_size": 8, "batch_size": 1}
     else:
-        shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 40, "batch_size": 1}
+        shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 40, "batch_size": 1}
     return TrainConfig(**shape, vocab_size=128, steps=steps, lr=1e-3, device=device, save_every=0, log_every=EVERY)
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_compiled_losses_on_the_gpu(checks: Checks, name: str, dtype: str) -> No
 @pytest.mark.parametrize("name", ["plain", "attn sdpa", "loss chunked", "all triton"])
 def test_compiled_losses_follow_the_reference(name: str) -> None:
     """As one graph. Few steps suffice: what compiling could break is the same in each."""
-    check(Checks(DEVICE, steps=10).losses(BACKENDS[name]).check(BACKENDS[name], "float32", compile=True))
+    check(Checks(DEVICE, steps=3).losses(BACKENDS[name]).check(BACKENDS[name], "float32", compile=True))
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
@@ -271,19 +272,22 @@ def test_verify_refuses_no_steps() -> None:
         verify.verify(DEVICE, steps=0)
 
 
-def test_verify_prints_the_table_and_passes() -> None:
-    """The command, with few steps; it starts an interpreter process of its own where CUDA is missing."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "fastgpt2.verify", "--steps", "10"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.endswith(" ok")]
+def test_verify_prints_the_table_and_passes(capsys: pytest.CaptureFixture) -> None:
+    """The command, with few steps: the tests above make all of them."""
+    assert verify.main(["--device", DEVICE, "--steps", "2"]) == 0
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.endswith(" ok")]
     for name in HERE:
         least = 2 + (len(BACKENDS[name].choices) == 1)
         assert sum(f" {name} " in row for row in rows) >= least * (1 if name in CUDA_ONLY else len(PRECISIONS)), name
-    assert "OUT OF BUDGET" not in done.stdout
+    assert "OUT OF BUDGET" not in printed
+
+
+def test_verify_on_a_cpu_starts_a_process_that_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = mock.Mock(return_value=mock.Mock(returncode=7))
+    monkeypatch.setattr(subprocess, "run", started)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert verify.main(["--device", "cpu", "--steps", "2", "--attn", "sdpa"]) == 7
+    flags = ["--device", "cpu", "--steps", "2", "--attn", "sdpa"]
+    assert started.call_args.args == ([sys.executable, "-m", "fastgpt2.verify", *flags],)
+    assert started.call_args.kwargs["env"]["TRITON_INTERPRET"] == "1"
