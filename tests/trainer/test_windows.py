@@ -32,8 +32,9 @@ def windows_open(path, flags, *args, **options):
         raise PermissionError(13, "Permission denied", path)
     return opened(path, flags, *args, **options)
 os.open = windows_open
-exists = os.path.exists
-os.path.exists = lambda path: not str(path).startswith("/proc") and exists(path)
+from pathlib import Path
+exists = Path.exists
+Path.exists = lambda path: not str(path).startswith("/proc") and exists(path)
 """
 
 PROGRAM = """
