@@ -153,7 +153,7 @@ def backends() -> str:
         8.6,
         4.8,
         "Every backend follows the float64 reference",
-        f"|loss - reference|, the largest so far, nats a token, {steps} training steps; Triton interpreted",
+        f"|loss - reference| as a share of its budget, the largest so far in {steps} steps; Triton interpreted",
         caption(record),
     ) as figure:
         for i, dtype in enumerate(precisions):
@@ -164,16 +164,14 @@ def backends() -> str:
 
 def _differences(axes: Axes, found: Sequence[Trajectory]) -> None:
     """The backends of a precision, each with its name at its end."""
-    budget = min(trajectory.budget for trajectory in found)
-    furthest = {t.backend: list(accumulate(map(abs, t.differences), max)) for t in found}
+    budgets = " or ".join(_short(budget) for budget in sorted({trajectory.budget for trajectory in found}))
+    furthest = {t.backend: [d / t.budget for d in accumulate(map(abs, t.differences), max)] for t in found}
     low = min(line[min(9, len(line) - 1)] for line in furthest.values()) / 3
-    places = _apart({name: math.log10(line[-1]) for name, line in furthest.items()}, math.log10(budget / low) / 15)
+    places = _apart({name: math.log10(line[-1]) for name, line in furthest.items()}, math.log10(3 / low) / 19)
     steps = len(found[0].differences)
-    axes.axhspan(low, budget, color="#eef4fa", zorder=0)
-    axes.axhline(budget, color=style.FAINT, linestyle="--", linewidth=1)
-    axes.text(
-        steps, 1.08 * budget, f"budget: {_short(budget, 1)}", ha="right", va="bottom", fontsize=9, color=style.FAINT
-    )
+    axes.axhspan(low, 1, color="#eef4fa", zorder=0)
+    axes.axhline(1, color=style.FAINT, linestyle="--", linewidth=1)
+    axes.text(steps, 1.08, f"budget: {budgets} nats", ha="right", va="bottom", fontsize=9, color=style.FAINT)
     for trajectory in found:
         name = trajectory.backend
         slot, _, choice = name.partition(" ")
@@ -190,15 +188,15 @@ def _differences(axes: Axes, found: Sequence[Trajectory]) -> None:
             **look,
         )
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: _short(value, 0))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set(xlim=(0, steps), xlabel="step", ylim=(low, 3 * budget))
+    axes.set(xlim=(0, steps), xlabel="step", ylim=(low, 3))
     axes.set_title(found[0].dtype, fontsize=10, loc="left")
 
 
-def _short(value: float, digits: int) -> str:
+def _short(value: float) -> str:
     """1.2e-5 rather than 1.2e-05."""
-    return re.sub("e-0", "e-", f"{value:.{digits}e}")
+    return f"{value:.1e}".replace("e-0", "e-")
 
 
 def _apart(places: Mapping[str, float], gap: float) -> dict[str, float]:
