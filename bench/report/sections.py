@@ -146,9 +146,9 @@ def status_section(records: Sequence[Record]) -> str:
     if any(record.on_gpu for record in records):
         return ""
     return prose(
-        "**Not measured on a GPU yet.** Triton's interpreter proves our kernels right, and their compiled machine code "
-        "is inspected, but their speed is unknown. `auto` chooses PyTorch's own forms on a GPU until a record shows "
-        "that ours are faster. To measure: `python -m bench.gpu`."
+        "**Not measured on a GPU yet.** No speed on one is claimed. Triton's interpreter proves our kernels right, and "
+        "their compiled machine code is inspected. `auto` chooses PyTorch's own forms on a GPU until a record shows "
+        "that ours are faster. To measure yours: `python -m bench.gpu`."
     )
 
 
@@ -288,7 +288,6 @@ def _span(values: Sequence[float]) -> str:
 Sections = dict[str, Callable[[Sequence[Record]], str]]
 
 SECTIONS: Sections = {
-    "status": status_section,
     "targets": targets_section,
     "step": step_section,
     "ablation": ablation_section,
@@ -296,6 +295,6 @@ SECTIONS: Sections = {
     "cpu": cpu_section,
 }
 """By the names of the page's markers, in its order."""
-README: Sections = {"runs": runs_summary, "cpu-summary": cpu_summary}
+README: Sections = {"runs": runs_summary, "cpu-summary": cpu_summary, "status": status_section}
 PAGES: dict[str, Sections] = {"docs/benchmarks.md": SECTIONS, "README.md": README}
 """By the page that has them."""
