@@ -244,21 +244,24 @@ def cpu_section(records: Sequence[Record]) -> str:
 
 
 def cpu_summary(records: Sequence[Record]) -> str:
-    """The table of the CPU in a sentence."""
+    """What the table of the CPU says of float32, its default precision there, in a sentence."""
     parts = []
     for record in newest((record for record in records if not record.on_gpu), steps_of).values():
         groups = by_work(steps_of(record))
-        pairs = [(mine, best_peer(mine, group)) for group in groups if (mine := ours(group)) is not None]
+        found = [(mine, group) for group in groups if (mine := ours(group)) is not None and mine.dtype == "float32"]
+        pairs = [(mine, best_peer(mine, group)) for mine, group in found]
         speeds = [ratio(mine, peer).median for mine, peer in pairs if peer is not None]
         shares = [
             mine.peak_memory_bytes / peer.peak_memory_bytes
             for mine, peer in pairs
             if peer is not None and mine.peak_memory_bytes and peer.peak_memory_bytes
         ]
+        if not speeds or not shares:
+            continue
         parts.append(
-            f"On {threads(record)} of a CPU a training step runs at {_span(speeds)} times the speed of the faster of "
-            f"transformers and plain PyTorch, in {_span(shares)} of its memory "
-            f"([the table](docs/benchmarks.md#a-training-step-on-a-cpu))."
+            f"On {threads(record)} of a CPU a training step in float32 runs at {_span(speeds)} times the speed of the "
+            f"faster of transformers and plain PyTorch, in {_span(shares)} of its memory "
+            f"([the table](docs/benchmarks.md#a-training-step-on-a-cpu), {record.date})."
         )
     return prose(" ".join(parts))
 
