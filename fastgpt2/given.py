@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -31,11 +31,12 @@ def try_ops(ops: Ops, names: Mapping[str, str], shape: ModelConfig, device: torc
         dtype: what the matmuls compute in, which is autocast's where that is on.
 
     Raises:
-        ConfigError: a function raises, returns another shape or dtype, or has no gradient for an argument.
+        ConfigError: a function raises, returns another shape or dtype, NaN or infinity, has no gradient for an
+            argument, or is an attention that sees later tokens.
     """
     plain = Ops()
     tried: dict[str, Any] = {
-        slot: _tried(f"--{slot} {name}", getattr(ops, slot), getattr(plain, slot), dtype)
+        slot: _tried(f"--{slot} {name}", getattr(ops, slot), getattr(plain, slot), dtype, CHECKS.get(slot))
         for slot, name in names.items()
     }
     model = GPT(dataclasses.replace(shape, n_layer=1), dataclasses.replace(plain, **tried))
@@ -45,28 +46,39 @@ def try_ops(ops: Ops, names: Mapping[str, str], shape: ModelConfig, device: torc
         model(tokens, tokens)
 
 
-def _tried(what: str, function: Callable[..., Any], plain: Callable[..., Any], dtype: torch.dtype) -> Any:
+def _tried(
+    what: str,
+    function: Callable[..., Any],
+    plain: Callable[..., Any],
+    dtype: torch.dtype,
+    check: Callable[..., str] | None,
+) -> Any:
     """PyTorch's form of a slot, which checks the function whenever it is called."""
 
     def call(*inputs: Any, **options: Any) -> Any:
-        expected = plain(*inputs, **options)
         named = dict(zip(signature(plain).parameters, inputs, strict=False))
         leaves = {
             name: x.detach().requires_grad_()
             for name, x in named.items()
             if isinstance(x, Tensor) and x.is_floating_point()
         }
+        expected = plain(*(named | leaves).values(), **options)
         # A function may write into an argument, which PyTorch forbids for leaves.
         arguments = named | {name: leaf.clone() for name, leaf in leaves.items()}
         try:
             found = function(*arguments.values(), **options)
             if not _is_like(found, expected, dtype):
                 raise ConfigError(f"{what} must return {_shown(expected)}, got {_shown(found)}")
-            lost = _without_gradient(found, leaves)
+            if not all(y.isfinite().all() for y in _tensors(found)):
+                raise ConfigError(f"{what} returned NaN or infinity for finite arguments")
+            lost = _without_gradient(found, expected, leaves)
+            if check is not None and (fault := check(function, found, *inputs, **options)):
+                raise ConfigError(f"{what} {fault}")
         except ConfigError:
             raise
         except Exception as error:
-            raise ConfigError(f"{what} can't be used here: {told(error)}") from error
+            called = f"; it is called as f({', '.join(signature(plain).parameters)})" * isinstance(error, TypeError)
+            raise ConfigError(f"{what} can't be used here: {told(error)}{called}") from error
         if lost:
             raise ConfigError(
                 f"{what} has no gradient for {', '.join(lost)}: it must be differentiable in each argument"
@@ -87,15 +99,49 @@ def _is_like(found: Any, expected: Any, dtype: torch.dtype) -> bool:
     return found.shape == expected.shape and found.device == expected.device and found.dtype in dtypes
 
 
-def _without_gradient(found: Any, leaves: dict[str, Tensor]) -> list[str]:
-    """The arguments on which nothing that was returned depends."""
-    outputs = [y for y in (found if isinstance(found, tuple) else (found,)) if y is not None and y.requires_grad]
-    if not outputs:
-        return list(leaves)
-    with torch.autocast(outputs[0].device.type, enabled=False):  # as in a step, where the backward is outside it
-        upstream = [torch.ones_like(y) for y in outputs]
-        gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream, allow_unused=True)
-    return [name for name, gradient in zip(leaves, gradients, strict=True) if gradient is None]
+def _tensors(found: Any) -> list[Tensor]:
+    return [y for y in (found if isinstance(found, tuple) else (found,)) if isinstance(y, Tensor)]
+
+
+def _without_gradient(found: Any, expected: Any, leaves: dict[str, Tensor]) -> list[str]:
+    """The arguments, and of a packed projection the parts, that lost a gradient which PyTorch's form has."""
+    got, wanted = _gradients(found, leaves), _gradients(expected, leaves)
+    return [name for name, gradient in wanted.items() if gradient.any() and not got[name].any()]
+
+
+def _gradients(found: Any, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By argument, q, k and v apart; zeros where nothing that was returned depends on it."""
+    outputs = [y for y in _tensors(found) if y.requires_grad]
+    zeros = [torch.zeros_like(leaf) for leaf in leaves.values()]
+    gradients: Sequence[Tensor | None] = zeros
+    if outputs:
+        with torch.autocast(outputs[0].device.type, enabled=False):  # as in a step, where the backward is outside it
+            # Not ones: a LayerNorm's outputs have a constant sum.
+            upstream = [(torch.arange(y.numel(), device=y.device) % 7 - 3).to(y.dtype).view_as(y) for y in outputs]
+            gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream, allow_unused=True)
+    named = {}
+    for name, gradient, zero in zip(leaves, gradients, zeros, strict=True):
+        whole = zero if gradient is None else gradient
+        named |= dict(zip("qkv", whole.unbind(2), strict=True)) if name == "qkv" else {name: whole}
+    return named
+
+
+def _sees_later_tokens(
+    attention: Callable[..., Any], found: Tensor, qkv: Tensor, dropout_p: float = 0.0, documents: Tensor | None = None
+) -> str:
+    """What is wrong if the last token moves what is returned for those before it; random dropout hides that."""
+    if dropout_p:
+        return ""
+    moved = qkv.detach().clone()
+    moved[:, -1] += 10.0
+    before, after = found[:, :-1].float(), attention(moved, dropout_p=dropout_p, documents=documents)[:, :-1].float()
+    # The same products in the same order; a tolerance, as a function may sum in any order.
+    causal = torch.allclose(before, after, rtol=1e-2, atol=1e-2 * float(found.float().abs().max()))
+    return "" if causal else "is not causal: a token's output changes with a later token"
+
+
+CHECKS: dict[str, Callable[..., str]] = {"attn": _sees_later_tokens}
+"""By slot: a check of its own, which returns what is wrong."""
 
 
 def _shown(value: Any) -> str:

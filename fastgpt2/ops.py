@@ -105,7 +105,8 @@ def as_choices(ops: Ops | Mapping[str, Callable[..., Any]] | None) -> dict[str, 
         if slot not in SLOTS:
             raise ConfigError(f"ops has no slot {slot!r}: there are {', '.join(SLOTS)}{nearest(slot, SLOTS)}")
         if not callable(function):
-            raise ConfigError(f"ops[{slot!r}] must be a function, got {type(function).__name__}")
+            by_name = f"; a name is given as TrainConfig({slot}={function!r})" * isinstance(function, str)
+            raise ConfigError(f"ops[{slot!r}] must be a function, got {type(function).__name__}{by_name}")
     return given
 
 

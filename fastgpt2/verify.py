@@ -379,7 +379,8 @@ def main(arguments: list[str] | None = None) -> int:
         again = [sys.executable, "-m", "fastgpt2.verify", *words]
         return subprocess.run(again, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
     began = time.perf_counter()
-    where = torch.cuda.get_device_name(device) if device != "cpu" else "this CPU (Triton interpreted)"
+    interpreted = "" if any(map(is_outside, only.values())) else " (Triton interpreted)"
+    where = torch.cuda.get_device_name(device) if device != "cpu" else f"this CPU{interpreted}"
     print(f"fastgpt2 on {where}, torch {torch.__version__}: each backend against the plain form in float64\n")
     rows = verify(device, given.steps, only)
     failed = [row for row in rows if not row.passed]

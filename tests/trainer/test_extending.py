@@ -121,10 +121,13 @@ def test_an_attention_from_outside_is_proved_and_a_wrong_one_is_found(folder: Pa
     done = run(folder, *command("verify"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 of 6 within budget" in done.stdout and "attn mine:attention" in done.stdout
-    assert MINE.count("position > rows") == 1
-    (folder / "wrong.py").write_text(MINE.replace("position > rows", "position > 1 + rows"))
+    assert MINE.count("** -0.5") == MINE.count("position > rows") == 1
+    (folder / "wrong.py").write_text(MINE.replace("** -0.5", "** -0.25"))
     done = run(folder, *[word.replace("mine", "wrong") for word in command("verify")])
     assert done.returncode == 1 and done.stdout.count("OUT OF BUDGET") >= 4, done.stdout
+    (folder / "ahead.py").write_text(MINE.replace("position > rows", "position > 1 + rows"))
+    done = run(folder, *[word.replace("mine", "ahead") for word in command("verify")])
+    assert done.returncode == 2 and "ahead:attention is not causal" in done.stderr, done.stdout + done.stderr
     done = run(folder, *[word.replace("mine", "nosuch") for word in command("verify")])
     assert done.returncode == 2 and "no module 'nosuch'" in done.stderr
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,14 @@ def in_place(qkv: Tensor, **options: Any) -> Tensor:
     return sdpa_attention(qkv.mul_(1.0), **options)
 
 
+def see_all(qkv: Tensor, ahead: int | None = None) -> Tensor:
+    """Attention to every token, or to so many too many."""
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    size = qkv.size(1)
+    mask = torch.ones(size, size, dtype=torch.bool).tril(size if ahead is None else ahead)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
 def no_dropout(qkv: Tensor, dropout_p: float, documents: Tensor | None) -> Tensor:
     if dropout_p or documents is not None:
         raise NotImplementedError("no\ndropout")
@@ -47,9 +56,27 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
     ),
     "dtype": ("attn", lambda qkv, **_: sdpa_attention(qkv).half(), r"got float16 \(1, 16, 2, 16\)$"),
     "no tensor": ("attn", lambda qkv, **_: None, "got None$"),
-    "signature": ("attn", lambda qkv: sdpa_attention(qkv), "can't be used here: TypeError: .*argument 'dropout_p'$"),
+    "signature": (
+        "attn",
+        lambda qkv: sdpa_attention(qkv),
+        r"can't be used here: TypeError: .*argument 'dropout_p'; it is called as f\(qkv, dropout_p, documents\)$",
+    ),
     "raises": ("attn", lambda qkv, **_: qkv @ qkv, r"RuntimeError: .*\(test_given.py, line \d+\)$"),
-    "no gradient": ("attn", lambda qkv, **_: sdpa_attention(qkv).detach(), "has no gradient for qkv: it must be"),
+    "no gradient": ("attn", lambda qkv, **_: sdpa_attention(qkv).detach(), "has no gradient for q, k, v: it must be"),
+    "no gradient of k": (
+        "attn",
+        lambda qkv, **o: sdpa_attention(
+            torch.stack([x.detach() if i == 1 else x for i, x in enumerate(qkv.unbind(2))], 2), **o
+        ),
+        "has no gradient for k: it must be",
+    ),
+    "not finite": ("attn", lambda qkv, **o: sdpa_attention(qkv, **o) * math.nan, "returned NaN or infinity for finite"),
+    "not causal": (
+        "attn",
+        lambda qkv, **_: see_all(qkv),
+        "is not causal: a token's output changes with a later token$",
+    ),
+    "sees the next token": ("attn", lambda qkv, **_: see_all(qkv, ahead=1), "is not causal: a token's output"),
     "no gradient of a bias": (
         "mlp",
         lambda x, w_fc, b_fc, w_proj, b_proj: torch_mlp(x, w_fc, b_fc.detach(), w_proj, b_proj),
