@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import re
 import shutil
 import sys
@@ -40,14 +41,21 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does; the error for an unknown flag suggests the nearest one."""
         arguments = [_with_hyphens(argument) for argument in (sys.argv[1:] if args is None else args)]
+        # Before argparse, which names a missing flag first: it may be there, but misspelt.
+        for argument in itertools.takewhile(lambda argument: argument != "--", arguments):
+            if argument.startswith("--"):
+                self._check_known(argument)
         given, unknown = self.parse_known_args(arguments, namespace)
         if unknown:
-            name = unknown[0].partition("=")[0]
-            if not name.startswith("-") or name in ("-", "--"):
-                self.error(f"unexpected argument {unknown[0]!r}")
+            self._check_known(unknown[0])
+            self.error(f"unexpected argument {unknown[0]!r}")
+        return given
+
+    def _check_known(self, argument: str) -> None:
+        name = argument.partition("=")[0]
+        if re.match("--?[A-Za-z]", name) and name not in self._option_string_actions:
             known = re.findall(r"--[a-z][a-z0-9-]*", self.format_help())
             self.error(f"unknown flag {name!r}{nearest(name, known)}")
-        return given
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with status 2."""

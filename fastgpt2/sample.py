@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from fastgpt2.config import ConfigError, ModelConfig
-from fastgpt2.console import run_command
+from fastgpt2.console import printable, run_command
 from fastgpt2.corpus import is_text
 from fastgpt2.data import DUMMY, META_NAME, read_meta
 from fastgpt2.device import pick_device
@@ -113,12 +113,14 @@ def _load(name: str, bpe: Path | None, folder: Path | None, sha256: str | None =
 
 
 def emit(text: str) -> None:
-    """Print text immediately.
+    """Print text immediately. On a terminal, escape the control characters that an untrained model draws.
 
     Raises:
         BrokenPipeError: the reader has closed the pipe.
         SystemExit: another write error, such as a full disk.
     """
+    if sys.stdout.isatty():
+        text = "".join(c if c in "\n\t" else printable(c) for c in text)
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:

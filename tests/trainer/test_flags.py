@@ -307,6 +307,7 @@ MISTAKES = [
     ("fastgpt2.sample", ["--from", ""], "--from"),
     ("fastgpt2.sample", ["--from", "x", "--top-k", "1.5"], "--top-k"),
     ("fastgpt2.sample", [], "--from"),
+    ("fastgpt2.sample", ["--form=x", "--prompt", "x"], "unknown flag '--form'; did you mean '--from'?"),
     ("fastgpt2.prepare", [], "SOURCE"),
     ("fastgpt2.prepare", ["x", "--out", "caf\udce9"], "--out"),
     ("fastgpt2.prepare", ["x", "--out", "y", "--val-fraction", "nan"], "--val-fraction"),
