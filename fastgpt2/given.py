@@ -119,7 +119,7 @@ def _gradients(found: Any, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
             # Not ones: a LayerNorm's outputs have a constant sum.
             upstream = [(torch.arange(y.numel(), device=y.device) % 7 - 3).to(y.dtype).view_as(y) for y in outputs]
             gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream, allow_unused=True)
-    named = {}
+    named: dict[str, Tensor] = {}
     for name, gradient, zero in zip(leaves, gradients, zeros, strict=True):
         whole = zero if gradient is None else gradient
         named |= dict(zip("qkv", whole.unbind(2), strict=True)) if name == "qkv" else {name: whole}
