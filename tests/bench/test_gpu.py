@@ -32,9 +32,9 @@ SM_90 = (TABLES / "sm_90.json").resolve()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-@pytest.mark.parametrize(("module", "option"), [("bench.gpu", "--out"), ("bench.smoke", "--failed")])
+@pytest.mark.parametrize(("module", "option"), [("bench.gpu", "--out=."), ("bench.smoke", "--failed=x")])
 def test_without_a_gpu_the_command_is_one_line_and_status_2(tmp_path: Path, module: str, option: str) -> None:
-    done = run("-m", module, option, str(tmp_path))
+    done = run("-m", module, option.replace("=", f"={tmp_path}/"))
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "needs a CUDA GPU" in done.stderr
@@ -138,7 +138,7 @@ def test_the_command_leaves_few_files_and_says_what_it_found(
 ) -> None:
     """The command on a GPU that isn't there, with stages that write what real ones would."""
 
-    def stages(run: Run, part: int | None, only: object) -> list[Stage]:
+    def stages(run: Run, part: int | None, only: object = None) -> list[Stage]:
         tried = {"1 stage": Smoke(slot="mlp", status="ok")}
         smoked = Smoke(slot="mlp", status="wrong", right_with="1 stage", changes=tried)
         lines = "".join(

@@ -227,13 +227,16 @@ def test_a_power_cut_leaves_the_old_shards_the_new_ones_or_none_that_train(
 
 def test_a_prepare_that_was_cut_while_publishing_is_done_again(texts, tmp_path, monkeypatch):
     """By the same command, without --overwrite."""
-    out = tmp_path / "out"
+    out, replace = tmp_path / "out", os.replace
     moved = []
 
     def killed(source, target):
+        if target.parent != out:  # a shard that is finished aside
+            return replace(source, target)
         if moved:
             raise KeyboardInterrupt
         moved.append(shutil.move(source, target))
+        return None
 
     with monkeypatch.context() as patch:
         patch.setattr(preparation.os, "replace", killed)
@@ -308,7 +311,13 @@ def test_a_signal_ends_it_in_one_line(number, function, texts, tmp_path, monkeyp
 
 def test_a_signal_while_publishing_waits_for_its_end(texts, tmp_path, monkeypatch, capsys):
     out, replace = tmp_path / "out", os.replace
-    monkeypatch.setattr(os, "replace", lambda old, new: (signal.raise_signal(signal.SIGTERM), replace(old, new)))
+
+    def signalled(old, new):
+        if new.parent == out:
+            signal.raise_signal(signal.SIGTERM)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", signalled)
     assert run(monkeypatch, capsys, texts, "--out", out, "--tokenizer", "byte")[0] == 128 + signal.SIGTERM
     assert readable(out)
 

@@ -302,7 +302,7 @@ def test_defaults_suit_the_device() -> None:
         ({"model": "gpt2-mdium"}, "--model must be one of .*, got 'gpt2-mdium'; did you mean 'gpt2-medium'"),
         ({"dtype": "float16"}, "--dtype float16 needs a CUDA GPU"),
         ({"dtype": "bf16"}, "--dtype must be one of .*, got 'bf16'; did you mean 'bfloat16'"),
-        ({"device": "gpu"}, "--device 'gpu' is not cpu, cuda or cuda:N"),
+        ({"device": "gpu"}, "--device 'gpu' is not cpu, cuda, cuda:N or mps"),
         (
             {"attn": "flash"},
             f"--attn must be one of auto, {', '.join(SLOTS['attn'])} or module:function, got 'flash'",
