@@ -130,6 +130,11 @@ def printable(text: object) -> str:
     return str(text).translate(_ESCAPES).encode(errors="backslashreplace").decode()
 
 
+def printable_lines(text: str) -> str:
+    """Make a text of many lines safe for a terminal: as printable, but line ends and tabs stay."""
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+
+
 def shell_word(path: object) -> str:
     """Quote a path for a shell. Control characters are quoted in a form that bash and zsh read."""
     text = str(path)

@@ -6,12 +6,16 @@ import ctypes
 import os
 import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from fastgpt2.config import ConfigError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -98,10 +102,8 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     if status.exists():  # getrusage starts from the parent's peak
         peak = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
         return int(peak.split()[1]) * 1024
-    if find_spec("resource") is None:
+    if resource is None:
         return None
-    import resource
-
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fastgpt2 import signals
-from fastgpt2.console import printable, shell_word
+from fastgpt2.console import printable, printable_lines, shell_word
 from fastgpt2.corpus import DUMMY, GIVEN, is_text, shard_folder
 from fastgpt2.data import read_meta
 from fastgpt2.generate import Sampling, generate, stream
@@ -39,7 +39,7 @@ def print_sample(result: TrainResult, console: Console) -> None:
         if tokenizer is not None:
             text = "".join(stream(_tokens(result, tokenizer, stops), tokenizer))
             console.print(Text("a sample from the trained model:", "dim"))
-            console.print(Text("\n".join(printable(line) for line in text.expandtabs().strip("\n").split("\n"))))
+            console.print(Text(printable_lines(text.expandtabs().strip("\n"))))
             if result.out is not None and result.config.save_every:
                 more = f"more: python -m fastgpt2.sample --from {shell_word(result.out)} --prompt TEXT"
                 console.print(Text(printable(more), "dim"))

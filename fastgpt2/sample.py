@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from fastgpt2.config import ConfigError, ModelConfig
-from fastgpt2.console import printable, run_command
+from fastgpt2.console import printable_lines, run_command
 from fastgpt2.corpus import is_text
 from fastgpt2.data import DUMMY, META_NAME, read_meta
 from fastgpt2.device import pick_device
@@ -120,7 +120,7 @@ def emit(text: str) -> None:
         SystemExit: another write error, such as a full disk.
     """
     if sys.stdout.isatty():
-        text = "".join(c if c in "\n\t" else printable(c) for c in text)
+        text = printable_lines(text)
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:
