@@ -361,3 +361,12 @@ def test_the_evaluate_command_verifies_the_split_however_large(tmp_path, monkeyp
     note, error = stderr.splitlines()
     assert (status, stdout) == (2, "") and note.startswith("note: the val split, 0.0 GB, is verified while ")
     assert error.startswith(f"error: {tmp_path / 'data' / 'val_000000.bin'} is damaged or changed")
+
+
+def test_a_terminal_is_not_sent_control_characters(monkeypatch, capsys):
+    text = "a\tb\n\x1b[31mred\x16"
+    sample_module.emit(text)
+    assert capsys.readouterr().out == text, "a pipe gets what was drawn"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    sample_module.emit(text)
+    assert capsys.readouterr().out == "a\tb\n\\x1b[31mred\\x16"
