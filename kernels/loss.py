@@ -47,8 +47,11 @@ PLAIN = "torch.nn.functional.cross_entropy of the logits"
 MOST_CHUNKS = 8
 """More chunks would save little memory, and each reads the weight and rewrites its gradient."""
 MEMORY_BUDGET = {"cuda": 2**30, "cpu": 2**28}
-"""Bytes of a chunk of logits. GPT-2 has 7 chunks of 64k tokens in bfloat16 on a GPU, whose matmuls need thousands of
-rows, and 7 of 8k tokens in float32 on a CPU, whose matmuls are as fast with fewer rows."""
+"""Bytes of a chunk of logits; on a GPU the least, as its matmuls need thousands of rows. On a CPU, whose matmuls are as
+fast with fewer rows, GPT-2 has 7 chunks of 8k tokens in float32."""
+MEMORY_SHARE = 48
+"""A GPU with more than 48 GiB spends a 48th of its memory instead. With an H100's 79 GiB GPT-2 has 4 chunks of 64k
+tokens in bfloat16, with 40 GiB 7."""
 ROW_TILE = 128
 """Large chunks have a multiple of this many rows, so that they fill whole matmul tiles."""
 COLUMN_TILE = 64
@@ -131,6 +134,15 @@ def chunk_rows(rows: int, row_bytes: int, memory_budget: int) -> int:
         if each * row_bytes <= memory_budget:
             break
     return max(each, 1)
+
+
+@launch.constant_in_graphs
+def default_budget(device: torch.device) -> int:
+    """Bytes of a chunk of logits. A device always has the same: the chunks set the order of dW's sum."""
+    least = MEMORY_BUDGET.get(device.type, 2**28)
+    if device.type != "cuda":
+        return least
+    return max(least, torch.cuda.get_device_properties(device).total_memory // MEMORY_SHARE)
 
 
 def _sweep(
@@ -336,7 +348,7 @@ def linear_cross_entropy(
         ignore_index: a target with loss 0 and no gradient, which the mean does not count.
         reduction: "mean" over the targets that are not ignored (NaN if all are), "sum", or "none".
         memory_budget: bytes of logits that may exist at a time; at most 8 chunks are made, however small it is.
-            Default: 1 GiB on a GPU, 256 MiB elsewhere.
+            Default: on a GPU 1 GiB or, if that is more, 1/48 of its memory; 256 MiB elsewhere.
         implementation: of the rows' step: "triton" (CUDA), "chunked" (plain PyTorch, any device), or "auto", which
             is triton where that runs.
 
@@ -359,7 +371,7 @@ def linear_cross_entropy(
         vocab_size or weight.size(0),
         ignore_index,
         triton,
-        memory_budget or MEMORY_BUDGET.get(hidden.device.type, 2**28),
+        memory_budget or default_budget(hidden.device),
         recording and hidden.requires_grad,
         recording and weight.requires_grad,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,9 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
 from fastgpt2.kernels import launch, linear_cross_entropy
 from fastgpt2.kernels import loss as module
 from fastgpt2.kernels.loss import (
+    MEMORY_SHARE,
     chunk_rows,
+    default_budget,
     linear_cross_entropy_backward,
     linear_cross_entropy_forward,
     why_unsupported,
@@ -203,6 +207,7 @@ def test_chunks() -> None:
     """(rows, bytes a row, budget) -> rows a chunk: 1 to 8 chunks, of whole tiles if there are enough rows."""
     row = 50304 * 2
     assert chunk_rows(65536, row, 2**30) == 9472 and -(-65536 // 9472) == 7
+    assert chunk_rows(65536, row, 85_000_000_000 // MEMORY_SHARE) == 16384
     assert chunk_rows(65536, row, 2**40) == 65536
     assert chunk_rows(65536, row, 1) == 8192
     assert chunk_rows(8192, 50304 * 4, 2**28) == 1280
@@ -214,6 +219,16 @@ def test_chunks() -> None:
             chunks = -(-rows // each)
             assert 1 <= chunks <= 8
             assert each * 10 <= budget or each <= -(-rows // 8) * 9 / 8
+
+
+@pytest.mark.parametrize(
+    ("memory", "budget"),
+    [(8 * 2**30, 2**30), (40 * 2**30, 2**30), (79 * 2**30, 79 * 2**30 // 48), (140 * 2**30, 140 * 2**30 // 48)],
+)
+def test_the_default_budget_follows_the_cards_memory(memory, budget, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+    assert default_budget(torch.device("cuda", 0)) == budget
+    assert default_budget(torch.device("cpu")) == 2**28
 
 
 @every_implementation
