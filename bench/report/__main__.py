@@ -1,7 +1,8 @@
 """`python -m bench.report`: rewrite everything that follows from the stored results.
 
-That is what stands between <!-- bench:NAME --> and <!-- /bench:NAME --> in docs/benchmarks.md and README.md, and what
-`auto` becomes (fastgpt2/auto.json). `--check` writes nothing, names what is out of step and then exits with 1.
+That is what stands between <!-- bench:NAME --> and <!-- /bench:NAME --> in docs/benchmarks.md, docs/performance.md and
+README.md, and what `auto` becomes (fastgpt2/auto.json). `--check` writes nothing, names what is out of step and then
+exits with 1.
 """
 
 from __future__ import annotations
@@ -12,12 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.record import Record, RecordError
-from bench.report import auto
+from bench.report import auto, budget
 from bench.report.results import stored
-from bench.report.sections import PAGES
+from bench.report.sections import README, SECTIONS, Sections
 from bench.timing import ROOT
 from fastgpt2.console import run_command
 from fastgpt2.flags import read_arguments
+
+PAGES: dict[str, Sections] = {
+    "docs/benchmarks.md": SECTIONS,
+    "docs/performance.md": budget.SECTIONS,
+    "README.md": README,
+}
+"""By the page that has them."""
 
 
 def fill(page: str, text: str, records: Sequence[Record]) -> str:

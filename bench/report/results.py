@@ -37,6 +37,7 @@ def _join(runs: Sequence[Record]) -> Record:
     return replace(
         runs[-1],
         results=[result for run in last_first for result in run.results],
+        step_kernels=[found for run in last_first for found in run.step_kernels],
         training_runs=[trained for run in last_first for trained in run.training_runs],
         ceilings=next((run.ceilings for run in last_first if run.ceilings), None),
     )

@@ -299,5 +299,3 @@ SECTIONS: Sections = {
 }
 """By the names of the page's markers, in its order."""
 README: Sections = {"runs": runs_summary, "cpu-summary": cpu_summary, "status": status_section}
-PAGES: dict[str, Sections] = {"docs/benchmarks.md": SECTIONS, "README.md": README}
-"""By the page that has them."""

@@ -17,6 +17,7 @@ import pytest
 
 from bench.record import RecordError, TrainingRun, load
 from bench.report import __main__ as report
+from bench.report.__main__ import PAGES
 from bench.report.results import (
     best_peer,
     pick,
@@ -26,7 +27,7 @@ from bench.report.results import (
     table,
     work,
 )
-from bench.report.sections import PAGES, SECTIONS, runs_summary
+from bench.report.sections import SECTIONS, runs_summary
 from bench.result import Result
 from bench.timing import ROOT
 from tests.bench.records import GPU, make_record, recorded, write_record
@@ -120,10 +121,14 @@ def test_runs_of_one_commit_are_one_record(tmp_path: Path) -> None:
     steps, rest = ([r for r in whole["results"] if (r["op"] == "training step") is step] for step in (True, False))
     for minute, results in ((1, rest), (2, steps[:1]), (3, steps)):
         run = whole | {"results": results, "started": f"2030-01-01T00:0{minute}:00+00:00"}
+        if minute < 3:
+            profile = {"step": "plain", "shape": {}, "compiled": True, "table": False, "slots": None, "kernels": []}
+            run["step_kernels"] = [profile | {"ms": float(minute)}]
         (tmp_path / "gpu").mkdir(exist_ok=True)
         (tmp_path / "gpu" / f"{minute}.json").write_text(json.dumps(run | ({"ceilings": None} if minute == 3 else {})))
     (record,) = stored(tmp_path)
     assert [result.name for result in record.results] == [line["name"] for line in (*steps, *steps[:1], *rest)]
+    assert [found.ms for found in record.step_kernels] == [2.0, 1.0]
     assert record.ceilings == whole["ceilings"] and record.started.startswith("2030-01-01T00:03")
 
 
