@@ -11,6 +11,10 @@ Maths, with c = scale log2(e), which makes exp one multiply-add and one exp2:
     dP = do v^T,  dS = P * (dP - delta)
     dv = P^T do,  dk = scale dS^T q,  dq = scale dS k
 
+A bias that was added to q, k and v (optional): its gradient is the sum of dq, dk and dv over B and T, taken from the
+float32 tiles before they are rounded. The sum of dk is 0, as softmax ignores what all scores of a row share: each row
+of dS sums to 0. It is returned as exactly 0, not as rounding errors.
+
 With dropout, M = 1 where a weight is kept and 0 elsewhere, r = 1 / (1 - p). Each kernel computes M anew (dropout.py):
 
     o = r (M * P) v,  dP = r M * (do v^T),  dv = r (M * P)^T do;  delta, dS, dk and dq as above
@@ -20,9 +24,9 @@ position of its document, a key only the end. Neither decreases along a row, so 
 tiles that it meets: tiles outside are skipped, and tiles that all its rows see in full are not masked.
 
 Memory, e bytes an element, B T H D elements a tensor: the forward reads q, k, v and writes o (4 e) and lse. The
-backward reads q, k, v, o, do and writes dq, dk, dv (8 e); its two passes each read q, k, v, do. No (T, T) matrix is
-stored. The packed form reads (B, T, 3, H, D) as the projection wrote it and writes its gradient in the same layout: no
-transpose, no concatenation.
+backward reads q, k, v, o, do and writes dq, dk, dv (8 e); its two passes each read q, k, v, do. A bias adds one float32
+row of D for each tile of each pass. No (T, T) matrix is stored. The packed form reads (B, T, 3, H, D) as the projection
+wrote it and writes its gradient in the same layout: no transpose, no concatenation.
 
 FLOPs (causal: half): forward 4 B H T^2 D, two matmuls. Backward 10 B H T^2 D credited, 14 executed: each of the two
 passes computes S and dP for itself. Sums have a fixed order, without atomics: two runs agree bit for bit.
@@ -140,14 +144,16 @@ def attention_backward(
     documents: Tensor | None = None,
     seed: Tensor | None = None,
     dropout_p: float = 0.0,
+    want_bias: bool = False,
     dq_config: LaunchConfig | None = None,
     dkdv_config: LaunchConfig | None = None,
-) -> Tensor:
-    """Returns dqkv (B, T, 3, H, D), contiguous.
+) -> tuple[Tensor, Tensor]:
+    """Returns dqkv (B, T, 3, H, D), contiguous, and its sum over B and T: (3 H D,), at least float32.
 
     Args:
         do: (B, T, H, D), any strides.
         o, lse: from attention_forward, as are the other arguments.
+        want_bias: the sum is empty without it.
         dq_config, dkdv_config: used instead of the table's.
     """
     B, T, H, D = q.shape
@@ -157,6 +163,9 @@ def attention_backward(
     dkdv_config = dkdv_config or lookup("attention_backward_dkdv", precision, D, q.device)
     dqkv = torch.empty((B, T, 3, H, D), dtype=q.dtype, device=q.device)
     delta = torch.empty((B, H, T), dtype=lse.dtype, device=q.device)
+    # Not torch.empty: k's sums stay 0, and one pass may have fewer tiles than the other.
+    tiles = max(triton.cdiv(T, dq_config.block_m), triton.cdiv(T, dkdv_config.block_n))
+    sums = torch.zeros((tiles, B, 3, H, D), dtype=lse.dtype, device=q.device) if want_bias else None
     first, last = _limits(documents)
     rest = _strides(q, k, v), do.stride()[:3], T, H, scale
     constants = kernel_constants(precision, D, causal, dropout_p)
@@ -168,6 +177,7 @@ def attention_backward(
             lse,
             delta,
             dqkv,
+            sums,
             first,
             seed,
             *rest,
@@ -180,13 +190,14 @@ def attention_backward(
             lse,
             delta,
             dqkv,
+            sums,
             last,
             seed,
             *rest,
             **constants,
             **dkdv_config.arguments(),
         )
-    return dqkv
+    return dqkv, lse.new_empty(0) if sums is None else sums.sum((0, 1)).view(-1)
 
 
 def kernel_constants(precision: str, head_dim: int, causal: bool = True, dropout_p: float = 0.0) -> dict[str, object]:
@@ -219,7 +230,8 @@ _INPUTS = "Tensor q, Tensor k, Tensor v"
 _OPTIONS = "bool causal, float scale, bool allow_tf32, Tensor? documents=None, Tensor? seed=None, float dropout_p=0.0"
 torch.library.define("fastgpt2::attention_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 torch.library.define(
-    "fastgpt2::attention_backward", f"(Tensor do, {_INPUTS}, Tensor o, Tensor lse, {_OPTIONS}) -> Tensor"
+    "fastgpt2::attention_backward",
+    f"(Tensor do, {_INPUTS}, Tensor o, Tensor lse, {_OPTIONS}, bool want_bias=False) -> (Tensor, Tensor)",
 )
 torch.library.impl("fastgpt2::attention_forward", "default", attention_forward)
 torch.library.impl("fastgpt2::attention_backward", "default", attention_backward)
@@ -236,18 +248,21 @@ def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, allow_tf32: b
 @launch.register_fake("fastgpt2::attention_backward")
 def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
       causal: bool, scale: float, allow_tf32: bool, documents: Tensor | None = None, seed: Tensor | None = None,
-      dropout_p: float = 0.0) -> Tensor:  # fmt: skip
+      dropout_p: float = 0.0, want_bias: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, T, H, D = q.shape
-    return q.new_empty(B, T, 3, H, D)
+    return q.new_empty(B, T, 3, H, D), lse.new_empty(3 * H * D if want_bias else 0)
 
 
 class _FlashAttention(torch.autograd.Function):
-    """qkv is one packed (B, T, 3, H, D) tensor, or q, k and v apart. The gradient has the same form."""
+    """qkv is one packed (B, T, 3, H, D) tensor, or q, k and v apart. The gradient has the same form.
+
+    bias (3 H D,) is already in qkv: it has a gradient but no use in the forward.
+    """
 
     @staticmethod
     def forward(
         ctx, causal: bool, scale: float, allow_tf32: bool, documents: Tensor | None, seed: Tensor | None,
-        dropout_p: float, *qkv: Tensor,
+        dropout_p: float, bias: Tensor | None, *qkv: Tensor,
     ) -> Tensor:  # fmt: skip
         q, k, v = qkv if len(qkv) == 3 else qkv[0].unbind(2)
         options = causal, scale, allow_tf32, documents, seed, dropout_p
@@ -255,6 +270,7 @@ class _FlashAttention(torch.autograd.Function):
         ctx.save_for_backward(o, lse, documents, seed, *qkv)
         ctx.options = causal, scale, allow_tf32
         ctx.dropout_p = dropout_p
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return o
 
     @staticmethod
@@ -262,14 +278,17 @@ class _FlashAttention(torch.autograd.Function):
         launch.refuse_second_derivative("flash attention", "attention_reference")
         o, lse, documents, seed, *qkv = ctx.saved_tensors
         q, k, v = qkv if len(qkv) == 3 else qkv[0].unbind(2)
-        options = *ctx.options, documents, seed, ctx.dropout_p
-        dqkv = torch.ops.fastgpt2.attention_backward(do, q, k, v, o, lse, *options)
-        return (None,) * 6 + (dqkv.unbind(2) if len(qkv) == 3 else (dqkv,))
+        want_bias = ctx.needs_input_grad[6]
+        options = *ctx.options, documents, seed, ctx.dropout_p, want_bias
+        dqkv, sums = torch.ops.fastgpt2.attention_backward(do, q, k, v, o, lse, *options)
+        dbias = sums.to(ctx.bias_dtype) if want_bias else None
+        return *(None,) * 6, dbias, *(dqkv.unbind(2) if len(qkv) == 3 else (dqkv,))
 
 
 def flash_attention_qkv(
     qkv: Tensor, dropout_p: float = 0.0, documents: Tensor | None = None, *,
-    causal: bool = True, scale: float | None = None, allow_tf32: bool = False, seed: Tensor | None = None,
+    bias: Tensor | None = None, causal: bool = True, scale: float | None = None, allow_tf32: bool = False,
+    seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """softmax(scale q k^T + mask) v of the packed projection, as the matmul wrote it.
 
@@ -279,6 +298,8 @@ def flash_attention_qkv(
         dropout_p: the probability of dropping a weight, in [0, 1), rounded to a multiple of 2^-16 (dropout.py).
         documents: (2, B, T) int32: the first position of each token's document, and one past its last. A token sees
             only its own document. Needs causal. Neither may decrease along a row; checking it would wait for the GPU.
+        bias: (3 H D,), any floating dtype: what the projection has already added to qkv, detached from it. It gets the
+            gradient that the projection would have computed, by reading qkv's gradient again.
         causal: a token sees only itself and earlier tokens.
         scale: positive; 1 / sqrt(D) by default.
         allow_tf32: multiply float32 in TF32, with 10 bits of mantissa, instead of exactly.
@@ -295,8 +316,11 @@ def flash_attention_qkv(
         raise ValueError(f"qkv must be (B, T, 3, H, D), got shape {tuple(qkv.shape)}")
     (qkv,) = launch.autocast(qkv)
     scale, documents, seed = _validate({"qkv": qkv}, scale, dropout_p, causal, documents, seed)
+    size = 3 * qkv.size(3) * qkv.size(4)
+    if bias is not None and not (bias.shape == (size,) and bias.is_floating_point()):
+        raise ValueError(f"bias must be ({size},) of a floating dtype, got {tuple(bias.shape)} {bias.dtype}")
     launch.refuse_transforms("flash attention", "attention_reference")
-    return _FlashAttention.apply(causal, scale, allow_tf32, documents, seed, dropout_p, qkv)
+    return _FlashAttention.apply(causal, scale, allow_tf32, documents, seed, dropout_p, bias, qkv)
 
 
 def flash_attention(
@@ -327,7 +351,7 @@ def flash_attention(
     v = v.view_as(v) if v is q or v is k else v
     scale, documents, seed = _validate({"q": q, "k": k, "v": v}, scale, dropout_p, causal, documents, seed)
     launch.refuse_transforms("flash attention", "attention_reference")
-    return _FlashAttention.apply(causal, scale, allow_tf32, documents, seed, dropout_p, q, k, v)
+    return _FlashAttention.apply(causal, scale, allow_tf32, documents, seed, dropout_p, None, q, k, v)
 
 
 def _validate(

@@ -197,6 +197,23 @@ def attention_forward_kernel(
 
 
 @triton.jit
+def _store_column_sums(sums_ptr, part, x, b, h, start, T, H, D: tl.constexpr):
+    """Write the column sums of x, this program's tile, to its place in (tiles, B, 3, H, D). part: 0, 1, 2 for q, k, v.
+
+    No other program writes there: the launcher adds the tiles in a fixed order.
+    """
+    BLOCK: tl.constexpr = x.shape[0]
+    # Add the four quarters first: a split has them change layout once, and 48 shuffles a thread become 2.
+    x = tl.permute(tl.reshape(x, (4, BLOCK // 4, x.shape[1])), (1, 2, 0))
+    a, c = tl.split(tl.reshape(x, (BLOCK // 4, x.shape[1], 2, 2)))
+    a, c = tl.split(a + c)
+    total = tl.sum(a + c, 0)
+    B = tl.num_programs(0) // (tl.cdiv(T, BLOCK) * H)
+    place = ((start // BLOCK * B + b) * 3 + part) * H + h
+    store_row(sums_ptr + place * D, total, 0, D, total.shape[0])
+
+
+@triton.jit
 def _gather_dq(
     dq,  # (BLOCK_M, D)
     q,  # (BLOCK_M, D)
@@ -246,6 +263,7 @@ def attention_backward_dq_kernel(
     lse_ptr,  # (B, H, T)
     delta_ptr,  # (B, H, T), written
     dqkv_ptr,  # (B, T, 3, H, D) contiguous
+    sums_ptr,  # (tiles, B, 3, H, D) for dq's column sums, or None
     limit_ptr,  # (B, T) of the queries, or None
     seed_ptr,  # one int64; None without dropout
     qkv_strides,  # of q, k, v: each of batch, token and head
@@ -292,7 +310,10 @@ def attention_backward_dq_kernel(
             D, CAUSAL, DROP, i != 1, BLOCK_N, PRECISION,
         )  # fmt: skip
 
-    store_tile(dqkv_ptr + (b * T * 3 * H + h) * D, dq * scale, start, 3 * H * D, T, D, BLOCK_M)
+    dq *= scale
+    store_tile(dqkv_ptr + (b * T * 3 * H + h) * D, dq, start, 3 * H * D, T, D, BLOCK_M)
+    if sums_ptr is not None:
+        _store_column_sums(sums_ptr, 0, dq, b, h, start, T, H, D)
 
 
 @triton.jit
@@ -355,6 +376,7 @@ def attention_backward_dkdv_kernel(
     lse_ptr,  # (B, H, T)
     delta_ptr,  # (B, H, T)
     dqkv_ptr,  # (B, T, 3, H, D) contiguous
+    sums_ptr,  # (tiles, B, 3, H, D) for dv's column sums, or None
     limit_ptr,  # (B, T) of the keys, or None
     seed_ptr,  # one int64; None without dropout
     qkv_strides,  # of q, k, v: each of batch, token and head
@@ -412,3 +434,7 @@ def attention_backward_dkdv_kernel(
     dqkv_ptr += (b * T * 3 * H + h) * D
     store_tile(dqkv_ptr + H * D, dk * scale, start, 3 * H * D, T, D, BLOCK_N)
     store_tile(dqkv_ptr + 2 * H * D, dv, start, 3 * H * D, T, D, BLOCK_N)
+    if sums_ptr is not None:
+        if not CAUSAL:  # the queries also see the keys past T
+            dv = tl.where(start + tl.arange(0, BLOCK_N)[:, None] < T, dv, 0.0)
+        _store_column_sums(sums_ptr, 2, dv, b, h, start, T, H, D)

@@ -30,6 +30,7 @@ _TYPES = {
     "delta_ptr": "*fp32",
     "limit_ptr": "*i32",
     "seed_ptr": "*i64",
+    "sums_ptr": "*fp32",
     "scale": "fp32",
 }
 _DROPOUT, _DOCUMENTS = {"DROP": WEIGHTS.value // 10, "seed_ptr": ...}, {"limit_ptr": ...}

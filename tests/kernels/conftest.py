@@ -64,17 +64,21 @@ class Made(list[tuple[Tensor, Tensor]]):
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Made]:
-    """Every torch.empty is NaN, in the middle of a larger tensor of NaN."""
+    """Every torch.empty is NaN, and torch.zeros 0, in the middle of a larger tensor of NaN."""
     tensors = Made()
 
     def empty(size, *, dtype, device):
         if not dtype.is_floating_point:  # scratch of Triton's own
-            return torch.zeros(size, dtype=dtype, device=device)
+            return torch.full(size, 0, dtype=dtype, device=device)
         length = math.prod(size)
         whole = torch.full((length + 2 * MARGIN,), math.nan, dtype=dtype, device=device)
         tensors.append((whole, whole[MARGIN : MARGIN + length].view(size)))
         return tensors[-1][1]
 
+    def zeros(size, *, dtype, device):
+        return empty(size, dtype=dtype, device=device).zero_()
+
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", empty)
+        patch.setattr(torch, "zeros", zeros)
         yield tensors

@@ -175,7 +175,7 @@ def faults() -> dict[str, Compute]:
 
     def delta_forgotten(q, k, v, do) -> Results:
         o, lse = attention_forward(q, k, v, True, q.size(-1) ** -0.5, False)
-        dqkv = attention_backward(do, q, k, v, torch.zeros_like(o), lse, True, q.size(-1) ** -0.5, False)
+        dqkv, _ = attention_backward(do, q, k, v, torch.zeros_like(o), lse, True, q.size(-1) ** -0.5, False)
         return o, *dqkv.unbind(2)
 
     def mask_off_by(shift: int) -> Compute:

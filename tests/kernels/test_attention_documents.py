@@ -102,7 +102,8 @@ def test_tiles_outside_a_document_are_not_read(tiles) -> None:
     assert torch.equal(poisoned[:, 32:], o[:, 32:])
     after = [torch.cat((x[:, :32], torch.full_like(x[:, 32:], math.nan)), 1) for x in (q, do)]
     options = (o, lse, True, 0.25, False, documents)
-    dqkv, poisoned = attention_backward(do, q, k, v, *options), attention_backward(after[1], after[0], k, v, *options)
+    dqkv, _ = attention_backward(do, q, k, v, *options)
+    poisoned, _ = attention_backward(after[1], after[0], k, v, *options)
     assert torch.equal(poisoned[:, :32], dqkv[:, :32])
 
 
