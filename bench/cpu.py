@@ -1,19 +1,23 @@
 """`python -m bench.cpu`: time the training step on a CPU, ours beside its peers.
 
-Four contests: float32 and bfloat16, eager and compiled. In each, ours by default (every slot at auto) against plain
-PyTorch and transformers, each in a process of its own with as many threads, timed in turn. The table shows the speed
-over the fastest peer's, the median over the rounds, and the peak memory. The record is written after each contest.
-Tokens a second depend on this machine and its other work; the ratios much less.
+Four contests at each shape: float32 and bfloat16, eager and compiled. In each, ours by default (every slot at auto)
+against plain PyTorch, a nanoGPT-like step and transformers, each in a process of its own with as many threads, timed in
+turn. The table shows the speed over the fastest peer's, the median over the rounds, and the peak memory. `products` is
+the time of the matrix products alone: no step can be faster unless it multiplies faster. The record is written after
+each contest. Tokens a second depend on this machine and its other work; the ratios much less.
 
 Exit status: 0, or 1 if a candidate crashed, hung or is wrong. One that can't run here is listed.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +34,13 @@ from fastgpt2.console import run_command
 from fastgpt2.fields import Choice, Count, Name, Positive
 from fastgpt2.flags import read_arguments
 
-CANDIDATES = ("ours-auto", "plain", "transformers")
+CANDIDATES = ("ours-auto", "plain", "nanogpt", "transformers", "products")
+SHAPES = {
+    "gpt2": partial(StepShape, "gpt2", 4, T=256),
+    "small": partial(StepShape, "small", 16, T=256),
+    "character": partial(StepShape, "mini", 12, T=64, vocab_size=65),
+}
+"""By name, without the precision. `character` is nanoGPT's recipe for a CPU, Shakespeare by characters."""
 ROUND_S = 0.5
 """A round has one step, or as many as are done in this."""
 CELLS = [f"{dtype}-{how}" for dtype in ("float32", "bfloat16") for how in ("eager", "compiled")]
@@ -45,17 +55,19 @@ class CpuConfig:
     rounds: Count = 10
     """Rounds of each contest."""
     cells: tuple[Annotated[str, Choice(tuple(CELLS))], ...] = tuple(CELLS)
-    """Contests to hold."""
+    """Contests to hold at each shape."""
+    shapes: tuple[Annotated[str, Choice(tuple(SHAPES))], ...] = tuple(SHAPES)
+    """Shapes: GPT-2 124M with 4 x 256 tokens, small with 16 x 256, nanoGPT's character recipe with 12 x 64."""
     candidates: tuple[Annotated[str, Choice(tuple(STEPS))], ...] = CANDIDATES
     """Steps to time."""
     threads: Count = os.cpu_count() or 1
     """Threads of each candidate (default: one a core)."""
 
-    model: Annotated[str, Choice(tuple(PRESETS))] = field(default="small", metadata={"group": "step"})
-    """Preset."""
+    model: Annotated[str, Choice(tuple(PRESETS))] | None = field(default=None, metadata={"group": "another shape"})
+    """Preset, instead of --shapes; the flags below are of it."""
     n_layer: Count | None = None
     """Transformer blocks (default: the preset's)."""
-    batch_size: Count = 64
+    batch_size: Count = 16
     """Sequences in a step."""
     block_size: Count | None = None
     """Tokens in a sequence (default: the preset's)."""
@@ -78,16 +90,24 @@ def main(arguments: list[str] | None = None) -> int:
     )
     file = record.file(given.out)
     failed = False
-    for done, cell in enumerate(given.cells):
-        share = (ends - time.monotonic()) / (len(given.cells) - done)
+    contests = list(itertools.product(_shapes(given), given.cells))
+    for done, (make_shape, cell) in enumerate(contests):
+        share = (ends - time.monotonic()) / (len(contests) - done)
         dtype, how = cell.split("-")
-        shape = StepShape(given.model, given.batch_size, dtype, given.block_size, given.n_layer)
+        shape = make_shape(dtype=dtype)
         failed |= _run_cell(record, shape, how == "compiled", given, time.monotonic() + share)
         record.write(file)
     print(f"\n{file}\n{table(record.results)}")
     for name, reason in record.not_done.items():
         print(f"not done: {name}: {reason}")
     return int(failed)
+
+
+def _shapes(given: CpuConfig) -> list[Callable[..., StepShape]]:
+    """What makes each shape, given a precision."""
+    if given.model is None:
+        return [SHAPES[name] for name in given.shapes]
+    return [partial(StepShape, given.model, given.batch_size, T=given.block_size, n_layer=given.n_layer)]
 
 
 def _run_cell(record: Record, shape: StepShape, compiled: bool, given: CpuConfig, until: float) -> bool:

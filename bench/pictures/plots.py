@@ -19,7 +19,7 @@ from bench.report.sections import provenance
 from bench.result import Result
 from fastgpt2.console import printable
 
-NAMES = {"ours-auto": "fastgpt2", "transformers": "transformers", "plain": "plain PyTorch"}
+NAMES = {"ours-auto": "fastgpt2", "transformers": "transformers", "plain": "plain PyTorch", "nanogpt": "nanoGPT-like"}
 SAMPLE_COLUMNS, SAMPLE_LINES = 50, 17
 """What fits beside a curve."""
 
@@ -32,7 +32,9 @@ def caption(record: Record) -> str:
 def cpu_step() -> str:
     """Speed and memory of the training step on a CPU, ours beside the peers."""
     record = newest(stored(), lambda record: pick(record, "training step"))["cpu"]
-    results = pick(record, "training step")
+    every = pick(record, "training step")
+    # One size only, and nothing that is a part of a step.
+    results = [r for r in every if r.shape["model"] == every[0].shape["model"] and r.backend in NAMES]
     columns: list[tuple[str, Callable[[Result], float], str]] = [
         ("tokens a second: more is better", lambda result: result.tokens_per_s or 0.0, ",.0f"),
         ("peak memory in GiB: less is better", lambda result: (result.peak_memory_bytes or 0) / 2**30, ".2f"),
@@ -65,8 +67,8 @@ def _bars(axes: Axes, results: Sequence[Result], value: Callable[[Result], float
     labels: dict[float, str] = {}
     for group, (dtype, compiled) in enumerate(sorted(kinds, reverse=True)):
         members = {r.backend: r for r in results if (r.dtype, bool(r.compiled)) == (dtype, compiled)}
-        for place, (backend, name) in enumerate(NAMES.items()):
-            y, ours = group * 3.7 + place, place == 0
+        for place, (backend, name) in enumerate((b, n) for b, n in NAMES.items() if b in members):
+            y, ours = group * (len(members) + 0.7) + place, place == 0
             length = value(members[backend])
             axes.barh(y, length, height=0.86, color=style.BLUE if ours else style.GREY)
             weight = "bold" if ours else "normal"
@@ -74,7 +76,7 @@ def _bars(axes: Axes, results: Sequence[Result], value: Callable[[Result], float
             labels[y] = name
         if names:
             words = f"{dtype}\n{'compiled' if compiled else 'eager'}"
-            axes.text(-0.67, group * 3.7 + 1, words, transform=axes.get_yaxis_transform(), va="center")
+            axes.text(-0.67, group * (len(members) + 0.7) + 1, words, transform=axes.get_yaxis_transform(), va="center")
     axes.set_yticks(list(labels), list(labels.values()) if names else [], fontsize=9)
     axes.set_xlim(0, 1.14 * longest)
     axes.invert_yaxis()

@@ -236,11 +236,23 @@ def ablation_section(records: Sequence[Record]) -> str:
 
 
 def cpu_section(records: Sequence[Record]) -> str:
-    def show(_: Record, results: list[Result]) -> Iterable[str]:
-        yield markdown([step_row(result, results) for group in by_work(results) for result in group])
-        yield f"Peak memory: {'; '.join(dict.fromkeys(str(r.peak_memory_meaning) for r in results))}."
+    """Each precision by the newest record that has it: a processor may lack one."""
+    parts: dict[str, list[Result]] = {}
+    for dtype in ("float32", "bfloat16"):
+        results_of = partial(_steps_in, dtype=dtype)
+        for record in newest((record for record in records if not record.on_gpu), results_of).values():
+            parts.setdefault(provenance(record), []).extend(results_of(record))
+    shown = []
+    for place, results in parts.items():
+        rows = [step_row(result, results) for group in by_work(results) for result in group]
+        meaning = "; ".join(dict.fromkeys(str(r.peak_memory_meaning) for r in results))
+        shown += [place, markdown(rows), f"Peak memory: {meaning}."]
+    words = "`products` is the time of the matrix products alone, which no step can undercut."
+    return "\n\n".join(["## A training step on a CPU", *shown, prose(f"{words} {RATIO_IN_WORDS}")]) if shown else ""
 
-    return each_device("A training step on a CPU", records, steps_of, show, RATIO_IN_WORDS, gpu=False)
+
+def _steps_in(record: Record, dtype: str) -> list[Result]:
+    return [result for result in steps_of(record) if result.dtype == dtype]
 
 
 def cpu_summary(records: Sequence[Record]) -> str:
@@ -259,8 +271,8 @@ def cpu_summary(records: Sequence[Record]) -> str:
         if not speeds or not shares:
             continue
         parts.append(
-            f"On {threads(record)} of a CPU a training step in float32 runs at {_span(speeds)} times the speed of the "
-            f"faster of transformers and plain PyTorch, in {_span(shares)} of its memory "
+            f"On {threads(record)} of a CPU a training step in float32 runs at {_span(speeds)} times the speed of its "
+            f"fastest peer, in {_span(shares)} of that peer's memory "
             f"([the table](docs/benchmarks.md#a-training-step-on-a-cpu), {record.date})."
         )
     return prose(" ".join(parts))

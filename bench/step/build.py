@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,60 @@ def make_plain(settings: dict[str, Any], kernel: str | None = None, mode: str | 
         plain.load_state_dict(weights, assign=True)
         return plain
 
-    return _peer(settings, model, mode)
+    return _peer(settings, model, mode=mode)
+
+
+def make_nanogpt(settings: dict[str, Any]) -> Step:
+    """bench.step.plain_gpt2 as nanoGPT has it on a CPU: exact GELU, no padding, AdamW that is not fused."""
+
+    def model(size: ModelConfig, weights: dict[str, Tensor]) -> nn.Module:
+        plain = PlainGPT2(size, rows=size.vocab_size, gelu="none")
+        plain.load_state_dict({**weights, "wte.weight": weights["wte.weight"][: size.vocab_size]})
+        return plain
+
+    def optimizer(parameters: Iterator[nn.Parameter], config: Settled) -> torch.optim.Optimizer:
+        every = list(parameters)
+        groups = [
+            {"params": [p for p in every if p.dim() >= 2], "weight_decay": 0.1},
+            {"params": [p for p in every if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, config.lr, betas=(config.beta1, config.beta2))
+
+    return _peer(settings, model, optimizer)
+
+
+class Products:
+    """The matrix products of a step's linear layers and of its head, alone: forward, input's and weight's gradients.
+
+    A step does more: attention's own products, and all that is not a product. Nothing is allocated in a call.
+    """
+
+    keeps_memory = False
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        config, self.device = settle(TrainConfig(**settings))
+        size, dtype = config.model_config(), config.torch_dtype
+        C, N = size.n_embd, config.batch_size * size.block_size
+        layers = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)] * size.n_layer + [(C, size.padded_vocab_size)]
+        self.facts: dict[str, Any] = {}
+        made = {shape: self._operands(N, *shape, dtype) for shape in dict.fromkeys(layers)}
+        self._layers = [made[shape] for shape in layers]
+
+    def _operands(self, N: int, width: int, out: int, dtype: torch.dtype) -> list[Tensor]:
+        """x, w and dy, and room for y, dx and dw; layers of one shape share them."""
+        shapes = [(N, width), (out, width), (N, out)]
+        values = [torch.randn(shape, dtype=dtype, device=self.device) for shape in shapes]
+        return [*values, *(torch.empty_like(values[i]) for i in (2, 0, 1))]
+
+    def __call__(self, index: int) -> None:
+        for x, w, _, y, _, _ in self._layers:
+            torch.mm(x, w.T, out=y)
+        for x, w, dy, _, dx, dw in reversed(self._layers):
+            torch.mm(dy, w, out=dx)
+            torch.mm(dy.T, x, out=dw)
+
+    def check(self) -> dict[str, float]:
+        return {}
 
 
 def make_transformers(settings: dict[str, Any]) -> Step:
@@ -144,8 +197,15 @@ class HuggingFace(nn.Module):
         return F.cross_entropy(self.model(tokens).logits.flatten(0, 1), targets.flatten())
 
 
+def _fused_adam(parameters: Iterator[nn.Parameter], config: Settled) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+
 def _peer(
-    settings: dict[str, Any], make_model: Callable[[ModelConfig, dict[str, Tensor]], nn.Module], mode: str | None = None
+    settings: dict[str, Any],
+    make_model: Callable[[ModelConfig, dict[str, Tensor]], nn.Module],
+    make_optimizer: Callable[[Iterator[nn.Parameter], Settled], torch.optim.Optimizer] = _fused_adam,
+    mode: str | None = None,
 ) -> Step:
     """A training loop's body with PyTorch alone."""
     config, device = settle(TrainConfig(**settings))
@@ -155,7 +215,7 @@ def _peer(
     model.train()
     if config.compile:
         model.compile(mode=mode)
-    optimizer = torch.optim.Adam(model.parameters(), config.lr, betas=(config.beta1, config.beta2), fused=True)
+    optimizer = make_optimizer(model.parameters(), config)
     mixed = torch.autocast(device.type, dtype) if dtype.itemsize == 2 else contextlib.nullcontext()
     source = open_data(
         config.data,

@@ -1,8 +1,8 @@
 """A GPT-2 with PyTorch alone, as nanoGPT trains it: the peer that exists wherever torch does.
 
-Nothing of ours is in it: the projection is cut into q, k and v, the attention is SDPA's causal one, the vocabulary is
-padded to 50304 and predicted whole, and the loss is F.cross_entropy of all logits at once. Parameters carry the names
-and the layout of fastgpt2.model.GPT, so that the weights of either load into the other and the losses can be compared.
+Nothing of ours is in it: the projection is cut into q, k and v, the attention is SDPA's causal one, the padded
+vocabulary is predicted whole, and the loss is F.cross_entropy of all logits at once. Parameters carry the names and the
+layout of fastgpt2.model.GPT, so that the weights of either load into the other and the losses can be compared.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ from fastgpt2.config import ModelConfig
 
 
 class PlainGPT2(nn.Module):
-    """The mean cross-entropy of (B, T) tokens and their (B, T) targets; the padding is a part of the softmax."""
+    """The mean cross-entropy of (B, T) tokens and their (B, T) targets; all rows of wte are in the softmax.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        rows: of wte; default: the padded vocabulary.
+        gelu: "tanh" as GPT-2's, or "none" for nanoGPT's, which is exact.
+    """
+
+    def __init__(self, config: ModelConfig, *, rows: int | None = None, gelu: str = "tanh") -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wte = nn.Embedding(rows or config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, gelu) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -34,12 +39,12 @@ class PlainGPT2(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, gelu: str) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = Mlp(config)
+        self.mlp = Mlp(config, gelu)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
@@ -60,10 +65,11 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, gelu: str) -> None:
         super().__init__()
+        self.gelu = gelu
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))

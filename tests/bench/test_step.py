@@ -23,7 +23,7 @@ from bench import cpu
 from bench.contest import Candidate, Measured, Missing
 from bench.report.results import load, ratio
 from bench.step.bench_train_step import ON_A_CPU, ON_A_GPU
-from bench.step.build import HuggingFace, initial_weights, make_plain
+from bench.step.build import HuggingFace, Products, initial_weights, make_nanogpt, make_plain
 from bench.step.lockstep import Limits, Worker, contest
 from bench.step.plain_gpt2 import PlainGPT2
 from bench.step.steps import STEPS, StepContest, StepShape, agree_in
@@ -31,7 +31,7 @@ from bench.step.worker import FIRST_CALLS, Built, Round, Serving
 from bench.timing import ROOT, Timed
 from fastgpt2.config import PRESETS, ModelConfig, TrainConfig
 from fastgpt2.hugging_face import to_hugging_face
-from fastgpt2.model import GPT
+from fastgpt2.model import FLOPS_PER_TOKEN, GPT
 from fastgpt2.settings import resolve
 
 CPU = torch.device("cpu")
@@ -333,6 +333,33 @@ def test_the_check_before_timing_has_teeth(monkeypatch: pytest.MonkeyPatch) -> N
     assert "has the norm None, with plain" in str(agree("ours-auto", lacking, "plain", right))
 
 
+def test_nanogpts_step_agrees_but_for_its_gelu_and_its_decay() -> None:
+    shape = StepShape("tiny", 2, "float32", T=32, vocab_size=65)
+    settings = STEPS["nanogpt"].on(shape, CPU, compiled=False).settings
+    step, values = make_nanogpt(settings), []
+    for index in range(2):
+        step(index)
+        values.append(step.check())
+    ours = first_values(vocab_size=65)[:2]  # predicts 128: its loss is log(128 / 65) higher
+    assert agree_in(shape)("nanogpt", values, "plain", ours) is None
+    assert values[0]["loss"] == pytest.approx(math.log(65), abs=0.05)
+    assert "the gradient of" in str(agree_in(SHAPE)("nanogpt", values, "plain", first_values()[:2]))
+
+
+def test_the_products_are_those_of_the_linear_layers_and_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    products, mm, flops = Products(SETTINGS), torch.mm, []
+
+    def counted(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        flops.append(2 * a.size(0) * a.size(1) * b.size(1))
+        return mm(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    products(0)
+    size, tokens = SHAPE.size(), SHAPE.B * 32
+    attention = 12 * size.n_layer * size.n_embd * size.block_size
+    assert sum(flops) == tokens * (FLOPS_PER_TOKEN["matmul"](size) - attention)
+
+
 def test_the_padding_that_a_peer_predicts_is_allowed_for() -> None:
     shape = StepShape("gpt2", 1, "float32")
     padding = math.log(50304 / 50257)
@@ -415,7 +442,7 @@ def test_the_command_for_a_cpu(
     (file,) = (tmp_path / "cpu").iterdir()
     assert file.name.endswith("-abc.json")
     record = load(file)
-    ours, plain, transformers, _ = record.results
+    ours, plain, _, transformers, *_ = record.results
     assert [r.backend for r in record.results] == [*cpu.CANDIDATES, "plain-flash"]
     ((missing, reason),) = record.not_done.items()
     assert missing.endswith("plain-cudnn") and reason.startswith("PyTorch has no such attention")
