@@ -151,7 +151,7 @@ def part_2(run: Run) -> list[Stage]:
         _tests(ALONE, 120, seconds_needed=30),
         step("step, B=64, all peers", "gpt2-B64-compiled-peers"),
         step("step, one slot changed, the others", f"{_ABLATION} and (ours-torch or {_RARE})"),
-        *(step(f"step, CUDA graphs, B={B}", f"gpt2-B{B}- and graph") for B in (4, 64)),
+        *(step(f"step, CUDA graphs, B={B}", f"gpt2-B{B}- and graph and not tuned") for B in (4, 64)),
         step("step, B=32", "gpt2-B32-compiled-peers"),
         _tool("attention's counters", "profile", "ncu", 150, "--jsonl", str(run.results)),
         bench("attention T=1024, the others", attn, f"{attention} and not ({_FAST})", 150),

@@ -4,8 +4,10 @@ Each contest is a set of candidates of bench.step.steps, each in a process of it
 and gradients agree with those of plain PyTorch, eager:
 
     peers       ours by default, and with every kernel of ours, beside plain PyTorch and transformers
-    first       65,536 tokens, the first figures on a GPU; `tuned`: again with the table that was tuned there
-    ablation    PyTorch's forms, one slot's implementation changed at a time, and all; the cost of determinism
+    first       65,536 tokens, the first figures on a GPU; `tuned`: again with the table that was tuned there, and as a
+                CUDA graph
+    ablation    PyTorch's forms, one slot's implementation changed at a time, and all; the cost of determinism; the
+                compiler's launches grouped
     graph       small batches, where launching takes longer than computing: with CUDA graphs, ours and PyTorch's
     recompute   what the backward recomputes: nothing, elementwise operations, or whole blocks
 """
@@ -18,7 +20,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from bench.contest import CUDA, Contest
-from bench.step.steps import AT_ONCE, STEPS, TUNED, Kernels, StepContest, StepShape
+from bench.step.steps import AT_ONCE, GROUPED, STEPS, TUNED, Kernels, StepContest, StepShape
 from bench.timing import REPLAY
 from fastgpt2.slots import SLOTS
 
@@ -28,7 +30,7 @@ FEWER = ("ours-auto", "ours-triton", "plain", "plain-cudnn", "transformers")
 ABLATION = (
     *("ours-torch", "ours-torch-any-order"),
     *(name for name in STEPS if name.startswith(tuple(f"ours-{slot}-" for slot in SLOTS))),
-    *("ours-triton", "ours-triton-any-order"),
+    *("ours-triton", "ours-triton-any-order", GROUPED),
 )
 GRAPH = ("ours-auto", "ours-auto-graph", "ours-triton-graph", "plain", "plain-reduce-overhead")
 RECOMPUTE = ("ours-auto", "ours-auto-elementwise", "ours-auto-recompute", "ours-triton-recompute")
@@ -46,7 +48,7 @@ def _at_64(kind: str, names: Sequence[str], rounds: int = 10, *, eager: bool = T
 # By importance.
 ON_A_GPU = [
     _at_64("first", FIRST, rounds=5, eager=False),
-    _at_64("tuned", (TUNED, *FIRST[1:]), rounds=5, eager=False),
+    _at_64("tuned", (TUNED, "ours-triton-graph", *FIRST[1:]), rounds=5, eager=False),
     _at_64("peers", PEERS),
     StepContest("peers", _gpt2(32), True, (*PEERS, "plain-flash", "plain-efficient")),
     StepContest("ablation", _gpt2(32), True, ABLATION),

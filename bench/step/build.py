@@ -69,10 +69,13 @@ class Step:
         return values
 
 
-def make_ours(settings: dict[str, Any], table: str | None = None) -> Step:
-    """The trainer's step. Its numerics, and a table of launch configurations, hold to the end of the process."""
+def make_ours(settings: dict[str, Any], table: str | None = None, inductor: dict[str, Any] | None = None) -> Step:
+    """The trainer's step. Its numerics, a table of launch configurations and settings of torch._inductor.config hold to
+    the end of the process."""
     if table is not None:
         use_table(Path(table))
+    if inductor is not None:
+        _for_good(torch._inductor.config.patch(inductor))
     config, device = settle(TrainConfig(**settings))
     _for_good(numerics(config))
     run = build(config)

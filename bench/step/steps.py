@@ -136,8 +136,11 @@ _GRAPH = "a CUDA graph needs a CUDA GPU"
 _KERNELS = "PyTorch's attention kernels are told apart on a CUDA GPU only"
 
 
-def _ours(choices: dict[str, str] | None, **settings: Any) -> StepCandidate:
-    """The trainer's step, with PyTorch's forms but for `choices`; None: slots are at auto but where settings say so."""
+def _ours(choices: dict[str, str] | None, *, inductor: dict[str, Any] | None = None, **settings: Any) -> StepCandidate:
+    """The trainer's step, with PyTorch's forms but for `choices`; None: slots are at auto but where settings say so.
+
+    inductor: settings of torch._inductor.config.
+    """
     chosen = {} if choices is None else TORCH | choices
     settings |= chosen
     used = [implementation(slot, settings[slot]) for slot in SLOTS if settings.get(slot, "auto") != "auto"]
@@ -149,7 +152,8 @@ def _ours(choices: dict[str, str] | None, **settings: Any) -> StepCandidate:
     if not all(known.deterministic for known in used):
         settings["deterministic"] = False
     cuda = next((why for why, yes in needs.items() if yes), "")
-    return StepCandidate("ours", "bench.step.build:make_ours", {"settings": settings}, needs_gpu=cuda)
+    more = {} if inductor is None else {"inductor": inductor}
+    return StepCandidate("ours", "bench.step.build:make_ours", {"settings": settings, **more}, needs_gpu=cuda)
 
 
 def _plain(cuda: str = "", **options: Any) -> StepCandidate:
@@ -158,6 +162,8 @@ def _plain(cuda: str = "", **options: Any) -> StepCandidate:
 
 TUNED = "ours-triton-tuned"
 """All of our kernels, launched by a table that was just tuned; only where there is one."""
+GROUPED = "ours-triton-grouped"
+"""The same with elementwise kernels that don't depend on each other, such as the weights' casts, in one launch."""
 STEPS: dict[str, StepCandidate] = {
     "ours-auto": _ours(None),
     "ours-auto-attn": _ours(None, attn=OURS["attn"]),
@@ -172,6 +178,7 @@ STEPS: dict[str, StepCandidate] = {
     },
     "ours-triton-any-order": _ours(OURS, deterministic=False),
     TUNED: _ours(OURS),
+    GROUPED: _ours(OURS, inductor={"combo_kernels": True, "combo_kernels_pointwise_only": True}),
     "ours-auto-elementwise": _ours(None, recompute="elementwise"),
     "ours-auto-recompute": _ours(None, recompute="blocks"),
     "ours-triton-recompute": _ours(OURS, recompute="blocks"),
