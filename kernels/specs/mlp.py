@@ -27,6 +27,8 @@ from fastgpt2.kernels.tuning import LaunchConfig
 
 EXAMPLE_ROWS = TOKENS // 2
 """Rows that the tuner times: half of a micro-step's tokens, to leave room in memory."""
+SHARED_MEMORY = 232448
+"""The most bytes that a program may have on any GPU of the tables: sm_90's and sm_100's."""
 FORMS = ("", "_tma", "_odd")
 
 
@@ -103,13 +105,21 @@ KERNELS = {
 
 
 def _candidates(precision: str, size: int) -> list[LaunchConfig]:
+    """Of tiles that divide GPT-2's widths, modded-nanogpt's 128x256x64 among them, those whose loads fit."""
+    element = 4 if precision in ("float32", "tf32") else 2
     if precision == "float32":
         tiles = [(m, n, 16) for m in (32, 64) for n in (64, 128)]
     else:
         depths = (32, 64) if precision == "tf32" else (64, 128)
         tiles = [(m, n, k) for m, n in ((128, 256), (128, 128), (64, 256), (256, 128)) for k in depths]
     stages = (1,) if precision == "float32" else (2, 3, 4, 5)
-    return [LaunchConfig(*tile, num_warps=w, num_stages=s) for tile in tiles for w in (4, 8) for s in stages]
+    return [
+        LaunchConfig(m, n, k, num_warps=w, num_stages=s)
+        for m, n, k in tiles
+        for w in (4, 8)
+        for s in stages
+        if s * (m + n) * k * element <= SHARED_MEMORY
+    ]
 
 
 def _example(

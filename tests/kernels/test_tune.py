@@ -324,6 +324,8 @@ def test_what_can_be_tuned_is_a_kernel_with_candidates() -> None:
         found = tune.candidates(table, key)
         assert found[0] == configurations(table)[key]
         assert 3 <= len(found) == len(set(found)) <= 64, (key, len(found))
+        if key.op.startswith("gelu_mlp") and key.precision == "bfloat16":  # modded-nanogpt's
+            assert {LaunchConfig(128, 256, 64, 8, stages) for stages in (3, 4)} <= set(found)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's own test times them")
