@@ -70,6 +70,15 @@ SLOTS: dict[str, dict[str, Implementation]] = {
             cuda=True,
             fake=False,
         ),
+        "triton-hopper": Implementation(
+            "fastgpt2.kernels.attention:flash_attention_qkv",
+            why_not="fastgpt2.kernels.attention:hopper_why_unsupported",
+            asks=("device", "dtype", "head_dim", "dropout"),
+            options={"hopper": True},
+            package="triton",
+            cuda=True,
+            ours=True,
+        ),
         "triton": Implementation(
             "fastgpt2.kernels.attention:flash_attention_qkv",
             "fastgpt2.kernels.attention:why_unsupported",

@@ -40,7 +40,8 @@ sum separately would give 8. SDPA, which also stores one lse, has 32.
 Only tiles that touch the diagonal, the edge of a document or the end of the sequence are masked. Programs with the
 longest rows start first. Few enough heads run at a time for k and v to stay in L2.
 
-The kernels are in attention_device.py. NOTES.md has the versions tried and what they measured.
+The kernels are in attention_device.py. attention_hopper.py has another forward, for Hopper, where it is asked for.
+NOTES.md has the versions tried and what they measured.
 
 Papers: FlashAttention (Dao et al. 2022, arXiv:2205.14135), FlashAttention-2 (Dao 2023, arXiv:2307.08691).
 """
@@ -48,6 +49,7 @@ Papers: FlashAttention (Dao et al. 2022, arXiv:2205.14135), FlashAttention-2 (Da
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 
 import torch
 import triton
@@ -64,6 +66,8 @@ from fastgpt2.kernels.launch import on, statistics
 from fastgpt2.kernels.tuning import LaunchConfig, lookup, precision_name
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
+HOPPER_HEAD_DIMS = (64, 80, 96, 128)
+HOPPER_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def attention_reference(
@@ -97,6 +101,7 @@ def attention_forward(
     documents: Tensor | None = None,
     seed: Tensor | None = None,
     dropout_p: float = 0.0,
+    hopper: bool = False,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns o (B, T, H, D), contiguous, and the base-2 lse (B, H, T), at least float32.
@@ -105,9 +110,15 @@ def attention_forward(
         q, k, v: (B, T, H, D), any strides, the last 1.
         documents: (2, B, T) int32, contiguous.
         seed: one int64; None if dropout_p is 0.
+        hopper: run attention_hopper.py's kernel if it takes such inputs.
         config: used instead of the table's.
     """
     B, T, H, D = q.shape
+    if hopper and causal and documents is None and seed is None and q.dtype in HOPPER_DTYPES and q.numel():
+        from fastgpt2.kernels import attention_hopper
+
+        if attention_hopper.copied_by_tiles(q, k, v):
+            return attention_hopper.attention_forward(q, k, v, scale, config)
     q, k, v = _tiled(q), _tiled(k), _tiled(v)
     precision = precision_name(q.dtype, allow_tf32)
     config = config or lookup("attention_forward", precision, D, q.device)
@@ -228,7 +239,7 @@ def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
 # Operators that are opaque to torch.compile. Autograd sees only the Function below.
 _INPUTS = "Tensor q, Tensor k, Tensor v"
 _OPTIONS = "bool causal, float scale, bool allow_tf32, Tensor? documents=None, Tensor? seed=None, float dropout_p=0.0"
-torch.library.define("fastgpt2::attention_forward", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
+torch.library.define("fastgpt2::attention_forward", f"({_INPUTS}, {_OPTIONS}, bool hopper=False) -> (Tensor, Tensor)")
 torch.library.define(
     "fastgpt2::attention_backward",
     f"(Tensor do, {_INPUTS}, Tensor o, Tensor lse, {_OPTIONS}, bool want_bias=False) -> (Tensor, Tensor)",
@@ -239,7 +250,7 @@ torch.library.impl("fastgpt2::attention_backward", "default", attention_backward
 
 @launch.register_fake("fastgpt2::attention_forward")
 def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, allow_tf32: bool,
-      documents: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
+      documents: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0, hopper: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, T, H, D = q.shape
     return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=statistics(q.dtype))
@@ -262,11 +273,11 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, causal: bool, scale: float, allow_tf32: bool, documents: Tensor | None, seed: Tensor | None,
-        dropout_p: float, bias: Tensor | None, *qkv: Tensor,
+        dropout_p: float, hopper: bool, bias: Tensor | None, *qkv: Tensor,
     ) -> Tensor:  # fmt: skip
         q, k, v = qkv if len(qkv) == 3 else qkv[0].unbind(2)
         options = causal, scale, allow_tf32, documents, seed, dropout_p
-        o, lse = torch.ops.fastgpt2.attention_forward(q, k, v, *options)
+        o, lse = torch.ops.fastgpt2.attention_forward(q, k, v, *options, hopper)
         ctx.save_for_backward(o, lse, documents, seed, *qkv)
         ctx.options = causal, scale, allow_tf32
         ctx.dropout_p = dropout_p
@@ -278,17 +289,17 @@ class _FlashAttention(torch.autograd.Function):
         launch.refuse_second_derivative("flash attention", "attention_reference")
         o, lse, documents, seed, *qkv = ctx.saved_tensors
         q, k, v = qkv if len(qkv) == 3 else qkv[0].unbind(2)
-        want_bias = ctx.needs_input_grad[6]
+        want_bias = ctx.needs_input_grad[7]
         options = *ctx.options, documents, seed, ctx.dropout_p, want_bias
         dqkv, sums = torch.ops.fastgpt2.attention_backward(do, q, k, v, o, lse, *options)
         dbias = sums.to(ctx.bias_dtype) if want_bias else None
-        return *(None,) * 6, dbias, *(dqkv.unbind(2) if len(qkv) == 3 else (dqkv,))
+        return *(None,) * 7, dbias, *(dqkv.unbind(2) if len(qkv) == 3 else (dqkv,))
 
 
 def flash_attention_qkv(
     qkv: Tensor, dropout_p: float = 0.0, documents: Tensor | None = None, *,
     bias: Tensor | None = None, causal: bool = True, scale: float | None = None, allow_tf32: bool = False,
-    seed: Tensor | None = None,
+    seed: Tensor | None = None, hopper: bool = False,
 ) -> Tensor:  # fmt: skip
     """softmax(scale q k^T + mask) v of the packed projection, as the matmul wrote it.
 
@@ -305,6 +316,8 @@ def flash_attention_qkv(
         allow_tf32: multiply float32 in TF32, with 10 bits of mantissa, instead of exactly.
         seed: one int64 on qkv's device that determines which weights are dropped. By default it is drawn from torch's
             generator.
+        hopper: on an H100 or H200, compute the forward by attention_hopper.py's kernel. With documents, dropout or
+            strides that are not multiples of 16 bytes, and without the causal mask, it is computed as usual.
 
     Returns:
         (B, T, H, D), contiguous, in qkv's dtype, or in autocast's if autocast is on.
@@ -319,8 +332,10 @@ def flash_attention_qkv(
     size = 3 * qkv.size(3) * qkv.size(4)
     if bias is not None and not (bias.shape == (size,) and bias.is_floating_point()):
         raise ValueError(f"bias must be ({size},) of a floating dtype, got {tuple(bias.shape)} {bias.dtype}")
+    if hopper and (reason := hopper_why_unsupported(qkv.device, qkv.dtype, qkv.size(-1), 0.0)):
+        raise ValueError(reason)
     launch.refuse_transforms("flash attention", "attention_reference")
-    return _FlashAttention.apply(causal, scale, allow_tf32, documents, seed, dropout_p, bias, qkv)
+    return _FlashAttention.apply(causal, scale, allow_tf32, documents, seed, dropout_p, hopper, bias, qkv)
 
 
 def flash_attention(
@@ -351,7 +366,7 @@ def flash_attention(
     v = v.view_as(v) if v is q or v is k else v
     scale, documents, seed = _validate({"q": q, "k": k, "v": v}, scale, dropout_p, causal, documents, seed)
     launch.refuse_transforms("flash attention", "attention_reference")
-    return _FlashAttention.apply(causal, scale, allow_tf32, documents, seed, dropout_p, None, q, k, v)
+    return _FlashAttention.apply(causal, scale, allow_tf32, documents, seed, dropout_p, False, None, q, k, v)
 
 
 def _validate(
@@ -403,3 +418,24 @@ def why_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, dro
     if not 0.0 <= dropout_p < 1.0:
         return f"Triton attention's dropout must be at least 0 and less than 1, got {dropout_p}"
     return None
+
+
+def hopper_why_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, dropout_p: float) -> str | None:
+    """Why attention_hopper.py's kernel can't train with such inputs, in a line; None if it can."""
+    if device.type != "cuda" or launch.capability(device) != (9, 0):
+        found = device.type if device.type != "cuda" else "compute capability {}.{}".format(*launch.capability(device))
+        return f"Triton attention for Hopper needs an H100 or H200 (compute capability 9.0), got {found}"
+    if not _has_gluon():
+        return f"Triton attention for Hopper needs Gluon, which Triton {triton.__version__} lacks: install Triton 3.6"
+    if dtype not in HOPPER_DTYPES:
+        return f"Triton attention for Hopper computes in bfloat16 or float16, got {dtype}"
+    if head_dim not in HOPPER_HEAD_DIMS:
+        return f"Triton attention for Hopper's head size must be one of {HOPPER_HEAD_DIMS}, got {head_dim}"
+    if dropout_p:
+        return f"Triton attention for Hopper has no dropout, got {dropout_p}"
+    return None
+
+
+@launch.constant_in_graphs
+def _has_gluon() -> bool:
+    return find_spec("triton.experimental") is not None and find_spec("triton.experimental.gluon") is not None

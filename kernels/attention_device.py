@@ -26,7 +26,7 @@ L2_BYTES = tl.constexpr(16 * 2**20)
 
 
 @triton.jit
-def _place(T, H, D: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr, LAST_FIRST: tl.constexpr):
+def place(T, H, D: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr, LAST_FIRST: tl.constexpr):
     """This program's batch, head and first row.
 
     Heads are taken in groups whose k and v fit in L2. Within a group, the first tiles of all heads come before
@@ -101,6 +101,15 @@ def _queries(start, limit_ptr, T, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, B
 
 
 @triton.jit
+def update_softmax(s, m, total, c):
+    """p = 2^(c s - m), the factor for what was summed under the old maximum, the new m and the new total."""
+    m_new = tl.maximum(m, tl.max(s, 1) * c)
+    p = tl.exp2(s * c - m_new[:, None])
+    shrink = tl.exp2(m - m_new)
+    return p, shrink, m_new, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit
 def _attend(
     o,  # (BLOCK_M, D)
     m,  # (BLOCK_M,)
@@ -131,15 +140,11 @@ def _attend(
             key = start + tl.arange(0, BLOCK_N)
             s = tl.where(_visible(query, key, first, T, CAUSAL), s, float("-inf"))
         # m is finite from the first tile on: either every query sees key 0, or m starts at LOWEST.
-        m_new = tl.maximum(m, tl.max(s, 1) * c)
-        p = tl.exp2(s * c - m_new[:, None])
-        shrink = tl.exp2(m - m_new)
-        total = total * shrink + tl.sum(p, 1)
+        p, shrink, m, total = update_softmax(s, m, total, c)
         if DROP:
             p = tl.where(kept(stream, row, start, q.shape[0], BLOCK_N, DROP), p, 0.0)
         v = load_tile(v_ptr, start, v_stride, T, D, BLOCK_N, MASKED)
         o = dot(cast(p, v.dtype), v, o * shrink[:, None], PRECISION)
-        m = m_new
     return o, m, total
 
 
@@ -166,7 +171,7 @@ def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr = qkv_ptrs
     q_strides, k_strides, v_strides = qkv_strides
     BYTES: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth // 8
-    b, h, start = _place(T, H, D, BLOCK_M, BYTES, CAUSAL)
+    b, h, start = place(T, H, D, BLOCK_M, BYTES, CAUSAL)
     q_ptr = _head(q_ptr, b, h, q_strides)
     kv = _head(k_ptr, b, h, k_strides), _head(v_ptr, b, h, v_strides), k_strides[1], v_strides[1]
 
@@ -282,7 +287,7 @@ def attention_backward_dq_kernel(
     q_ptr, k_ptr, v_ptr = qkv_ptrs
     q_strides, k_strides, v_strides = qkv_strides
     BYTES: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth // 8
-    b, h, start = _place(T, H, D, BLOCK_M, BYTES, CAUSAL)
+    b, h, start = place(T, H, D, BLOCK_M, BYTES, CAUSAL)
     q_ptr = _head(q_ptr, b, h, q_strides)
     kv = _head(k_ptr, b, h, k_strides), _head(v_ptr, b, h, v_strides), k_strides[1], v_strides[1]
     do_ptr = _head(do_ptr, b, h, do_strides)
@@ -395,7 +400,7 @@ def attention_backward_dkdv_kernel(
     q_ptr, k_ptr, v_ptr = qkv_ptrs
     q_strides, k_strides, v_strides = qkv_strides
     BYTES: tl.constexpr = q_ptr.dtype.element_ty.primitive_bitwidth // 8
-    b, h, start = _place(T, H, D, BLOCK_N, BYTES, False)
+    b, h, start = place(T, H, D, BLOCK_N, BYTES, False)
     q_ptr = _head(q_ptr, b, h, q_strides)
     k_ptr = _head(k_ptr, b, h, k_strides)
     v_ptr = _head(v_ptr, b, h, v_strides)

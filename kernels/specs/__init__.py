@@ -1,9 +1,9 @@
 """What the tools know of each kernel: work, candidates, examples. Nothing here runs in training."""
 
-from fastgpt2.kernels.specs import attention, cross_entropy, mlp, norm
+from fastgpt2.kernels.specs import attention, attention_hopper, cross_entropy, mlp, norm
 from fastgpt2.kernels.specs.records import Kernel, Tuning
 
-SPECS = (attention, norm, cross_entropy, mlp)
+SPECS = (attention, attention_hopper, norm, cross_entropy, mlp)
 """Where the tools look: a module's KERNELS and TUNING, by the name of the tables' entries."""
 
 

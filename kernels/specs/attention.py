@@ -138,20 +138,30 @@ def _candidates(precision: str, size: int) -> list[LaunchConfig]:
     ]
 
 
+def draw_qkv(
+    precision: str,
+    size: int,
+    device: torch.device,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Generator]:
+    """The example's packed projection, (B, T, 3, H, size), and the generator that goes on."""
+    B, T, C = EXAMPLE
+    dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(B, T, 3, C // size, size, dtype=dtype, device=device, generator=generator), generator
+
+
 def _example(
     tuned: str | None, precision: str, size: int, device: torch.device, seed: int
 ) -> Callable[[LaunchConfig], object]:
     """On packed inputs: the forward, or the backward with the configuration of its argument `tuned`."""
-    (B, T, C), tf32 = EXAMPLE, precision == "tf32"
-    dtype = torch.float32 if tf32 else getattr(torch, precision)
-    generator = torch.Generator(device).manual_seed(seed)
-    qkv = torch.randn(B, T, 3, C // size, size, dtype=dtype, device=device, generator=generator)
+    qkv, generator = draw_qkv(precision, size, device, seed)
     q, k, v = qkv.unbind(2)
-    options = True, size**-0.5, tf32
+    options = True, size**-0.5, precision == "tf32"
     if tuned is None:
         return lambda config: attention_forward(q, k, v, *options, config=config)
     o, lse = attention_forward(q, k, v, *options)
-    do = torch.randn(o.shape, dtype=dtype, device=device, generator=generator)
+    do = torch.randn(o.shape, dtype=o.dtype, device=device, generator=generator)
     backward: Callable[..., object] = partial(attention_backward, do, q, k, v, o, lse, *options)
     return lambda config: backward(**{tuned: config})
 

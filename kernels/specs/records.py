@@ -62,12 +62,13 @@ class Kernel:
         function: the @triton.jit function.
         constants: (precision, size) -> the compile-time arguments, without those of the configuration.
         types: Triton's types of arguments that the names don't tell ("*fp32", "fp32", "i64"). {} stands for the
-            precision's element type ("tensordesc<{}[128, 64]>"). A tuple argument has a tuple of types.
+            precision's element type. A tuple argument has a tuple of types.
         multiples_of_16: integer arguments that are multiples of 16 at the shapes that matter.
         products: the number of tl.dot calls in the source.
         variants: other forms that the launchers compile with the same tiles, by name. Each is a dict of constants
             that replace those above; ... makes an argument a runtime argument.
         work: (precision, size, configuration) -> what the kernel does at GPT-2 124M's shape.
+        descriptors: (precision, size, configuration) -> more types: of tensor descriptors, which hold a tile's shape.
     """
 
     function: Any
@@ -77,6 +78,7 @@ class Kernel:
     products: int = 0
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     work: Callable[[str, int, Any], Work] | None = None
+    descriptors: Callable[[str, int, Any], dict[str, str]] = lambda precision, size, config: {}
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,9 @@ CHECKED_IN = Path(__file__).with_name("bounds.json")
 SLACK = 1.001
 """A bound may exceed the one checked in by this factor, because of rounding."""
 
-_WAITS = {"SYNCS", "NANOSLEEP"}
-_WORKS = {"MUFU", "FADD", "FMUL", "FFMA", "HGMMA", "HMMA", "UTCHMMA", "LDG", "STG", "LDGSTS", "UTMALDG", "UTMASTG"}
+_WAITS = {"SYNCS", "NANOSLEEP", "USETMAXREG"}
+_PRODUCTS = {"HGMMA", "HMMA", "UTCHMMA"}
+_WORKS = _PRODUCTS | {"MUFU", "FADD", "FMUL", "FFMA", "LDG", "STG", "LDGSTS", "UTMALDG", "UTMASTG"}
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 _TARGET = re.compile(r"\b(0x[0-9a-f]+)$")
@@ -102,7 +103,8 @@ def read_instructions(sass: str) -> list[tuple[int, str]]:
 def read_code(sass: str) -> Code:
     """The loops of a kernel as cuobjdump --dump-sass prints it, in the order of their first instruction.
 
-    Loops that only wait (on a barrier) are left out.
+    If its warps have roles, loops with products come first: the compiler's versions order roles differently. Loops that
+    only wait (on a barrier, for registers) are left out.
     """
     instructions = read_instructions(sass)
     names = [mnemonic(text) for _, text in instructions]
@@ -119,7 +121,10 @@ def read_code(sass: str) -> Code:
             bodies[own[i]].always[names[i]] += 1
         else:
             bodies[own[i]].guarded[names[i]] += 1
-    return Code(outside, tuple(body for body in bodies.values() if not _only_waits(body)))
+    found = [body for body in bodies.values() if not _only_waits(body)]
+    if "BRX" in names:
+        found.sort(key=lambda body: _PRODUCTS.isdisjoint({*body.always, *body.guarded}))
+    return Code(outside, tuple(found))
 
 
 def _only_waits(body: Body) -> bool:
@@ -157,27 +162,58 @@ def mnemonic(text: str) -> str:
 
 
 def control_flow(instructions: list[tuple[int, str]]) -> dict[int, list[int]]:
-    """The successors of each reachable instruction, by index."""
+    """The successors of each reachable instruction, by index.
+
+    An indirect jump (BRX) sends warps to their roles. The listing doesn't say where a role begins: at code that
+    nothing else reaches. At its end a role jumps back, to be sent to the next one. That edge is left out, so that the
+    roles are not one loop.
+    """
     index = {address: i for i, (address, _) in enumerate(instructions)}
 
     def following(i: int) -> list[int]:
         text = instructions[i][1]
         name, conditional = mnemonic(text), text.startswith("@") or "BRA.U" in text or "BRA.DIV" in text
         after = [i + 1] if i + 1 < len(instructions) else []
-        if name in ("EXIT", "RET", "KILL"):
+        if name in ("EXIT", "RET", "KILL", "BRX"):
             return after if conditional else []
         if name == "BRA" and (target := _TARGET.search(text)):
             return [index[int(target[1], 16)], *(after if conditional else [])]
         return after
 
     edges: dict[int, list[int]] = {}
-    waiting = [0] if instructions else []
-    while waiting:
-        i = waiting.pop()
-        if i not in edges:
-            edges[i] = following(i)
-            waiting += edges[i]
+
+    def follow(start: int) -> None:
+        waiting = [start]
+        while waiting:
+            i = waiting.pop()
+            if i not in edges:
+                edges[i] = following(i)
+                waiting += edges[i]
+
+    if instructions:
+        follow(0)
+    sending = [i for i in edges if mnemonic(instructions[i][1]) == "BRX"]
+    if sending:
+        common = set(edges)
+        roles = [i for i in range(1, len(instructions)) if _ends_a_path(instructions[i - 1][1])]
+        for start in roles:
+            if start not in edges and not _pads(instructions[start:]):
+                follow(start)
+                for i in sending:
+                    edges[i].append(start)
+        for i in edges.keys() - common:
+            edges[i] = [j for j in edges[i] if j not in common]
     return edges
+
+
+def _ends_a_path(text: str) -> bool:
+    """Whether an instruction never goes on to the next."""
+    return mnemonic(text) in ("BRX", "BRA", "EXIT") and not text.startswith("@")
+
+
+def _pads(instructions: list[tuple[int, str]]) -> bool:
+    """Whether these are a kernel's last: a jump to itself and nothing else, which no warp reaches."""
+    return all(text == "NOP" or text == f"BRA {address:#x}" for address, text in instructions)
 
 
 def _natural_loops(edges: dict[int, list[int]]) -> dict[int, set[int]]:

@@ -199,7 +199,7 @@ def inspect_one(case: Case) -> Report:
         registers=registers,
         spilled=spilled,
         shared=shared,
-        blocks=_blocks(case, registers, shared),
+        blocks=_blocks(case, registers, shared, kernel.metadata.num_warps),
         instructions=[name for name, code in MATRIX_INSTRUCTIONS.items() if code in kernel.asm["ptx"]],
         products=len(products),
         missed=len(missed),
@@ -228,7 +228,7 @@ def _compile(case: Case) -> Any:
 
     kernel, element = all_kernels()[case.op], ELEMENTS[case.precision]
     options = case.config.arguments()
-    blocks = {name: options.pop(name) for name in list(options) if name.startswith("BLOCK_")}
+    blocks = {name: options.pop(name) for name in list(options) if name in kernel.function.arg_names}
     variant = kernel.variants[case.variant] if case.variant else {}
     constants = kernel.constants(case.precision, case.size) | blocks | variant | case.constants
     constants = {name: value for name, value in constants.items() if value is not ...}
@@ -237,6 +237,7 @@ def _compile(case: Case) -> Any:
     # A launch records an empty list of attributes for each constant (Triton 3.6: only for strings). They are part of
     # the cache key.
     noted_always = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 7)
+    types = kernel.types | kernel.descriptors(case.precision, case.size, case.config)
     for i, argument in enumerate(kernel.function.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
@@ -244,11 +245,18 @@ def _compile(case: Case) -> Any:
                 divisible[(i,)] = []
         else:
             default = "*{}" if argument.endswith("_ptr") else ("i32",) * 3 if argument.endswith("_strides") else "i32"
-            signature[argument] = _of_element(kernel.types.get(argument, default), element)
+            signature[argument] = _of_element(types.get(argument, default), element)
             if argument.endswith(("_ptr", "_ptrs", "_strides")) or argument in kernel.multiples_of_16:
                 divisible |= {path: [["tt.divisibility", 16]] for path in _places((i,), signature[argument])}
     target = GPUTarget("cuda", int(case.arch.removeprefix("sm_")), 32)
-    return triton.compile(ASTSource(kernel.function, signature, constants, divisible), target=target, options=options)
+    source = _gluon_source() if kernel.function.is_gluon() else ASTSource
+    return triton.compile(source(kernel.function, signature, constants, divisible), target=target, options=options)
+
+
+def _gluon_source() -> Any:
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def _of_element(kind: Any, element: str) -> Any:
@@ -263,9 +271,11 @@ def _places(place: tuple[int, ...], kind: Any) -> list[tuple[int, ...]]:
     return [inner for j, part in enumerate(kind) for inner in _places((*place, j), part)]
 
 
-def _blocks(case: Case, registers: int, shared: int) -> int:
-    """Blocks that fit on a multiprocessor: by registers (allocated 256 at a time a warp), shared memory and threads."""
-    warps = case.config.num_warps
+def _blocks(case: Case, registers: int, shared: int, warps: int) -> int:
+    """Blocks that fit on a multiprocessor: by registers (allocated 256 at a time a warp), shared memory and threads.
+
+    warps: of a block, those of all roles.
+    """
     by_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
     return min(by_registers, SHARED_MEMORY[case.arch] // (shared + 1024), THREADS // (32 * warps))
 

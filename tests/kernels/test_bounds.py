@@ -30,6 +30,18 @@ def test_loops_in_loops_own_what_is_theirs_alone() -> None:
     assert [names(body.always) for body in code.loops] == [{"FADD": 1, "STG": 1, "BRA": 1}, {"HGMMA": 1, "BRA": 1}]
 
 
+def test_warp_roles_are_paths_of_their_own() -> None:
+    """Warps are sent to their roles by BRX, and come back from them. The one with products is listed first."""
+    lines = ["@P0 BRA 0x50", "NOP", "LDS R2", "BRX R2", "NOP", "FADD R9", "EXIT",
+             "UTMALDG R1", "@P0 BRA 0x70", "BRA 0x10",  # a role
+             "HGMMA R1", "@P0 BRA 0xa0", "BRA 0x10",  # another
+             "USETMAXREG UP0", "@!P0 BRA 0xd0", "BRA 0x10",  # idle
+             "BRA 0x100", "NOP"]  # fmt: skip
+    code = read_code(sass(*lines))
+    assert [names(body.always) for body in code.loops] == [{"HGMMA": 1, "BRA": 1}, {"UTMALDG": 1, "BRA": 1}]
+    assert code.outside["BRA"] == 4 and code.outside["NOP"] == 2  # neither padding nor the way back
+
+
 def test_what_a_branch_guards_is_told_from_what_every_run_passes() -> None:
     """A flattened loop: the epilogue, here FMUL and STG, is skipped in most runs; a wait's second look seldom taken."""
     lines = ["MOV R1", "HGMMA R2", "@P0 BRA 0x50", "FMUL R3", "STG [R0]", "FADD R1", "SYNCS P1", "@!P1 BRA 0xa0",
