@@ -37,7 +37,7 @@ from fastgpt2.flags import read_arguments
 CANDIDATES = ("ours-auto", "plain", "nanogpt", "transformers", "products")
 SHAPES = {
     "gpt2": partial(StepShape, "gpt2", 4, T=256),
-    "small": partial(StepShape, "small", 16, T=256),
+    "small": partial(StepShape, "small", 4, T=256),
     "character": partial(StepShape, "mini", 12, T=64, vocab_size=65),
 }
 """By name, without the precision. `character` is nanoGPT's recipe for a CPU, Shakespeare by characters."""
@@ -57,7 +57,7 @@ class CpuConfig:
     cells: tuple[Annotated[str, Choice(tuple(CELLS))], ...] = tuple(CELLS)
     """Contests to hold at each shape."""
     shapes: tuple[Annotated[str, Choice(tuple(SHAPES))], ...] = tuple(SHAPES)
-    """Shapes: GPT-2 124M with 4 x 256 tokens, small with 16 x 256, nanoGPT's character recipe with 12 x 64."""
+    """Shapes: GPT-2 124M with 4 x 256 tokens, small with 4 x 256, nanoGPT's character recipe with 12 x 64."""
     candidates: tuple[Annotated[str, Choice(tuple(STEPS))], ...] = CANDIDATES
     """Steps to time."""
     threads: Count = os.cpu_count() or 1

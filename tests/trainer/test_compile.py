@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastgpt2.backends.mlp import torch_mlp
 from fastgpt2.config import ConfigError
 from fastgpt2.model import saved_bytes
 from fastgpt2.run import build, inductor_recomputing_elementwise
@@ -52,6 +53,26 @@ def test_recomputing_elementwise_stores_two_thirds_of_a_blocks_activations() -> 
         each = kept(2, backend) - kept(1, backend)
         # The rest is the attention's log-sum-exps and the norms' statistics.
         assert 0 <= each - (bytes_a_channel * B * T * C + copies) <= 4 * B * T * (2 + 2), (backend, each)
+
+
+@pytest.mark.numeric
+def test_gelu_by_a_sigmoid_is_as_exact_as_by_tanh() -> None:
+    """torch_mlp writes it so when it is compiled for a CPU; with unit weights it is GELU alone."""
+    C = 64
+    one, zero = torch.eye(C), torch.zeros(C)
+
+    def gelu(mlp: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.linspace(-12.0, 12.0, 32 * C + 1)[:-1].view(32, C).to(dtype).requires_grad_()
+        assert (x == 0.0).any()
+        y = mlp(x, *(parameter.to(dtype) for parameter in (one, zero, one, zero)))
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        return y.detach().double(), grad.double()
+
+    exact = gelu(torch_mlp, torch.float64)
+    for found, plain, right in zip(
+        gelu(torch.compile(torch_mlp), torch.float32), gelu(torch_mlp, torch.float32), exact, strict=True
+    ):
+        assert (found - right).norm() <= 4.0 * (plain - right).norm()
 
 
 def test_a_process_compiles_any_number_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
