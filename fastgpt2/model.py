@@ -56,14 +56,16 @@ class GPT(nn.Module):
         x = self.drop(x)
         opens = self.config.end_of_text
         documents = None if opens is None else document_bounds(tokens, opens)
-        residual = None
+        residual = bias = None
         for block in self.h:
+            inputs = x, residual, bias, documents
             if self.recompute and self.training:
                 draws = self.config.dropout > 0.0
-                x, residual = checkpoint(block, x, residual, documents, use_reentrant=False, preserve_rng_state=draws)
+                x, residual = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
             else:
-                x, residual = block(x, residual, documents)
-        hidden, _ = self.ln_f(x, residual, last=True)
+                x, residual = block(*inputs)
+            bias = block.mlp.c_proj.left
+        hidden, _ = self.ln_f(x, residual, bias, last=True)
         if targets is not None:
             return self.ops.loss(hidden, self.wte.weight, targets, vocab_size=self.config.vocab_size)
         return F.linear(hidden, self.wte.weight)[..., : self.config.vocab_size]
@@ -100,11 +102,43 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config, ops)
         self.mlp = Mlp(config, ops)
 
-    def forward(self, x: Tensor, residual: Tensor | None, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, C) is the branch not yet added to the residual stream; returns the same two."""
-        y, residual = self.ln_1(x, residual)
-        y, residual = self.ln_2(self.attn(y, documents), residual)
+    def forward(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, documents: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, C) is the branch not yet added to the residual stream; returns the same two.
+
+        bias: the branch's, if the norm returns its gradient.
+        """
+        y, residual = self.ln_1(x, residual, bias)
+        y, residual = self.ln_2(self.attn(y, documents), residual, self.attn.c_proj.left)
         return self.mlp(y), residual
+
+
+class Linear(nn.Linear):
+    """nn.Linear that may leave the gradient of its bias to the function that follows it."""
+
+    def __init__(self, inputs: int, outputs: int, *, leaves_bias: bool) -> None:
+        super().__init__(inputs, outputs)
+        self.leaves_bias = leaves_bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.added)
+
+    @property
+    def added(self) -> Tensor:
+        """The bias to add."""
+        return self.bias.detach() if self.leaves_bias else self.bias
+
+    @property
+    def left(self) -> Tensor | None:
+        """The bias for the function that follows; None where autograd computes its gradient."""
+        return self.bias if self.leaves_bias else None
+
+
+def _branch_end(inputs: int, config: ModelConfig, ops: Ops) -> Linear:
+    """c_proj of a branch. A norm can return its bias's gradient unless there is a dropout between them."""
+    leaves_bias = "norm" in ops.bias_gradients and config.dropout == 0.0
+    return Linear(inputs, config.n_embd, leaves_bias=leaves_bias)
 
 
 class Attention(nn.Module):
@@ -113,13 +147,14 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         self.config, self.op = config, ops.attn
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, leaves_bias="attn" in ops.bias_gradients)
+        self.c_proj = _branch_end(config.n_embd, config, ops)
 
     def forward(self, x: Tensor, documents: Tensor | None) -> Tensor:
         dropout = self.config.dropout if self.training else 0.0
         qkv = self.c_attn(x).unflatten(-1, (3, self.config.n_head, self.config.head_dim))
-        y = self.op(qkv, dropout_p=dropout, documents=documents).flatten(-2)
+        given = {} if self.c_attn.left is None else {"bias": self.c_attn.left}
+        y = self.op(qkv, dropout_p=dropout, documents=documents, **given).flatten(-2)
         return F.dropout(self.c_proj(y), dropout, self.training)
 
 
@@ -130,10 +165,10 @@ class Mlp(nn.Module):
         super().__init__()
         self.config, self.op = config, ops.mlp
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_proj = _branch_end(4 * config.n_embd, config, ops)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.op(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
+        y = self.op(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.added)
         return F.dropout(y, self.config.dropout, self.training)
 
 
@@ -146,8 +181,12 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd))
 
-    def forward(self, x: Tensor, residual: Tensor | None, *, last: bool = False) -> tuple[Tensor, Tensor | None]:
-        return self.op(x, residual, self.weight, self.bias, last=last)
+    def forward(
+        self, x: Tensor, residual: Tensor | None, branch_bias: Tensor | None, *, last: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """branch_bias: x's, if the norm returns its gradient."""
+        given = {} if branch_bias is None else {"branch_bias": branch_bias}
+        return self.op(x, residual, self.weight, self.bias, last=last, **given)
 
 
 def saved_bytes(model: GPT, tokens: Tensor, targets: Tensor) -> int:

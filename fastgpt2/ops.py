@@ -24,7 +24,7 @@ from fastgpt2.backends.mlp import torch_mlp
 from fastgpt2.backends.norm import torch_norm
 from fastgpt2.fields import ConfigError, nearest
 from fastgpt2.outside import import_name, load
-from fastgpt2.slots import AUTO, SLOTS, Implementation, is_outside
+from fastgpt2.slots import AUTO, SLOTS, Implementation, implementation, is_outside
 
 MEASURED = Path(__file__).with_name("auto.json")
 
@@ -36,15 +36,20 @@ LossOp = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Ops:
-    """One implementation a slot. The shapes are in the plain forms, fastgpt2.backends."""
+    """One implementation a slot. The shapes are in the plain forms, fastgpt2.backends.
+
+    bias_gradients: slots that also return the gradient of the bias that the product before them added; see
+        fastgpt2.slots.Implementation.
+    """
 
     attn: AttentionOp = sdpa_attention
     mlp: MlpOp = torch_mlp
     norm: NormOp = torch_norm
     loss: LossOp = torch_loss
+    bias_gradients: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
-        return f"Ops({', '.join(f'{slot}={_call(function)}' for slot, function in vars(self).items())})"
+        return f"Ops({', '.join(f'{slot}={_call(getattr(self, slot))}' for slot in SLOTS)})"
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ def make_ops(
     site = site or Site()
     chosen: dict[str, str] = {}
     functions: dict[str, Callable[..., Any]] = {}
+    bias_gradients = set()
     for slot in SLOTS:
         choice = (choices or {}).get(slot, "auto")
         if callable(choice):
@@ -91,7 +97,9 @@ def make_ops(
         else:
             chosen[slot] = _auto(slot, site) if choice == "auto" else choice
             functions[slot] = _load(slot, chosen[slot], site)
-    return Ops(**functions), chosen
+            if implementation(slot, chosen[slot]).bias_gradient:
+                bias_gradients.add(slot)
+    return Ops(**functions, bias_gradients=frozenset(bias_gradients)), chosen
 
 
 def as_choices(ops: Ops | Mapping[str, Callable[..., Any]] | None) -> dict[str, Callable[..., Any]]:
@@ -100,7 +108,7 @@ def as_choices(ops: Ops | Mapping[str, Callable[..., Any]] | None) -> dict[str, 
     Raises:
         ConfigError: no such slot, or what is given for it is no function.
     """
-    given = {} if ops is None else vars(ops) if isinstance(ops, Ops) else dict(ops)
+    given = {slot: getattr(ops, slot) for slot in SLOTS} if isinstance(ops, Ops) else dict(ops or {})
     for slot, function in given.items():
         if slot not in SLOTS:
             raise ConfigError(f"ops has no slot {slot!r}: there are {', '.join(SLOTS)}{nearest(slot, SLOTS)}")

@@ -25,6 +25,8 @@ class Implementation:
         asks: the fields of fastgpt2.ops.Site that why_not is called with.
         options: keyword arguments of every call.
         tf32: also takes allow_tf32: whether float32 products may be TF32.
+        bias_gradient: also takes the bias that the product before it has already added, and returns its gradient: an
+            attention as bias, a norm as branch_bias.
         package: what has to be installed for it, beside torch.
         interpreted: on a CPU it runs in Triton's interpreter: `auto` leaves it out there, and its time says nothing.
         cuda: trains on a CUDA GPU only.
@@ -40,6 +42,7 @@ class Implementation:
     asks: tuple[str, ...] = ("device", "dtype")
     options: Mapping[str, Any] = field(default_factory=dict)
     tf32: bool = False
+    bias_gradient: bool = False
     package: str = ""
     interpreted: bool = False
     cuda: bool = False
@@ -100,6 +103,7 @@ SLOTS: dict[str, dict[str, Implementation]] = {
             "fastgpt2.kernels.norm:why_unsupported",
             **_TRITON,
             asks=("device", "dtype", "n_embd"),
+            bias_gradient=True,
         ),
     },
     "loss": {

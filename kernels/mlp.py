@@ -8,7 +8,7 @@ Maths, M rows, C channels in, F hidden (HIDDEN in the code; GPT-2: 4 C), N chann
 
     dact = dy w_proj                   never stored
     dpre = dact gelu'(pre)             gelu' in the code
-    dw_proj = dy^T act,  db_proj = sum over rows of dy
+    dw_proj = dy^T act,  db_proj = sum over rows of dy, if b_proj needs a gradient
     dw_fc = dpre^T x,  db_fc = sum over rows of dpre,  dx = dpre w_fc
 
 Six matmuls. Triton does the two whose epilogue works on a tile of (M, F) in registers: the first writes pre and act;
@@ -103,15 +103,18 @@ def gelu_matmul_forward(
 
 def gelu_mlp_backward(
     dy: Tensor, x: Tensor, w_fc: Tensor, w_proj: Tensor, pre: Tensor, allow_tf32: bool,
-    config: LaunchConfig | None = None,
+    config: LaunchConfig | None = None, *, want_db_proj: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dw_fc, db_fc, dw_proj and db_proj, from dy (..., N) of any strides, what the forward was given and pre."""
+    """dx, dw_fc, db_fc, dw_proj and db_proj, from dy (..., N) of any strides, what the forward was given and pre.
+
+    db_proj is empty without want_db_proj.
+    """
     dy_rows, rows = _rows(dy), _rows(x)
     dpre, act, db_fc = gelu_matmul_backward(dy_rows, w_proj.contiguous(), pre, allow_tf32, config)
     dw_proj = torch.mm(dy_rows.t(), act)
     del act  # as large as dpre
     dx = torch.mm(dpre, w_fc).view(x.shape)
-    db_proj = dy_rows.sum(0, dtype=statistics(dy.dtype)).to(dy.dtype)
+    db_proj = dy_rows.sum(0, dtype=statistics(dy.dtype)).to(dy.dtype) if want_db_proj else dy.new_empty(0)
     return dx, torch.mm(dpre.t(), rows), db_fc, dw_proj, db_proj
 
 
@@ -204,7 +207,7 @@ torch.library.define(
 )
 torch.library.define(
     "fastgpt2::gelu_mlp_backward",
-    "(Tensor dy, Tensor x, Tensor w_fc, Tensor w_proj, Tensor pre, bool allow_tf32)"
+    "(Tensor dy, Tensor x, Tensor w_fc, Tensor w_proj, Tensor pre, bool allow_tf32, *, bool want_db_proj=True)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("fastgpt2::gelu_mlp_forward", "default", gelu_mlp_forward)
@@ -220,8 +223,8 @@ def _(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor,
 
 @launch.register_fake("fastgpt2::gelu_mlp_backward")
 def _(dy: Tensor, x: Tensor, w_fc: Tensor, w_proj: Tensor, pre: Tensor,
-      allow_tf32: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    shapes = (x.shape, w_fc.shape, w_fc.shape[:1], w_proj.shape, w_proj.shape[:1])
+      allow_tf32: bool, *, want_db_proj: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    shapes = (x.shape, w_fc.shape, w_fc.shape[:1], w_proj.shape, w_proj.shape[:1] if want_db_proj else (0,))
     return tuple(x.new_empty(shape) for shape in shapes)  # type: ignore[return-value]
 
 
@@ -237,7 +240,11 @@ class _GeluMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         launch.refuse_second_derivative("the GELU-MLP", "gelu_mlp_reference")
-        return None, None, *torch.ops.fastgpt2.gelu_mlp_backward(dy, *ctx.saved_tensors, ctx.allow_tf32)
+        want_db_proj = ctx.needs_input_grad[6]
+        *gradients, db_proj = torch.ops.fastgpt2.gelu_mlp_backward(
+            dy, *ctx.saved_tensors, ctx.allow_tf32, want_db_proj=want_db_proj
+        )
+        return None, None, *gradients, db_proj if want_db_proj else None
 
 
 def gelu_mlp(

@@ -11,6 +11,7 @@ Maths, a row of C channels at a time; without a residual s = x:
     g = w dy
     ds' = rstd (g - sum(g) / C - n sum(g n) / C) + ds
     dx = dr = ds'                      ds is the gradient that the stream brings with it
+    dbranch = sum over rows of ds'     of the bias that the product behind x added last, if asked for
 
 Memory, bytes an element. mean and rstd are 8 bytes a row; the parameters and their gradients are negligible. In
 training under bfloat16 autocast x, y, dy and dx have 2 bytes, the stream and its gradient 4:
@@ -39,10 +40,11 @@ PyTorch's sum does: if both have 16 bits, the rounded s is normalised, forward a
 at the end. The variance is computed from s - mean in registers, never as E[s^2] - mean^2, which loses all digits if the
 mean is large.
 
-dw and db: each of P programs adds the terms of its rows in registers and writes one row of a (P, 2, C) scratch; one sum
-over P reduces it. That writes and reads 8 P C bytes. P is what fits on the multiprocessors at 16 warps each (528 on 132
-with 4 warps). It depends only on the device and the shape: the sums have a fixed order and no atomics, and two runs
-agree to the bit.
+dw, db and dbranch: each of P programs adds the terms of its rows in registers and writes one row of a (P, 2 or 3, C)
+scratch; one sum over P reduces it. That writes and reads 8 P C bytes for each of them. dbranch adds ds' before it is
+rounded; PyTorch's own sum would read the rounded dx again, 2 bytes an element. P is what fits on the multiprocessors at
+16 warps each (528 on 132 with 4 warps). It depends only on the device and the shape: the sums have a fixed order and no
+atomics, and two runs agree to the bit.
 
 Versions tried: NOTES.md. Papers: Layer Normalization (Ba et al. 2016, arXiv:1607.06450).
 """
@@ -65,6 +67,8 @@ from fastgpt2.kernels.tuning import LaunchConfig, lookup, precision_name
 
 MAX_CHANNELS = 8192
 """A row is one tile. With more channels the backward would spill."""
+BRANCH_CHANNELS = 4096
+"""With more, the sum of dbranch would spill: dx is read again."""
 WARPS = 16
 """Warps of the backward on a multiprocessor, in all its programs. Each keeps a tile's loads in flight."""
 INTERPRETED_PROGRAMS = 2
@@ -129,19 +133,21 @@ def layer_norm_backward_kernel(
     dy_ptr, dtotal_ptr,  # (rows, C) by its stride, the same or None
     total_ptr, residual_ptr,  # the sum and None, or x and what is added to it; as above
     mean_ptr, rstd_ptr, weight_ptr,
-    dx_ptr, dresidual_ptr, sums_ptr,  # (rows, C), the same or None, (programs, 2, C); contiguous
+    dx_ptr, dresidual_ptr, sums_ptr,  # (rows, C), the same or None, (programs, SUMS, C); contiguous
     dy_stride, dtotal_stride, total_stride, residual_stride, rows,
-    C: tl.constexpr, BLOCK_M: tl.constexpr,
+    C: tl.constexpr, SUMS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One program: every num_programs-th tile of BLOCK_M rows, and its share of dw and db.
+    """One program: every num_programs-th tile of BLOCK_M rows, and its share of the sums: dw, db and, of 3, dbranch.
 
-    Loads are 0 past C and past the last row, hence so are g and the terms of dw and db.
+    Loads are 0 past C and past the last row, hence so are g and the terms of dw and db. rstd is 0 past the last row,
+    hence so are those of dbranch.
     """
     SUM: tl.constexpr = mean_ptr.dtype.element_ty
     COLUMNS: tl.constexpr = triton.next_power_of_2(C)
     w = load_row(weight_ptr, 0, C, COLUMNS, True).to(SUM)
     dw = tl.zeros((COLUMNS,), SUM)
     db = tl.zeros((COLUMNS,), SUM)
+    dbranch = tl.zeros((COLUMNS,), SUM)
     for start in range(tl.program_id(0) * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
         # Issue every load before the first reduction, which waits for the other warps.
         s = load_sum(total_ptr, residual_ptr, start, total_stride, residual_stride, rows, C, BLOCK_M, SUM)
@@ -160,12 +166,16 @@ def layer_norm_backward_kernel(
         dx = rstd[:, None] * (g - along_one[:, None] - n * along_n[:, None])
         if dtotal_ptr is not None:
             dx += ds
+        if SUMS == 3:
+            dbranch += tl.sum(dx, 0)
         store_tile(dx_ptr, dx, start, C, rows, C, BLOCK_M)
         if dresidual_ptr is not None:
             store_tile(dresidual_ptr, dx, start, C, rows, C, BLOCK_M)
-    sums_ptr += tl.program_id(0) * 2 * C
+    sums_ptr += tl.program_id(0) * SUMS * C
     store_row(sums_ptr, dw, 0, C, COLUMNS)
     store_row(sums_ptr + C, db, 0, C, COLUMNS)
+    if SUMS == 3:
+        store_row(sums_ptr + 2 * C, dbranch, 0, C, COLUMNS)
 
 
 def layer_norm_forward(
@@ -198,8 +208,9 @@ def layer_norm_backward(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
     x_dtype: torch.dtype, residual_dtype: torch.dtype | None,
     config: LaunchConfig | None = None, programs: int | None = None, *, residual: Tensor | None = None,
+    want_branch: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, dresidual, dw and db as one (2, C) tensor of the statistics' dtype).
+    """(dx, dresidual, dw and db as one (2, C) tensor of the statistics' dtype, or (3, C) with dbranch).
 
     dresidual is empty if there is no residual, or if it has x's dtype: dx then serves for both.
 
@@ -207,6 +218,7 @@ def layer_norm_backward(
         dy, dtotal: (..., C) of any strides; dtotal is None if nothing else used the sum.
         total, mean, rstd: what was normalised and its statistics.
         residual: given if the sum was not written; total is then x, and residual is added to it again.
+        want_branch: also add the rows of dx.
         config, programs: override the table's configuration and the number of programs that fit on the device.
     """
     C = total.size(-1)
@@ -219,14 +231,19 @@ def layer_norm_backward(
     dtotal, residual = (None if t is None else _rows(t) for t in (dtotal, residual))
     rows = dy.size(0)
     programs = min(triton.cdiv(rows, config.block_m), programs or _programs(dy.device, config.num_warps))
-    sums = make((programs, 2, C), dtype=mean.dtype)
+    branch_inside = want_branch and C <= BRANCH_CHANNELS
+    sums = make((programs, 2 + branch_inside, C), dtype=mean.dtype)
     with on(dy.device):
         layer_norm_backward_kernel[(programs,)](
             dy, dtotal, total, residual, mean, rstd, weight, dx, dresidual if apart else None, sums,
             dy.stride(0), 0 if dtotal is None else dtotal.stride(0),
-            total.stride(0), 0 if residual is None else residual.stride(0), rows, C=C, **config.arguments(),
+            total.stride(0), 0 if residual is None else residual.stride(0), rows,
+            C=C, SUMS=sums.size(1), **config.arguments(),
         )  # fmt: skip
-    return dx, dresidual, sums.sum(0)
+    sums = sums.sum(0)
+    if want_branch and not branch_inside:
+        sums = torch.cat((sums, _rows(dx).sum(0, dtype=sums.dtype)[None]))
+    return dx, dresidual, sums
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -256,7 +273,7 @@ torch.library.define(
 torch.library.define(
     "fastgpt2::layer_norm_backward",
     "(Tensor dy, Tensor? dtotal, Tensor total, Tensor mean, Tensor rstd, Tensor weight, ScalarType x_dtype,"
-    " ScalarType? residual_dtype, *, Tensor? residual=None) -> (Tensor, Tensor, Tensor)",
+    " ScalarType? residual_dtype, *, Tensor? residual=None, bool want_branch=False) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.impl("fastgpt2::layer_norm_forward", "default", layer_norm_forward)
 torch.library.impl("fastgpt2::layer_norm_backward", "default", layer_norm_backward)
@@ -274,10 +291,10 @@ def _(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: flo
 @launch.register_fake("fastgpt2::layer_norm_backward")
 def _(dy: Tensor, dtotal: Tensor | None, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
       x_dtype: torch.dtype, residual_dtype: torch.dtype | None, *,
-      residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+      residual: Tensor | None = None, want_branch: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     apart = residual_dtype not in (None, x_dtype)
     dresidual = dy.new_empty(total.shape if apart else (0,), dtype=residual_dtype or x_dtype)
-    return dy.new_empty(total.shape, dtype=x_dtype), dresidual, mean.new_empty(2, total.size(-1))
+    return dy.new_empty(total.shape, dtype=x_dtype), dresidual, mean.new_empty(2 + want_branch, total.size(-1))
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -286,13 +303,13 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
-        want_sum: bool,
+        want_sum: bool, branch_bias: Tensor | None,
     ):  # fmt: skip
         y, total, mean, rstd = torch.ops.fastgpt2.layer_norm_forward(
             x, residual, weight, bias, eps, dtype, want_sum=want_sum
         )
         ctx.save_for_backward(*((total, None) if want_sum else (x, residual)), mean, rstd, weight)
-        ctx.dtypes = x.dtype, None if residual is None else residual.dtype, bias.dtype
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, residual, bias, branch_bias))
         # An unused sum then has the gradient None. torch.compile makes zeros of it nevertheless.
         ctx.set_materialize_grads(False)
         return (y, total) if want_sum else y
@@ -301,21 +318,26 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor | None, dtotal: Tensor | None = None):
         launch.refuse_second_derivative("Triton LayerNorm", "layer_norm_reference")
         total, residual, mean, rstd, weight = ctx.saved_tensors
-        x_dtype, residual_dtype, bias_dtype = ctx.dtypes
-        if dy is None:
-            dx = None if dtotal is None else dtotal.to(x_dtype)
-            dresidual = None if dtotal is None or residual_dtype is None else dtotal.to(residual_dtype)
-            return dx, dresidual, None, None, None, None, None
-        dx, dresidual, sums = torch.ops.fastgpt2.layer_norm_backward(
-            dy, dtotal, total, mean, rstd, weight, x_dtype, residual_dtype, residual=residual
-        )
+        x_dtype, residual_dtype, bias_dtype, branch_dtype = ctx.dtypes
+        want_branch = ctx.needs_input_grad[7]
+        dx = dresidual = dweight = dbias = dbranch = None
+        if dy is not None:
+            dx, dresidual, sums = torch.ops.fastgpt2.layer_norm_backward(
+                dy, dtotal, total, mean, rstd, weight, x_dtype, residual_dtype,
+                residual=residual, want_branch=want_branch,
+            )  # fmt: skip
+            dweight, dbias = sums[0].to(weight.dtype), sums[1].to(bias_dtype)
+            dbranch = sums[2].to(branch_dtype) if want_branch else None
+        elif dtotal is not None:
+            dx, dresidual = dtotal.to(x_dtype), dtotal.to(residual_dtype or x_dtype)
+            dbranch = _rows(dtotal).sum(0, dtype=mean.dtype).to(branch_dtype) if want_branch else None
         # If the dtypes agree, return one tensor for both, as a plain sum's backward does. Autograd adds in place only
         # to a tensor that nothing else refers to.
         if residual_dtype is None:
             dresidual = None
         elif residual_dtype == x_dtype:
             dresidual = dx
-        return dx, dresidual, sums[0].to(weight.dtype), sums[1].to(bias_dtype), None, None, None
+        return dx, dresidual, dweight, dbias, None, None, None, dbranch
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None) -> Tensor:
@@ -362,41 +384,50 @@ def add_layer_norm(
 
 
 def stream_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, last: bool = False
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *,
+    last: bool = False, branch_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Add x to a residual stream and normalise it, as a model's blocks do: (y, the new stream).
 
     Args:
         x, weight, bias: as for layer_norm.
         residual: the stream so far; None where x itself begins it.
         last: the stream ends here: its sum is not written, and None is returned for it.
+        branch_bias: (C,), the bias that the product behind x added last, there without a gradient. It is not added
+            again; its gradient is returned here, as the sum over the rows of x's gradient before that is rounded.
     """
-    if residual is None or last:
-        return layer_norm(x, weight, bias, residual=residual), None if last else x
-    return add_layer_norm(x, residual, weight, bias)
+    want_sum = residual is not None and not last
+    normalised = _normalise(x, residual, weight, bias, 1e-5, want_sum=want_sum, branch_bias=branch_bias)
+    return normalised if want_sum else (normalised, None if last else x)
 
 
-def _normalise(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, *, want_sum: bool) -> Any:
-    dtype = _validate(x, residual, weight, bias, eps)
+def _normalise(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, *,
+    want_sum: bool, branch_bias: Tensor | None = None,
+) -> Any:  # fmt: skip
+    dtype = _validate(x, residual, weight, bias, eps, branch_bias)
     if residual is x:  # torch.compile doesn't accept one tensor for two arguments
         residual = x.view_as(x)
     launch.refuse_transforms("Triton LayerNorm", "layer_norm_reference")
-    return _LayerNorm.apply(x, residual, weight, bias, eps, dtype, want_sum)
+    return _LayerNorm.apply(x, residual, weight, bias, eps, dtype, want_sum, branch_bias)
 
 
-def _validate(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> torch.dtype:
+def _validate(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, branch_bias: Tensor | None
+) -> torch.dtype:
     """Check the inputs and return y's dtype."""
     if x.dim() < 1:
         raise ValueError("x must be (..., C), got a scalar")
     C = x.size(-1)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape, {tuple(x.shape)}, got {tuple(residual.shape)}")
-    for name, parameter in (("weight", weight), ("bias", bias)):
+    parameters = {"weight": weight, "bias": bias, **({} if branch_bias is None else {"branch_bias": branch_bias})}
+    for name, parameter in parameters.items():
         if parameter.shape != (C,):
             raise ValueError(f"{name} must have shape ({C},), x's last dimension, got {tuple(parameter.shape)}")
         if not parameter.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got stride {parameter.stride(0)}")
-    for name, tensor in (("residual", residual), ("weight", weight), ("bias", bias)):
+    for name, tensor in (("residual", residual), *parameters.items()):
         if tensor is None:
             continue
         if tensor.device != x.device:

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from fastgpt2.kernels.norm import (
+    BRANCH_CHANNELS,
     WARPS,
     layer_norm_backward,
     layer_norm_backward_kernel,
@@ -38,7 +39,7 @@ def _constants(precision: str, size: int) -> dict[str, object]:
 
 def _backward_constants(precision: str, size: int) -> dict[str, object]:
     absent = ("residual_ptr", "dresidual_ptr") if precision == "float32" else ("residual_ptr",)
-    return {"C": size, **dict.fromkeys(absent)}
+    return {"C": size, "SUMS": 3 if size <= BRANCH_CHANNELS else 2, **dict.fromkeys(absent)}
 
 
 def _forward_work(precision: str, size: int, config: LaunchConfig) -> Work:
@@ -72,9 +73,10 @@ KERNELS = {
         _TYPES,
         ("dy_stride", "dtotal_stride", "total_stride", "residual_stride"),
         variants={
-            "alone": {"dtotal_ptr": None, "dresidual_ptr": None},
+            "alone": {"dtotal_ptr": None, "dresidual_ptr": None, "SUMS": 2},
             "last": {"dtotal_ptr": None, "residual_ptr": ...},
-            "sum unused": {"dtotal_ptr": None},
+            "no branch bias": {"SUMS": 2},
+            "sum unused": {"dtotal_ptr": None, "SUMS": 2},
         },
         work=_backward_work,
     ),
@@ -110,7 +112,7 @@ def _example_backward(
     x, residual, weight, bias, dy, dtotal = _draw(precision, size, device, seed)
     _, total, mean, rstd = layer_norm_forward(x, residual, weight, bias, 1e-5, x.dtype)
     dtypes = x.dtype, residual.dtype
-    return lambda config: layer_norm_backward(dy, dtotal, total, mean, rstd, weight, *dtypes, config)
+    return lambda config: layer_norm_backward(dy, dtotal, total, mean, rstd, weight, *dtypes, config, want_branch=True)
 
 
 TUNING = {

@@ -106,6 +106,21 @@ def test_without_gradients_the_pre_activation_is_not_kept(way, made: Made) -> No
     assert [middle.shape for _, middle in made[2:]] == [(33, 64), (33, 64)]
 
 
+def test_a_bias_without_gradient_is_not_summed(way, monkeypatch) -> None:
+    *tensors, b_proj, dy = inputs((33, 24, 64, 32))
+    leaves = [x.requires_grad_() for x in tensors]
+    made = []
+    backward = mlp.gelu_mlp_backward
+    monkeypatch.setattr(
+        torch.ops.fastgpt2,
+        "gelu_mlp_backward",
+        lambda *given, **how: (made.append(backward(*given, **how)), made[-1])[1],
+    )
+    want = torch.autograd.grad(gelu_mlp(*leaves, b_proj.requires_grad_()), leaves, dy)
+    assert_equal(torch.autograd.grad(gelu_mlp(*leaves, b_proj.detach()), leaves, dy), want)
+    assert [db_proj.shape for *_, db_proj in made] == [(32,), (0,)]
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="float64 is for the interpreter")
 @pytest.mark.parametrize("fast", [True, False])
 def test_gradcheck(fast, way) -> None:
@@ -121,7 +136,8 @@ def test_operators_pass_opcheck(way) -> None:
         forward = (x, w_fc, b_fc, w_proj, b_proj, keep, False)
         torch.library.opcheck(torch.ops.fastgpt2.gelu_mlp_forward.default, forward)
     _, pre = torch.ops.fastgpt2.gelu_mlp_forward(x, w_fc, b_fc, w_proj, b_proj, True, False)
-    torch.library.opcheck(torch.ops.fastgpt2.gelu_mlp_backward.default, (dy, x, w_fc, w_proj, pre, False))
+    for options in ({}, {"want_db_proj": False}):
+        torch.library.opcheck(torch.ops.fastgpt2.gelu_mlp_backward.default, (dy, x, w_fc, w_proj, pre, False), options)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -13,14 +13,18 @@ pytest.importorskip("triton", reason="Triton is published for Linux")
 
 from fastgpt2.kernels import add_layer_norm, launch, layer_norm
 from fastgpt2.kernels.norm import (
+    BRANCH_CHANNELS,
     MAX_CHANNELS,
     layer_norm_backward,
     layer_norm_forward,
     layer_norm_reference,
+    stream_norm,
     why_unsupported,
 )
 from tests.kernels.cases.norm import (
+    Case,
     assert_same,
+    autocast,
     case,
     every_precision,
     fused,
@@ -107,7 +111,8 @@ def test_every_element_is_written_and_nothing_beside_it(shape, block_m, precisio
     rows(block_m)
     c = case(shape, precision)
     _, total, mean, rstd = layer_norm_forward(c.x, c.residual, c.weight, c.bias, c.eps, c.dy.dtype)
-    layer_norm_backward(c.dy, c.dtotal, total, mean, rstd, c.weight, c.x.dtype, c.residual.dtype)
+    dtypes = c.x.dtype, c.residual.dtype
+    layer_norm_backward(c.dy, c.dtotal, total, mean, rstd, c.weight, *dtypes, want_branch=True)
     assert len(made) == 7  # y, sum, mean, rstd; dx, dresidual, partial sums
     made.assert_written()
 
@@ -130,6 +135,60 @@ def test_repeats_are_bitwise_equal(rows) -> None:
     rows(8)
     c = case((45, 20))
     assert_equal(ours(c), ours(c))
+
+
+@pytest.mark.parametrize("where", ["inside", "begins", "last", "y unused"])
+@every_precision
+def test_the_bias_of_a_branch_gets_the_sum_of_its_gradient(precision, where, rows) -> None:
+    """As exact as the sum of float64's dx, although dx is rounded. Nothing else changes by a bit.
+
+    A stream of 16 bits is rounded before it is normalised.
+    """
+    rows(4)
+    c = case((2, 5, 20), precision)
+    used = {"inside": (0, 1), "y unused": (1,)}.get(where, (0,))
+
+    def results(c: Case, *branch_bias: Tensor) -> Results:
+        residual = None if where == "begins" else c.residual
+        leaves = [t.detach().requires_grad_() for t in (c.x, c.weight, c.bias, *branch_bias)]
+        given = {"branch_bias": leaves[3]} if branch_bias else {}
+        with autocast(c.dy.dtype, c.x, c.x if residual is None else residual):
+            made = stream_norm(leaves[0], residual, *leaves[1:3], last=where == "last", **given)
+        upstream = [(c.dy, c.dtotal)[i].to(made[i].dtype) for i in used]
+        zeros = [torch.zeros_like(leaf) for leaf in leaves]
+        found = torch.autograd.grad([made[i] for i in used], leaves, upstream, allow_unused=True)
+        return tuple(zero if g is None else g for g, zero in zip(found, zeros, strict=True))
+
+    *found, dbranch = results(c, torch.randn(20, device=DEVICE))
+    assert_same(tuple(found), results(c))
+    stream = c.x if where == "begins" else c.x + c.residual
+    exact = c._replace(x=stream, residual=torch.zeros_like(stream)).to(torch.float64)
+    want = results(exact)[0].flatten(0, -2).sum(0)
+    torch.testing.assert_close(dbranch.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_wide_rows_give_the_bias_of_a_branch_its_gradient(rows) -> None:
+    rows(4)
+    c = case((5, BRANCH_CHANNELS + 1))
+    x, branch_bias = c.x.requires_grad_(), c.bias.clone().requires_grad_()
+    y, total = stream_norm(x, c.residual, c.weight, c.bias, branch_bias=branch_bias)
+    dx, dbranch = torch.autograd.grad((y, total), (x, branch_bias), (c.dy, c.dtotal))
+    torch.testing.assert_close(dbranch, dx.sum(0))
+
+
+def test_a_frozen_bias_of_a_branch_is_not_summed(rows, monkeypatch) -> None:
+    rows(4)
+    c = case((5, 20))
+    asked = []
+    backward = layer_norm_backward
+    monkeypatch.setattr(
+        torch.ops.fastgpt2,
+        "layer_norm_backward",
+        lambda *given, want_branch, **how: (asked.append(want_branch), backward(*given, **how))[1],
+    )
+    y, total = stream_norm(c.x.requires_grad_(), c.residual, c.weight, c.bias, branch_bias=c.bias)
+    torch.autograd.backward((y, total), (c.dy, c.dtotal))
+    assert asked == [False]
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="float64 is for the interpreter")
@@ -204,7 +263,8 @@ def test_operators_pass_opcheck(kind, rows) -> None:
     torch.library.opcheck(torch.ops.fastgpt2.layer_norm_forward.default, arguments, {"want_sum": written})
     dtotal, total, again = (c.dtotal, total, None) if written else (None, c.x, residual)
     arguments = (c.dy, dtotal, total, mean, rstd, c.weight, c.x.dtype, None if residual is None else residual.dtype)
-    torch.library.opcheck(torch.ops.fastgpt2.layer_norm_backward.default, arguments, {"residual": again})
+    options = {"residual": again, "want_branch": written}
+    torch.library.opcheck(torch.ops.fastgpt2.layer_norm_backward.default, arguments, options)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -217,7 +277,8 @@ def test_compiles_whole(backend, dynamic, rows) -> None:
     def block(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         with torch.autocast(DEVICE, torch.bfloat16):
             y, total = add_layer_norm((2.0 * x).bfloat16(), residual.sin(), weight, bias)
-            y, total = add_layer_norm(y.sin(), total, weight, bias)
+            branch = F.linear(y.sin(), torch.eye(20, device=DEVICE), bias.detach())
+            y, total = stream_norm(branch, total, weight, 2.0 * bias, branch_bias=bias)
             return layer_norm(y.float(), weight, bias, residual=total)
 
     results = []
@@ -299,6 +360,7 @@ def test_errors_name_the_argument() -> None:
         (lambda: layer_norm(x, w[:19], b), r"weight must have shape \(20,\), x's last dimension, got \(19,\)"),
         (lambda: layer_norm(x, w, b[None]), r"bias must have shape \(20,\), x's last dimension, got \(1, 20\)"),
         (lambda: layer_norm(x, w, b[:1].expand(20)), "bias must be contiguous, got stride 0"),
+        (lambda: stream_norm(x, r, w, b, branch_bias=b[:19]), r"branch_bias must have shape \(20,\), .* got \(19,\)"),
         (lambda: layer_norm(x, w, b.int()), r"\(bias\) computes in .* got torch.int32"),
         (lambda: layer_norm(x, w.to("meta"), b), "weight must have x's device"),
         (lambda: layer_norm(x, w, b, eps=-1.0), "eps must not be negative, got -1.0"),

@@ -112,6 +112,40 @@ def test_after_the_last_norm_there_is_no_stream(name: str) -> None:
     assert torch.equal(last, y) and torch.equal(total, x + residual) and nothing is None
 
 
+def model_and_gradients(ops: Ops, config: ModelConfig, *, recompute: bool = False) -> dict[str, Tensor]:
+    """The loss and the gradient of each parameter by name, with biases drawn and the same dropout."""
+    torch.manual_seed(seeds.first)
+    model = GPT(config, ops, recompute=recompute).to(place("triton"))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    loss = model(*(t.to(place("triton")) for t in batch(config, B=2)))
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize(("dropout", "recompute"), [(0.0, False), (0.0, True), (0.2, False)])
+def test_biases_whose_gradients_the_norm_returns(dropout: float, recompute: bool) -> None:
+    """Gradients are those of ops that leave every bias to autograd."""
+    config = dataclasses.replace(SMALL, dropout=dropout, end_of_text=5)
+    site = Site(device=torch.device(place("triton")), head_dim=16, n_embd=32)
+    ops = make_ops({"norm": "triton", "loss": "torch"}, site)[0]
+    assert ops.bias_gradients == {"norm"}
+    want = model_and_gradients(dataclasses.replace(ops, bias_gradients=frozenset()), config)
+    found = model_and_gradients(ops, config, recompute=recompute)
+    assert found.keys() == want.keys()
+    assert torch.equal(found["loss"], want["loss"])
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
+
+
+def test_only_an_implementation_chosen_by_name_returns_bias_gradients() -> None:
+    from fastgpt2.kernels.norm import stream_norm
+
+    assert make_ops({"norm": "torch"})[0].bias_gradients == frozenset()
+    assert make_ops({"norm": stream_norm})[0].bias_gradients == Ops().bias_gradients == frozenset()
+    assert make_ops({"norm": "fastgpt2.kernels.norm:stream_norm"})[0].bias_gradients == frozenset()
+
+
 @pytest.mark.parametrize("attention", EVERY)
 def test_the_past_is_blind_to_the_future(attention: str) -> None:
     model = make(attention=attention).eval()
