@@ -88,6 +88,7 @@ SLOTS: dict[str, dict[str, Implementation]] = {
             **_TRITON,
             asks=("device", "dtype", "head_dim", "dropout"),
             tf32=True,
+            bias_gradient=True,
         ),
     },
     "mlp": {

@@ -16,10 +16,9 @@ from fastgpt2.kernels.norm import (
     BRANCH_CHANNELS,
     WARPS,
     layer_norm_backward,
-    layer_norm_backward_kernel,
     layer_norm_forward,
-    layer_norm_forward_kernel,
 )
+from fastgpt2.kernels.norm_device import layer_norm_backward_kernel, layer_norm_forward_kernel
 from fastgpt2.kernels.specs.records import CHANNELS, H100_MULTIPROCESSORS, TOKENS, Kernel, Loop, Tuning, Work
 from fastgpt2.kernels.tuning import LaunchConfig
 
