@@ -8,6 +8,7 @@ Compute is in `ops`; this file owns the parameters and the order in which they a
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,7 @@ class GPT(nn.Module):
         opens = self.config.end_of_text
         documents = None if opens is None else document_bounds(tokens, opens)
         residual = bias = None
+        block: Any  # a ModuleList's items are Modules to mypy
         for block in self.h:
             inputs = x, residual, bias, documents
             if self.recompute and self.training:
