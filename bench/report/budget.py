@@ -31,8 +31,8 @@ class Rate(NamedTuple):
     source: str
 
 
-TRACE = "modded-nanogpt's trace of a step of 32,768 tokens at these widths, H100"
-FA3 = "the charts of FlashAttention-3's paper, causal, D = 64, T = 1024"
+TRACE, FA3 = "modded-nanogpt", "FlashAttention-3"
+"""What docs/performance.md calls its two sources."""
 RATES = {
     "768 to 2304": Rate(667e12, TRACE),
     "2304 to 768": Rate(750e12, TRACE),
@@ -40,14 +40,14 @@ RATES = {
     "3072 to 768": Rate(767e12, TRACE),
     "768 to 768": Rate(628e12, TRACE),
     "weight 768 x 768": Rate(543e12, TRACE),
-    "weight, larger": Rate(683e12, f"{TRACE}: of 2304 x 768"),
-    "fused with GELU": Rate(575e12, "estimate: between the trace's 670, with a lighter epilogue, and 25% below cuBLAS"),
+    "weight, larger": Rate(683e12, f"{TRACE}, of 2304 x 768"),
+    "fused with GELU": Rate(575e12, "estimate: modded-nanogpt's fused product, whose epilogue is lighter, has 670"),
     "cuDNN forward": Rate(288e12, FA3),
-    "cuDNN backward": Rate(224e12, "estimate: 200 to 265 at T = 1024, from the paper's longer sequences"),
-    "attention forward": Rate(291e12, f"{FA3}: Triton's tutorial"),
-    "attention backward": Rate(207e12, "estimate: FlashAttention-2's 180 and TLX's 219 at D = 128"),
+    "cuDNN backward": Rate(224e12, "estimate from FlashAttention-3's longer sequences: 200 to 265"),
+    "attention forward": Rate(291e12, f"{FA3}, of Triton's tutorial"),
+    "attention backward": Rate(207e12, "estimate: FlashAttention-2 has 180, TLX 219 at D = 128"),
     "elementwise": Rate(3.04e12, TRACE),
-    "rows": Rate(2.45e12, f"{TRACE}: its norms, 2.2 to 2.7"),
+    "rows": Rate(2.45e12, f"{TRACE}, of its norms: 2.2 to 2.7"),
     "launch": Rate(1 / 1.5e-6, "estimate: 1.5 us until the next kernel fills the device"),
 }
 """FLOP/s, bytes/s or launches/s. "768 to 2304" is a product of (tokens, 768) by a weight of 2304 rows; "weight" is the
@@ -114,8 +114,8 @@ def _products(up: str) -> tuple[Part, ...]:
         Part("qkv, weight's gradient", product(3 * C, C), "weight, larger"),
         Part("attention's projection, and its input's gradient", 2 * product(C, C), "768 to 768"),
         Part("attention's projection, weight's gradient", product(C, C), "weight 768 x 768"),
-        Part("MLP, up, and the gradient that comes down again", 2 * product(F, C), up),
-        Part("MLP, down, and the gradient that goes up again", 2 * product(F, C), "3072 to 768"),
+        Part("MLP, to 3072 channels, forward and backward", 2 * product(F, C), up),
+        Part("MLP, to 768 channels, forward and backward", 2 * product(F, C), "3072 to 768"),
         Part("MLP, both weights' gradients", 2 * product(F, C), "weight, larger"),
     )
 
@@ -191,9 +191,9 @@ LINES = (
         "ours": _norms(20, 28, 22),
     }),
     Line("bias gradients", r"triton_(red|per)_fused_(gelu_gelu_backward_|cat_)?sum|reduce_kernel", {
-        "plain": (Part("dqkv 6 bytes, dpre 8, both projections 2", each(18), "rows"),),
-        "before": (Part("dqkv 6 bytes, both projections 2", each(10), "rows"), DB_FC),
-        "ours": (Part("dqkv 6 bytes, both projections 2", each(10), "rows"), DB_FC),
+        "plain": (Part("dqkv 6 bytes, dpre 8, two projections 4", each(18), "rows"),),
+        "before": (Part("dqkv 6 bytes, two projections 4", each(10), "rows"), DB_FC),
+        "ours": (Part("dqkv 6 bytes, two projections 4", each(10), "rows"), DB_FC),
     }),
     Line("attention", ATTENTION, {
         "plain": _attention("cuDNN"), "before": _attention("attention"), "ours": _attention("attention"),
