@@ -119,7 +119,7 @@ def part_1(run: Run) -> list[Stage]:
         _tests("operations", 80, seconds_needed=40),
         _tests("trajectories", 30, seconds_needed=20),
         Stage("tune", lambda: _tune(run), TUNING_S + 15, seconds_needed=30),
-        _step(run, "step, B=64, tuned", "gpt2-B64-compiled-tuned", 75, seconds_needed=40, tuned=True),
+        _step(run, "step, B=64, tuned", "gpt2-B64-compiled-tuned", 90, seconds_needed=40, tuned=True),
         _kernels(run, "the step's kernels: ours, tuned", TUNED, 40, tuned=True),
         # Minute 8.
         _step(run, "step, one slot changed", f"{_ABLATION} and not ({_RARE})", 110, seconds_needed=80),
