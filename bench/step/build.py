@@ -83,6 +83,7 @@ def make_ours(settings: dict[str, Any], table: str | None = None, inductor: dict
         "slots": run.chosen,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "recompute": config.recompute,
+        "stream": config.stream,
         "cuda_graph": config.cuda_graph,
     }
     return Step(

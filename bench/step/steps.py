@@ -35,6 +35,7 @@ from bench.step.lockstep import Limits
 from bench.timing import stage_ends
 from fastgpt2.config import PRESETS, ModelConfig
 from fastgpt2.model import FLOPS_PER_TOKEN
+from fastgpt2.settings import STREAM_DTYPES
 from fastgpt2.slots import OURS, REFERENCE, SLOTS, TORCH, implementation
 
 AT_ONCE = min(8, max(1, len(os.sched_getaffinity(0)) // 2)) if CUDA else 1
@@ -182,6 +183,7 @@ STEPS: dict[str, StepCandidate] = {
     "ours-auto-elementwise": _ours(None, recompute="elementwise"),
     "ours-auto-recompute": _ours(None, recompute="blocks"),
     "ours-triton-recompute": _ours(OURS, recompute="blocks"),
+    **{f"ours-triton-{stream}": _ours(OURS, stream=stream) for stream in STREAM_DTYPES if stream != "full"},
     "ours-auto-graph": _ours(None, cuda_graph=True),
     "ours-triton-graph": _ours(OURS, cuda_graph=True),
     "plain": _plain(),
