@@ -49,7 +49,10 @@ PARTS = {1: 9.3, 2: 3.0}
 """The minutes that each part is made for."""
 SESSIONS = {
     "operations": (
-        *(f"kernels/test_{name}.py" for name in ("attention", "attention_documents", "attention_operator")),
+        *(
+            f"kernels/test_{name}.py"
+            for name in ("attention", "attention_documents", "attention_hopper", "attention_operator")
+        ),
         *(f"kernels/test_{name}{part}.py" for name in ("mlp", "norm", "loss") for part in ("", "_operator")),
         "kernels/test_dropout.py",
         *(f"trainer/test_{name}.py" for name in ("embedding", "attention")),

@@ -83,6 +83,7 @@ SLOTS: dict[str, dict[str, Implementation]] = {
             package="triton",
             cuda=True,
             ours=True,
+            bias_gradient=True,
         ),
         "triton": Implementation(
             "fastgpt2.kernels.attention:flash_attention_qkv",
