@@ -41,7 +41,7 @@ def cpu_step() -> str:
     with style.plot(
         8.6,
         4.6,
-        "A training step on a CPU: faster, in less memory",
+        "A training step on a CPU: faster than its peers",
         _shapes(results),
         caption(record),
     ) as figure:
