@@ -234,6 +234,18 @@ CHOICES = (
         "the same FLOPs and bytes; no spill",
     ),
     Choice(
+        "the residual stream's gradient in bfloat16",
+        "`--stream bfloat16-gradient`",
+        Part("", each(6), "rows", 2 * LAYERS).ms,
+        "6 bytes less an element of a norm; errs more",
+    ),
+    Choice(
+        "the stream and its gradient in bfloat16",
+        "`--stream bfloat16`",
+        Part("", each(12), "rows", 2 * LAYERS).ms,
+        "12 bytes less; errs more still",
+    ),
+    Choice(
         "attention's forward in Gluon",
         "`--attn triton-hopper`",
         LAYERS * (0.192 - 0.136),
