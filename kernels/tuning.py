@@ -24,24 +24,31 @@ TABLES = Path(__file__).parent / "tables"
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """A kernel's tile sizes, and the compiler's options."""
+    """A kernel's tile sizes, and the compiler's options.
+
+    max_registers: registers a thread that the assembler may use, so that more blocks fit on a multiprocessor.
+    """
 
     block_m: int | None = None
     block_n: int | None = None
     block_k: int | None = None
     num_warps: int = 4
     num_stages: int = 1
+    max_registers: int | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of a kernel's launch. enable_fp_fusion is explicit: Triton 3.10 changes its default."""
         tiles = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
         given = {name: size for name, size in tiles.items() if size is not None}
+        if self.max_registers is not None:
+            given["maxnreg"] = self.max_registers
         return given | {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
     def __str__(self) -> str:
-        """128x64, 8 warps, 3 stages."""
+        """128x64, 8 warps, 3 stages; and ", 128 registers" if they are limited."""
         tiles = "x".join(str(n) for n in (self.block_m, self.block_n, self.block_k) if n is not None)
-        return f"{tiles}, {self.num_warps} warps, {self.num_stages} stages"
+        limit = "" if self.max_registers is None else f", {self.max_registers} registers"
+        return f"{tiles}, {self.num_warps} warps, {self.num_stages} stages{limit}"
 
 
 def precision_name(dtype: torch.dtype, allow_tf32: bool = False) -> str:

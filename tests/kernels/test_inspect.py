@@ -140,6 +140,18 @@ def test_a_spill_and_a_missed_product_are_found() -> None:
     assert missed == products > 0 and exact_faults == []
 
 
+def test_a_limit_on_registers_makes_room_for_a_block() -> None:
+    (limited,) = python(
+        "import json\n"
+        "from fastgpt2.kernels.tools.inspect import Case, inspect_one\n"
+        "from fastgpt2.kernels.tuning import LaunchConfig\n"
+        "config = LaunchConfig(128, 64, num_warps=8, num_stages=3, max_registers=128)\n"
+        "report = inspect_one(Case('attention_backward_dq', 'bfloat16', 64, 'sm_90', config))\n"
+        "print(json.dumps([[report.registers, report.blocks, str(config)]]))"
+    )
+    assert limited == [128, 2, "128x64, 8 warps, 3 stages, 128 registers"]
+
+
 SKETCH = """
 import json, sys
 import triton

@@ -124,13 +124,16 @@ def model_and_gradients(ops: Ops, config: ModelConfig, *, recompute: bool = Fals
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
 
-@pytest.mark.parametrize(("dropout", "recompute"), [(0.0, False), (0.0, True), (0.2, False)])
-def test_biases_whose_gradients_the_norm_returns(dropout: float, recompute: bool) -> None:
+@pytest.mark.parametrize(
+    ("slot", "dropout", "recompute"),
+    [("norm", 0.0, False), ("norm", 0.0, True), ("norm", 0.2, False), ("attn", 0.0, True), ("attn", 0.2, False)],
+)
+def test_biases_whose_gradients_a_slot_returns(slot: str, dropout: float, recompute: bool) -> None:
     """Gradients are those of ops that leave every bias to autograd."""
     config = dataclasses.replace(SMALL, dropout=dropout, end_of_text=5)
     site = Site(device=torch.device(place("triton")), head_dim=16, n_embd=32)
-    ops = make_ops({"norm": "triton", "loss": "torch"}, site)[0]
-    assert ops.bias_gradients == {"norm"}
+    ops = make_ops({slot: "triton", "loss": "torch"}, site)[0]
+    assert ops.bias_gradients == {slot}
     want = model_and_gradients(dataclasses.replace(ops, bias_gradients=frozenset()), config)
     found = model_and_gradients(ops, config, recompute=recompute)
     assert found.keys() == want.keys()
