@@ -49,7 +49,10 @@ PARTS = {1: 9.3, 2: 3.0}
 """The minutes that each part is made for."""
 SESSIONS = {
     "operations": (
-        *(f"kernels/test_{name}.py" for name in ("attention", "attention_documents", "attention_operator")),
+        *(
+            f"kernels/test_{name}.py"
+            for name in ("attention", "attention_documents", "attention_hopper", "attention_operator")
+        ),
         *(f"kernels/test_{name}{part}.py" for name in ("mlp", "norm", "loss") for part in ("", "_operator")),
         "kernels/test_dropout.py",
         *(f"trainer/test_{name}.py" for name in ("embedding", "attention")),
@@ -149,6 +152,7 @@ def part_2(run: Run) -> list[Stage]:
         Stage("verify", [*_PYTHON, "fastgpt2.verify"], 240, seconds_needed=40, required=True),
         _tool("gpu tests: memory and races", "sanitize", "compute-sanitizer", 300),
         _tests(ALONE, 120, seconds_needed=30),
+        step("step, B=64, the stream in bfloat16", "gpt2-B64-compiled-stream"),
         step("step, B=64, all peers", "gpt2-B64-compiled-peers"),
         step("step, one slot changed, the others", f"{_ABLATION} and (ours-torch or {_RARE})"),
         *(step(f"step, CUDA graphs, B={B}", f"gpt2-B{B}- and graph and not tuned") for B in (4, 64)),

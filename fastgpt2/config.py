@@ -33,6 +33,7 @@ Mlp = Annotated[str, FunctionChoice(("auto", *SLOTS["mlp"]))]
 Norm = Annotated[str, FunctionChoice(("auto", *SLOTS["norm"]))]
 Loss = Annotated[str, FunctionChoice(("auto", *SLOTS["loss"]))]
 Dtype = Literal["float64", "float32", "tf32", "bfloat16", "float16"]
+Stream = Literal["full", "bfloat16-gradient", "bfloat16"]
 Recompute = Literal["none", "elementwise", "blocks"]
 Optimizer = Annotated[str, Choice(tuple(OPTIMIZERS))]
 Schedule = Annotated[str, Choice(tuple(SCHEDULES))]
@@ -139,6 +140,9 @@ class TrainConfig:
     dtype: Dtype | None = None
     """Precision. The 16-bit ones are autocast over float32 weights (default: bfloat16 on a GPU that supports it, else
     float32)."""
+    stream: Stream = "full"
+    """Precision of the residual stream. full: that of the weights (default); bfloat16-gradient: its gradient alone in
+    bfloat16, needs --norm triton; bfloat16: stream and gradient. Both need --dtype bfloat16 and err more."""
     deterministic: bool = True
     """Use only deterministic algorithms (default). --no-deterministic allows faster ones, and --attn cudnn."""
     compile: bool = False
@@ -199,6 +203,7 @@ class TrainConfig:
             raise ConfigError(
                 f"--weight-decay needs --optimizer {able}: {self.optimizer} would mix the decay into the gradient"
             )
+        self._check_stream()
         if self.cuda_graph and self.dtype == "float16":
             raise ConfigError("--cuda-graph can't skip a step as float16's gradient scaler does: use --dtype bfloat16")
         if self.cuda_graph and self.recompute == "blocks" and self.dropout:
@@ -211,6 +216,13 @@ class TrainConfig:
         if self.resume and self.out is None:
             given = "--resume auto" if self.resume == "auto" else "--resume"
             raise ConfigError(f"{given} needs --out: the folder of the run to continue")
+
+    def _check_stream(self) -> None:
+        if self.stream != "full" and self.dtype not in (None, "bfloat16"):
+            raise ConfigError(f"--stream {self.stream} needs --dtype bfloat16, got {self.dtype}")
+        able = [name for name, known in SLOTS["norm"].items() if known.stream_gradient]
+        if self.stream == "bfloat16-gradient" and self.norm not in able:
+            raise ConfigError(f"--stream {self.stream} needs --norm {' or '.join(able)}, got --norm {self.norm}")
 
     def __repr__(self) -> str:
         """The call that makes it, without arguments that have their default."""

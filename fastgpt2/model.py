@@ -27,13 +27,21 @@ class GPT(nn.Module):
     Args:
         ops: what computes each slot.
         recompute: in training store only the inputs of each block and recompute it in the backward pass.
+        stream: dtype of the residual stream; None: the embeddings'.
     """
 
-    def __init__(self, config: ModelConfig, ops: Ops | None = None, *, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops | None = None,
+        *,
+        recompute: bool = False,
+        stream: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.ops = ops or Ops()
-        self.recompute = recompute
+        self.recompute, self.stream = recompute, stream
         self.wte = Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, self.ops) for _ in range(config.n_layer))
@@ -54,7 +62,7 @@ class GPT(nn.Module):
         if self.config.block_size < T:
             raise ValueError(f"tokens has {T} positions, the model {self.config.block_size}")
         x = self.wte(tokens) + self.wpe.weight[:T]
-        x = self.drop(x)
+        x = self.drop(x).to(self.stream or x.dtype)
         opens = self.config.end_of_text
         documents = None if opens is None else document_bounds(tokens, opens)
         residual = bias = None
@@ -109,6 +117,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, T, C) is the branch not yet added to the residual stream; returns the same two.
 
+        residual: the stream as the norms hand it on, which may be more than a tensor.
         bias: the branch's, if the norm returns its gradient.
         """
         y, residual = self.ln_1(x, residual, bias)

@@ -59,6 +59,7 @@ class Site:
     Args:
         dtype: what the matmuls compute in, which is autocast's where that is on.
         tf32: float32 products on the matrix units in TF32 (10 bits of mantissa) rather than exactly.
+        stream_gradient: the dtype of the residual stream's gradient; None: the stream's.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -67,6 +68,7 @@ class Site:
     n_embd: int = 768
     dropout: float = 0.0
     tf32: bool = False
+    stream_gradient: torch.dtype | None = None
 
     @property
     def precision(self) -> str:
@@ -154,6 +156,8 @@ def _load(slot: str, name: str, site: Site) -> Callable[..., Any]:
     if reason := why_not(slot, known, site):
         raise ConfigError(f"--{slot} {name} can't run here: {reason}")
     options = {**known.options, **({"allow_tf32": site.tf32} if known.tf32 else {})}
+    if known.stream_gradient and site.stream_gradient:
+        options["stream_gradient"] = site.stream_gradient
     return partial(load(known.function, f"--{slot}"), **options)
 
 

@@ -28,7 +28,7 @@ from fastgpt2.given import GivenTokens, Source, try_ops
 from fastgpt2.memory import check_memory
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import Ops, Site, ablation, as_choices, make_ops, name_of
-from fastgpt2.settings import Settled, resolve
+from fastgpt2.settings import STREAM_DTYPES, Settled, resolve
 from fastgpt2.slots import SLOTS, implementation, is_outside
 from fastgpt2.state import RunState
 from fastgpt2.state_json import UNKNOWN, Progress, carried_over, changed_data, changed_settings, read_progress
@@ -183,6 +183,7 @@ def _build(
         asked = _with_given_tokens(asked)
     config, device = settle(asked)
     model_config = config.model_config()
+    stream, stream_gradient = STREAM_DTYPES[config.stream]
     ops, chosen = make_ops(
         {slot: own.get(slot, getattr(config, slot)) for slot in SLOTS},
         Site(
@@ -192,6 +193,7 @@ def _build(
             n_embd=model_config.n_embd,
             dropout=config.dropout,
             tf32=config.dtype == "tf32",
+            stream_gradient=stream_gradient,
         ),
     )
     check_memory(config, device)
@@ -207,7 +209,7 @@ def _build(
         saved = checkpoint.check_shape(claimed.latest, model_config)
         notes += changed_settings(saved, config) + carried_over(saved, config, device)
     torch.manual_seed(config.seed)
-    model = GPT(model_config, ops, recompute=config.recompute == "blocks")
+    model = GPT(model_config, ops, recompute=config.recompute == "blocks", stream=stream)
     model.to(device=device, dtype=torch.promote_types(config.torch_dtype, torch.float32))
     model.train()
     if config.compile:
@@ -259,7 +261,7 @@ def activation_bytes(run: Run, *, recompute: bool) -> int:
     if not implementation("attn", run.chosen["attn"]).fake:  # it stores what SDPA without a mask stores
         ops = dataclasses.replace(ops, attn=lambda qkv, dropout_p, documents: sdpa_attention(qkv, dropout_p))
     with FakeTensorMode() as mode, run.device, run.autocast():
-        model = GPT(run.model.config, ops, recompute=recompute)
+        model = GPT(run.model.config, ops, recompute=recompute, stream=run.model.stream)
         # .to() can't convert fake parameters.
         model.load_state_dict({name: mode.from_tensor(weight) for name, weight in weights.items()}, assign=True)
         tokens = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastgpt2.config import PRESETS, ConfigError, Dtype, ModelConfig, Recompute, TrainConfig
+from fastgpt2.config import PRESETS, ConfigError, Dtype, ModelConfig, Recompute, Stream, TrainConfig
 from fastgpt2.fields import Count
 
 TORCH_DTYPE = {
@@ -18,6 +18,12 @@ TORCH_DTYPE = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+STREAM_DTYPES: dict[Stream, tuple[torch.dtype | None, torch.dtype | None]] = {
+    "full": (None, None),
+    "bfloat16-gradient": (None, torch.bfloat16),
+    "bfloat16": (torch.bfloat16, None),
+}
+"""Of the residual stream and of its gradient. None: the embeddings', and the stream's."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -27,6 +27,7 @@ class Implementation:
         tf32: also takes allow_tf32: whether float32 products may be TF32.
         bias_gradient: also takes the bias that the product before it has already added, and returns its gradient: an
             attention as bias, a norm as branch_bias.
+        stream_gradient: also takes stream_gradient, the dtype of the residual stream's gradient.
         package: what has to be installed for it, beside torch.
         interpreted: on a CPU it runs in Triton's interpreter: `auto` leaves it out there, and its time says nothing.
         cuda: trains on a CUDA GPU only.
@@ -43,6 +44,7 @@ class Implementation:
     options: Mapping[str, Any] = field(default_factory=dict)
     tf32: bool = False
     bias_gradient: bool = False
+    stream_gradient: bool = False
     package: str = ""
     interpreted: bool = False
     cuda: bool = False
@@ -106,6 +108,7 @@ SLOTS: dict[str, dict[str, Implementation]] = {
             **_TRITON,
             asks=("device", "dtype", "n_embd"),
             bias_gradient=True,
+            stream_gradient=True,
         ),
     },
     "loss": {

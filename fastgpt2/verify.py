@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from fastgpt2.accuracy import ALLOWED, SEEDS, error_and_budget, excess, problems
-from fastgpt2.config import Attention, ConfigError, Dtype, Loss, Mlp, Norm, TrainConfig
+from fastgpt2.config import Attention, ConfigError, Dtype, Loss, Mlp, Norm, Stream, TrainConfig
 from fastgpt2.data import split
 from fastgpt2.device import pick_device
 from fastgpt2.fields import Count, Name
@@ -43,7 +43,7 @@ from fastgpt2.model import GPT
 from fastgpt2.ops import Ops, Site, make_ops
 from fastgpt2.reporter import TrainResult
 from fastgpt2.run import build, numerics
-from fastgpt2.settings import TORCH_DTYPE
+from fastgpt2.settings import STREAM_DTYPES, TORCH_DTYPE
 from fastgpt2.slots import OURS, REFERENCE, SLOTS, TORCH, implementation, is_outside
 from fastgpt2.training import train
 
@@ -51,6 +51,8 @@ LOSS_FLOOR = {"float32": 1e-5, "tf32": 1e-3, "bfloat16": 1e-3, "float16": 1e-3}
 """What a loss in nats may deviate by however well the plain form does."""
 PEAKED = 5.0
 """The qkv weights of the gradient check are initialised this much larger: attention is then far from uniform."""
+STREAM_ALLOWED = 2 * ALLOWED
+"""What a gradient may err by with --stream bfloat16, in yardsticks: the yardstick's own stream is float32."""
 EVERY = 10
 """Steps between two gradient checks."""
 FLOAT16_LOSS_SCALE = 1024.0
@@ -77,12 +79,13 @@ class Backend:
 
     name: str
     choices: dict[str, str]
+    stream: Stream = "full"
 
     def config(self, config: TrainConfig) -> TrainConfig:
         """A run with it."""
         names: dict[str, Any] = REFERENCE | self.choices
         deterministic = all(implementation(slot, name).deterministic for slot, name in self.choices.items())
-        return dataclasses.replace(config, **names, deterministic=deterministic)
+        return dataclasses.replace(config, **names, deterministic=deterministic, stream=self.stream)
 
     def ops(self, device: str, dtype: Dtype) -> Ops:
         """Its functions.
@@ -91,7 +94,14 @@ class Backend:
             ConfigError: it can't run there; the message says why.
         """
         names = REFERENCE | self.choices
-        site = Site(torch.device(device), TORCH_DTYPE[dtype], head_dim=16, n_embd=32, tf32=dtype == "tf32")
+        site = Site(
+            torch.device(device),
+            TORCH_DTYPE[dtype],
+            head_dim=16,
+            n_embd=32,
+            tf32=dtype == "tf32",
+            stream_gradient=STREAM_DTYPES[self.stream][1],
+        )
         return make_ops(names, site)[0]
 
 
@@ -107,6 +117,13 @@ def backends(only: Mapping[str, str] | None = None) -> dict[str, Backend]:
         f"{slot} {name}": {slot: name} for slot, table in SLOTS.items() for name in table if name != REFERENCE[slot]
     }
     return {name: Backend(name, choices) for name, choices in {"plain": {}, **single, "all triton": OURS}.items()}
+
+
+STREAMS: dict[str, Backend] = {
+    "bfloat16 gradient": Backend("bfloat16 gradient", {"norm": OURS["norm"]}, "bfloat16-gradient"),
+    "bfloat16 stream": Backend("bfloat16 stream", {}, "bfloat16"),
+}
+"""What --stream costs, in bfloat16 alone."""
 
 
 @dataclass(frozen=True)
@@ -202,11 +219,11 @@ class Gradients:
             return None
         return Snapshot(weights, tokens[0], {name: g.clone() for name, g in _gradients(self.run.model).items()})
 
-    def errors(self, ops: Ops, dtype: Dtype) -> dict[str, float]:
+    def errors(self, ops: Ops, dtype: Dtype, stream: Stream = "full") -> dict[str, float]:
         """The relative error of each parameter's gradient, |g - g_ref| / |g_ref|, as the root of its mean square over
         the snapshots."""
         device, shape = self.run.device, self.run.model.config
-        model = GPT(shape, ops).to(device)
+        model = GPT(shape, ops, stream=STREAM_DTYPES[stream][0]).to(device)
         compute = TORCH_DTYPE[dtype]
         scale = FLOAT16_LOSS_SCALE if compute == torch.float16 else 1.0
         squares: dict[str, list[Tensor]] = {}
@@ -234,15 +251,16 @@ class Gradients:
             self._yardstick[dtype] = {name: max(errors[name] for errors in pair) for name in pair[0]}
         return self._yardstick[dtype]
 
-    def check(self, name: str, ops: Ops, dtype: Dtype) -> Row:
+    def check(self, name: str, ops: Ops, dtype: Dtype, stream: Stream = "full") -> Row:
         """The worst of a backend's errors as a multiple of the yardstick's."""
         began = time.perf_counter()
         yardstick = self.yardstick(dtype)
-        ratios = {name: excess(error, yardstick[name]) for name, error in self.errors(ops, dtype).items()}
+        ratios = {name: excess(error, yardstick[name]) for name, error in self.errors(ops, dtype, stream).items()}
         # max() would pass over a NaN that isn't first.
         worst = max(ratios, key=lambda parameter: ratios[parameter] if ratios[parameter] == ratios[parameter] else 1e9)
         label = f"gradients, x yardstick: {worst}"
-        return Row(label, name, dtype, ratios[worst], ALLOWED, time.perf_counter() - began)
+        allowed = ALLOWED if STREAM_DTYPES[stream][0] is None else STREAM_ALLOWED
+        return Row(label, name, dtype, ratios[worst], allowed, time.perf_counter() - began)
 
 
 def _gradients(model: GPT) -> dict[str, Tensor]:
@@ -316,7 +334,8 @@ def verify(device: str, steps: int = 100, only: Mapping[str, str] | None = None)
         rows.append(row)
 
     for dtype in precisions:
-        for name, backend in backends(only).items():
+        streams = STREAMS if dtype == "bfloat16" and not only else {}
+        for name, backend in (backends(only) | streams).items():
             try:
                 ops = backend.ops(device, dtype)
             except ConfigError as error:
@@ -339,9 +358,9 @@ def _each(
     """The checks of a backend in a precision, by name."""
     device = checks.device
     for form, problem in problems(device).items():
-        if [problem.slot] == list(backend.choices):
+        if [problem.slot] == list(backend.choices) and backend.stream == "full":
             yield form, partial(error_row, name, form, ops, dtype, device)
-    yield "gradients", lambda: checks.gradients(backend).check(name, ops, dtype)
+    yield "gradients", lambda: checks.gradients(backend).check(name, ops, dtype, backend.stream)
     yield "losses", lambda: checks.losses(backend).check(backend, dtype)
     if torch.device(device).type == "cuda" and dtype == "bfloat16":  # trained in; compiling takes long
         yield "losses, compiled", lambda: checks.losses(backend).check(backend, dtype, compile=True)

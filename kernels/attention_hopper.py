@@ -20,8 +20,9 @@ Order of a consumer's products, so that the matrix units always have one while t
     wait for v_i                             see below
     wait for o, then scale it by 2^(m_(i-1) - m_i)
 
-The wait for v_i comes one iteration early. It is a branch, and the assembler moves no exponential past it. Without it,
-it computes all of them after the wait for o, when no product runs (NOTES.md).
+The wait for v_i comes one iteration early: it is a branch, and the assembler moves no exponential past it. Without it
+the assembler computes all of them after the wait for o, when no product runs (NOTES.md). v_(i-1) is still held then, so
+a ring needs two slots.
 
 The first tile is the one on the diagonal and the only one that is masked. It is as wide as a program's queries are
 many: with narrower tiles the first consumer would see only masked keys. Copies fill rows past T and channels past D
@@ -214,7 +215,7 @@ def consume(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
-    start += ROWS * CONSUMER
+    start = start + ROWS * CONSUMER
     query = start + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     key = (steps - 1) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
     nothing = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
@@ -246,7 +247,7 @@ def consume(
         mbarrier.wait(v_full.index(slot), parity)
         o, left = warpgroup_mma_wait(0, deps=(o, following))
         mbarrier.arrive(v_empty.index(before))
-        o *= gl.convert_layout(shrink, gl.SliceLayout(1, OUTPUT))[:, None]
+        o = o * gl.convert_layout(shrink, gl.SliceLayout(1, OUTPUT))[:, None]
 
     slot, parity = turn(steps - 1, num_stages)
     o = warpgroup_mma(left, matrix(v_tiles, slot), o, is_async=True)
@@ -276,8 +277,10 @@ def attention_forward_hopper_kernel(
     num_stages: gl.constexpr,
 ):
     """One program: BLOCK_M queries of one head, with all keys that they see."""
-    gl.static_assert(BLOCK_M == ROWS * CONSUMERS and BLOCK_N == BLOCK_M)
-    b, h, start = place_program(T, H, D, BLOCK_M, q_descriptor.dtype.primitive_bitwidth // 8, True)
+    gl.static_assert(BLOCK_M == ROWS * CONSUMERS, "BLOCK_M must be the consumers' queries")
+    gl.static_assert(BLOCK_N == BLOCK_M, "BLOCK_N must be BLOCK_M: one tile holds the diagonal")
+    gl.static_assert(num_stages >= 2, "num_stages must be at least 2: a consumer holds v_(i-1) while it waits for v_i")
+    b, h, start = place_program(T, H, D, BLOCK_M, o_ptr.dtype.element_ty.primitive_bitwidth // 8, True)
     steps = gl.cdiv(gl.minimum(start + BLOCK_M, T), BLOCK_N)
     tiles = (
         make_tiles(CONSUMERS, q_descriptor),

@@ -30,6 +30,10 @@ Nothing else uses the last norm's s. It is not written, and the backward adds x 
 
 and 8 less again under torch.compile, which makes a gradient of zeros for an unused s, writes it and reads it.
 
+With the stream's gradient in bfloat16 (stream_gradient) ds and ds' have 2 bytes, and one tensor is both dx and dr:
+
+    backward   reads dy 2, s 4, ds 2; writes dx 2                 10
+
 In one dtype of e bytes: forward 4 e (PyTorch 5 e), backward 4 e (PyTorch 8 e), as one tensor is both dx and dr; the
 last norm 3 e and 4 e. mean and rstd are kept, not recomputed: 8 bytes a row instead of two more sums over it.
 
@@ -53,7 +57,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -205,29 +209,48 @@ def _(dy: Tensor, dtotal: Tensor | None, total: Tensor, mean: Tensor, rstd: Tens
     return dy.new_empty(total.shape, dtype=x_dtype), dresidual, mean.new_empty(2 + want_branch, total.size(-1))
 
 
+class Stream(NamedTuple):
+    """A residual stream whose gradient has a dtype of its own.
+
+    Autograd casts a gradient to the dtype of its tensor. So the sum has none, and its gradient is the carrier's.
+    """
+
+    total: Tensor  # (..., C)
+    carrier: Tensor  # (..., C) of the gradient's dtype: one element without a value, expanded
+
+
 class _LayerNorm(torch.autograd.Function):
-    """(y, x + residual), or y alone without want_sum; the backward then reads x and residual again."""
+    """(y, x + residual, carrier): the sum is empty without want_sum, the carrier without stream_gradient.
+
+    Without the sum the backward reads x and residual again. x without residual is the sum, and not returned.
+    """
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
-        want_sum: bool, branch_bias: Tensor | None,
+        ctx, x: Tensor, residual: Tensor | None, carrier: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
+        dtype: torch.dtype, want_sum: bool, branch_bias: Tensor | None, stream_gradient: torch.dtype | None,
     ):  # fmt: skip
         y, total, mean, rstd = torch.ops.fastgpt2.layer_norm_forward(
             x, residual, weight, bias, eps, dtype, want_sum=want_sum
         )
         ctx.save_for_backward(*((total, None) if want_sum else (x, residual)), mean, rstd, weight)
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, residual, bias, branch_bias))
+        stream = carrier if carrier is not None else residual
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, stream, bias, branch_bias))
+        ctx.carried = carrier is not None
         # An unused sum then has the gradient None. torch.compile makes zeros of it nevertheless.
         ctx.set_materialize_grads(False)
-        return (y, total) if want_sum else y
+        if stream_gradient is None:
+            return (y, total) if want_sum else y
+        ctx.mark_non_differentiable(total)
+        return y, total, x.new_empty_strided(x.shape, [0] * x.dim(), dtype=stream_gradient)
 
     @staticmethod
-    def backward(ctx, dy: Tensor | None, dtotal: Tensor | None = None):
+    def backward(ctx, dy: Tensor | None, dtotal: Tensor | None = None, dcarrier: Tensor | None = None):
         launch.refuse_second_derivative("Triton LayerNorm", "layer_norm_reference")
         total, residual, mean, rstd, weight = ctx.saved_tensors
         x_dtype, residual_dtype, bias_dtype, branch_dtype = ctx.dtypes
-        want_branch = ctx.needs_input_grad[7]
+        dtotal = dtotal if dcarrier is None else dcarrier
+        want_branch = ctx.needs_input_grad[8]
         dx = dresidual = dweight = dbias = dbranch = None
         if dy is not None:
             dx, dresidual, sums = torch.ops.fastgpt2.layer_norm_backward(
@@ -245,7 +268,8 @@ class _LayerNorm(torch.autograd.Function):
             dresidual = None
         elif residual_dtype == x_dtype:
             dresidual = dx
-        return dx, dresidual, dweight, dbias, None, None, None, dbranch
+        dresidual, carried = (None, dresidual) if ctx.carried else (dresidual, None)
+        return dx, dresidual, carried, dweight, dbias, None, None, None, dbranch, None
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None) -> Tensor:
@@ -292,9 +316,9 @@ def add_layer_norm(
 
 
 def stream_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *,
-    last: bool = False, branch_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    x: Tensor, residual: Tensor | Stream | None, weight: Tensor, bias: Tensor, *,
+    last: bool = False, branch_bias: Tensor | None = None, stream_gradient: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | Stream | None]:  # fmt: skip
     """Add x to a residual stream and normalise it, as a model's blocks do: (y, the new stream).
 
     Args:
@@ -303,21 +327,32 @@ def stream_norm(
         last: the stream ends here: its sum is not written, and None is returned for it.
         branch_bias: (C,), the bias that the product behind x added last, there without a gradient. It is not added
             again; its gradient is returned here, as the sum over the rows of x's gradient before that is rounded.
+        stream_gradient: the dtype of the stream's gradient from norm to norm; None: the stream's own. With it the
+            stream is handed on as a Stream.
     """
+    residual, carrier = residual if isinstance(residual, Stream) else (residual, None)
     want_sum = residual is not None and not last
-    normalised = _normalise(x, residual, weight, bias, 1e-5, want_sum=want_sum, branch_bias=branch_bias)
-    return normalised if want_sum else (normalised, None if last else x)
+    asked = None if last else stream_gradient
+    made = _normalise(
+        x, residual, weight, bias, 1e-5,
+        want_sum=want_sum, branch_bias=branch_bias, carrier=carrier, stream_gradient=asked,
+    )  # fmt: skip
+    if asked is not None:
+        y, total, carrier = made
+        return y, Stream(total if want_sum else x.detach(), carrier)
+    return made if want_sum else (made, None if last else x)
 
 
 def _normalise(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, *,
     want_sum: bool, branch_bias: Tensor | None = None,
+    carrier: Tensor | None = None, stream_gradient: torch.dtype | None = None,
 ) -> Any:  # fmt: skip
     dtype = _validate(x, residual, weight, bias, eps, branch_bias)
     if residual is x:  # torch.compile doesn't accept one tensor for two arguments
         residual = x.view_as(x)
     launch.refuse_transforms("Triton LayerNorm", "layer_norm_reference")
-    return _LayerNorm.apply(x, residual, weight, bias, eps, dtype, want_sum, branch_bias)
+    return _LayerNorm.apply(x, residual, carrier, weight, bias, eps, dtype, want_sum, branch_bias, stream_gradient)
 
 
 def _validate(

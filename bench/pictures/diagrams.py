@@ -54,7 +54,7 @@ def _step(svg: Svg, y: float, words: str, slot: str, *, last: bool) -> None:
     svg.text(226, y + 20, f"--{slot}", fill=colour, font_weight="bold", font_family=style.MONOSPACE)
     x = 300.0
     for name, known in SLOTS[slot].items():
-        width = 8.2 * len(name) + 20
+        width = 8.2 * len(name) + 14
         svg.box(x, y + 3, width, 24, fill=colour if known.ours else "white", stroke=colour)
         look = {"fill": "white" if known.ours else INK, "text_anchor": "middle", "font_family": style.MONOSPACE}
         svg.text(x + width / 2, y + 20, name, **look)

@@ -10,6 +10,7 @@ and gradients agree with those of plain PyTorch, eager:
                 compiler's launches grouped
     graph       small batches, where launching takes longer than computing: with CUDA graphs, ours and PyTorch's
     recompute   what the backward recomputes: nothing, elementwise operations, or whole blocks
+    stream      the residual stream in float32, its gradient in bfloat16, and both in bfloat16
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ ABLATION = (
 )
 GRAPH = ("ours-auto", "ours-auto-graph", "ours-triton-graph", "plain", "plain-reduce-overhead")
 RECOMPUTE = ("ours-auto", "ours-auto-elementwise", "ours-auto-recompute", "ours-triton-recompute")
+STREAM = ("ours-triton", "ours-triton-bfloat16-gradient", "ours-triton-bfloat16")
 
 
 def _gpt2(B: int) -> StepShape:
@@ -50,6 +52,7 @@ ON_A_GPU = [
     _at_64("first", FIRST, rounds=5, eager=False),
     _at_64("tuned", (TUNED, *FIRST[1:], "ours-triton-graph"), rounds=5, eager=False),
     _at_64("peers", PEERS),
+    _at_64("stream", STREAM, rounds=5, eager=False),
     StepContest("peers", _gpt2(32), True, (*PEERS, "plain-flash", "plain-efficient")),
     StepContest("ablation", _gpt2(32), True, ABLATION),
     StepContest("graph", _gpt2(1), True, GRAPH),

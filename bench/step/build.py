@@ -83,6 +83,7 @@ def make_ours(settings: dict[str, Any], table: str | None = None, inductor: dict
         "slots": run.chosen,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "recompute": config.recompute,
+        "stream": config.stream,
         "cuda_graph": config.cuda_graph,
     }
     return Step(
@@ -103,21 +104,24 @@ def make_plain(settings: dict[str, Any], kernel: str | None = None, mode: str | 
         torch.compiler.config.cache_key_tag = kernel
 
     def model(size: ModelConfig, weights: dict[str, Tensor]) -> nn.Module:
-        with torch.device("meta"):
-            plain = PlainGPT2(size)
-        plain.load_state_dict(weights, assign=True)
-        return plain
+        return _plain_gpt2(size, weights, settings.get("vocab_size"))
 
     return _peer(settings, model, mode=mode)
+
+
+def _plain_gpt2(size: ModelConfig, weights: dict[str, Tensor], rows: int | None, gelu: str = "tanh") -> nn.Module:
+    """The model with our weights, of which wte has `rows` (default: with its padding)."""
+    with torch.device("meta"):
+        plain = PlainGPT2(size, rows=rows, gelu=gelu)
+    plain.load_state_dict({**weights, "wte.weight": weights["wte.weight"][:rows].clone()}, assign=True)
+    return plain
 
 
 def make_nanogpt(settings: dict[str, Any]) -> Step:
     """bench.step.plain_gpt2 as nanoGPT has it on a CPU: exact GELU, no padding, AdamW that is not fused."""
 
     def model(size: ModelConfig, weights: dict[str, Tensor]) -> nn.Module:
-        plain = PlainGPT2(size, rows=size.vocab_size, gelu="none")
-        plain.load_state_dict({**weights, "wte.weight": weights["wte.weight"][: size.vocab_size]})
-        return plain
+        return _plain_gpt2(size, weights, size.vocab_size, gelu="none")
 
     def optimizer(parameters: Iterator[nn.Parameter], config: Settled) -> torch.optim.Optimizer:
         every = list(parameters)

@@ -63,6 +63,7 @@ KERNELS = {
         variants={
             "alone": {"residual_ptr": None, "total_ptr": None},
             "last": {"total_ptr": None},
+            "stream of 16 bits": {"residual_ptr": "*{}", "total_ptr": "*{}"},
         },
         work=_forward_work,
     ),
@@ -75,6 +76,8 @@ KERNELS = {
             "alone": {"dtotal_ptr": None, "dresidual_ptr": None, "SUMS": 2},
             "last": {"dtotal_ptr": None, "residual_ptr": ...},
             "no branch bias": {"SUMS": 2},
+            "gradient of 16 bits": {"dtotal_ptr": "*{}", "dresidual_ptr": None},
+            "stream of 16 bits": {"total_ptr": "*{}", "dtotal_ptr": "*{}", "dresidual_ptr": None},
             "sum unused": {"dtotal_ptr": None, "SUMS": 2},
         },
         work=_backward_work,

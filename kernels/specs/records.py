@@ -66,7 +66,7 @@ class Kernel:
         multiples_of_16: integer arguments that are multiples of 16 at the shapes that matter.
         products: the number of tl.dot calls in the source.
         variants: other forms that the launchers compile with the same tiles, by name. Each is a dict of constants
-            that replace those above; ... makes an argument a runtime argument.
+            that replace those above; ... makes an argument a runtime argument, and "*{}" one of that type.
         work: (precision, size, configuration) -> what the kernel does at GPT-2 124M's shape.
         descriptors: (precision, size, configuration) -> more types: of tensor descriptors, which hold a tile's shape.
     """

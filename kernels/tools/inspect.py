@@ -231,13 +231,14 @@ def _compile(case: Case) -> Any:
     blocks = {name: options.pop(name) for name in list(options) if name in kernel.function.arg_names}
     variant = kernel.variants[case.variant] if case.variant else {}
     constants = kernel.constants(case.precision, case.size) | blocks | variant | case.constants
-    constants = {name: value for name, value in constants.items() if value is not ...}
+    retyped = {name: value for name, value in variant.items() if str(value).startswith("*")}
+    constants = {name: value for name, value in constants.items() if value is not ... and name not in retyped}
     signature: dict[str, Any] = {}
     divisible: dict[tuple[int, ...], list] = {}
     # A launch records an empty list of attributes for each constant (Triton 3.6: only for strings). They are part of
     # the cache key.
     noted_always = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 7)
-    types = kernel.types | kernel.descriptors(case.precision, case.size, case.config)
+    types = kernel.types | kernel.descriptors(case.precision, case.size, case.config) | retyped
     for i, argument in enumerate(kernel.function.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"

@@ -60,7 +60,7 @@ def test_every_length(shape, tile, causal, tiles) -> None:
 @triton.jit
 def _note_place(places_ptr, T, H, LAST_FIRST: tl.constexpr):
     """The batch, head and first row of a program, for tiles of 4096 rows of 128 float32."""
-    batch, head, row = attention_device._place(T, H, 128, 4096, 4, LAST_FIRST)
+    batch, head, row = attention_device.place(T, H, 128, 4096, 4, LAST_FIRST)
     place = places_ptr + 3 * tl.program_id(0)
     tl.store(place, batch)
     tl.store(place + 1, head)

@@ -191,6 +191,40 @@ def test_a_frozen_bias_of_a_branch_is_not_summed(rows, monkeypatch) -> None:
     assert asked == [False]
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_stream_whose_gradient_is_bfloat16(compiled, rows) -> None:
+    """Three norms on a float32 stream, to the bit: what each launcher returns is rounded once and handed on."""
+    rows(4)
+    torch._dynamo.reset()
+    cases = [case((2, 5, 20), "bfloat16 autocast", seed=seed) for seed in range(3)]
+    weight, bias, eps, half = cases[0].weight, cases[0].bias, 1e-5, torch.bfloat16
+    x0, x1, x2 = cases[0].residual, cases[1].x, cases[2].x
+
+    def norms(x0: Tensor, x1: Tensor, x2: Tensor, stream_gradient: torch.dtype | None = half) -> Results:
+        with torch.autocast(DEVICE, half):
+            y0, stream = stream_norm(x0, None, weight, bias, stream_gradient=stream_gradient)
+            y1, stream = stream_norm(x1, stream, weight, bias, stream_gradient=stream_gradient)
+            y2, _ = stream_norm(x2, stream, weight, bias, last=True, stream_gradient=stream_gradient)
+        return y0, y1, y2
+
+    function = torch.compile(norms, fullgraph=True, backend="aot_eager") if compiled else norms
+    leaves = [x.detach().requires_grad_() for x in (x0, x1, x2)]
+    ys = function(*leaves)
+    assert_same(tuple(ys), norms(x0, x1, x2, None))
+    found = torch.autograd.grad(ys, leaves, [c.dy for c in cases])
+
+    def statistics_of(x: Tensor, residual: Tensor | None) -> tuple[Tensor, ...]:
+        return layer_norm_forward(x, residual, weight, bias, eps, half)[1:]
+
+    total, *rest = statistics_of(x1, x0)
+    dx2, *_ = layer_norm_backward(
+        cases[2].dy, None, x2, *statistics_of(x2, total)[1:], weight, half, half, residual=total
+    )
+    dx1, *_ = layer_norm_backward(cases[1].dy, dx2, total, *rest, weight, half, half)
+    dx0, *_ = layer_norm_backward(cases[0].dy, dx1, x0, *statistics_of(x0, None)[1:], weight, x0.dtype, None)
+    assert_same(found, (dx0, dx1, dx2))
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="float64 is for the interpreter")
 def test_gradcheck() -> None:
     c = case((2, 9, 20)).to(torch.float64)

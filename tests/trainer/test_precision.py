@@ -33,6 +33,43 @@ def test_bfloat16_is_autocast_over_float32_weights() -> None:
     assert {s["exp_avg"].dtype for s in run.state.optimizer.state.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_stream_with_a_bfloat16_gradient_has_the_same_forward(compiled: bool) -> None:
+    """And other gradients, as near as bfloat16's rounding of each sum."""
+    pytest.importorskip("triton", reason="Triton is published for Linux")
+    runs = [build(tiny(dtype="bfloat16", norm="triton", stream=stream)) for stream in ("full", "bfloat16-gradient")]
+    torch.compiler.reset()
+    losses, gradients = [], []
+    for run in runs:
+        if compiled:
+            run.model.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+        tokens = run.next_tokens(0)[0]
+        with run.autocast():
+            losses.append(run.model(tokens[:, :-1], tokens[:, 1:]))
+        losses[-1].backward()
+        gradients.append([p.grad for p in run.parameters])
+    assert torch.equal(*losses)
+    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(*reversed(gradients), strict=True)]
+    assert 1e-4 < max(errors) < 0.02, errors
+
+
+@pytest.mark.parametrize("norm", ["torch", "triton"])
+def test_a_bfloat16_stream(norm: str) -> None:
+    if norm == "triton":
+        pytest.importorskip("triton", reason="Triton is published for Linux")
+    run = build(tiny(dtype="bfloat16", norm=norm, stream="bfloat16"))
+    streams: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, inputs: object, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        output[1].register_hook(streams.append)
+        streams.append(output[1].detach())
+
+    for block in run.model.h:
+        block.register_forward_hook(keep)
+    loss, _ = run.step(0, run.next_tokens(0))
+    assert loss.isfinite() and {stream.dtype for stream in streams} == {torch.bfloat16} and len(streams) == 4
+
+
 def test_validation_computes_in_the_runs_precision() -> None:
     seen: list[tuple[bool, torch.dtype]] = []
 

@@ -25,7 +25,7 @@ from fastgpt2.fields import field_hints, names
 from fastgpt2.ops import Ops
 from fastgpt2.settings import TORCH_DTYPE
 from fastgpt2.slots import AUTO, SLOTS, implementation
-from fastgpt2.verify import Backend, Checks, Gradients, Row, backends, error_row, small_config
+from fastgpt2.verify import STREAMS, Backend, Checks, Gradients, Row, backends, error_row, small_config
 from tests import seeds
 
 CUDA = torch.cuda.is_available()
@@ -146,6 +146,14 @@ class _ScaleGradients(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         factors = torch.tensor(ctx.factors, dtype=gradient.dtype, device=gradient.device)
         return gradient * factors[:, None, None], None
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_bfloat16_stream_stays_within_its_budget(checks: Checks, name: str) -> None:
+    backend = STREAMS[name]
+    ops = backend.ops(DEVICE, "bfloat16")
+    check(checks.gradients(backend).check(name, ops, "bfloat16", backend.stream))
+    check(checks.losses(backend).check(backend, "bfloat16"))
 
 
 def scaled_gradients(*factors: float) -> Callable[..., Tensor]:
