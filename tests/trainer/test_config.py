@@ -223,6 +223,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "weight_decay": {"optimizer": "adamw"},
     "recompute": {"compile": True},
     "resume": {"out": "run"},
+    "stream": {"dtype": "bfloat16", "norm": "triton"},
     "n_embd": {"n_head": 1},
 }
 """Settings that are accepted only with others."""
