@@ -11,6 +11,11 @@ other architectures wait by themselves, or keep nothing in registers.
 If the assembler can't prove that nothing touches the accumulators, or finds a call between the products, it makes each
 product a group and waits for it (ptxas's remark C7510, which Triton doesn't show). That is correct, but the matrix
 units idle.
+
+Warps with roles are ordered by barriers in shared memory. SYNCS.PHASECHK waits for one, SYNCS.ARRIVE arrives, each at a
+base register plus the offset of a barrier or of a ring of them. One thread arrives for its warpgroup: between the wait
+for its products and the arrival all its warps must meet at a BAR.SYNC. Machine code shows neither how many arrivals nor
+how many bytes end a phase.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from fastgpt2.kernels.tools.bounds import control_flow, mnemonic, read_instructi
 _PRODUCT = re.compile(r"HGMMA\.64x(\d+)x\d+\.F32\S* R(\d+), (?:R(\d+)|gdesc)")
 _WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)")
 _LEFT_RUNNING = re.compile(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]")
+_BARRIER = re.compile(r"SYNCS\.(PHASECHK|ARRIVE)\S* .*\[\w+(?:\+URZ)?\+(0x[0-9a-f]+)\]")
 _REGISTER = re.compile(r"\bR(\d+)\b")
 # Instructions whose result is not a register: stores, jumps, barriers, comparisons into a predicate.
 _NO_RESULT = re.compile(r"ST|RED|BAR|BRA|EXIT|NOP|.*DEPBAR|WARP|SYNCS|UTMA|LDGSTS|FENCE|MEMBAR|RET|CALL|CCTL|FCHK|R2P")
@@ -81,6 +87,71 @@ def serialised(ptx: str, sass: str) -> bool:
     ungrouped = ptx.count("wgmma.mma_async") > ptx.count("wgmma.commit_group")
     not_left_running = bool(_LEFT_RUNNING.search(ptx)) and not any(waits)
     return bool(closes) and all(closes) and (ungrouped or not_left_running)
+
+
+def unmatched_barriers(sass: str) -> list[str]:
+    """Barriers that a role waits for and no other arrives at, or the other way round, a line each.
+
+    Also those that only some of the roles with products use: all of these share the tiles.
+    """
+    used: dict[str, dict[str, set[int]]] = {}
+    multiplying = set()
+    for role, texts in enumerate(_roles(sass)):
+        for text in texts:
+            if match := _BARRIER.search(text):
+                used.setdefault(match[2], {"PHASECHK": set(), "ARRIVE": set()})[match[1]].add(role)
+            elif "HGMMA" in text:
+                multiplying.add(role)
+    found = [
+        f"only some of the roles with products use the barrier at {offset}"
+        for offset, by in sorted(used.items())
+        if any(roles & multiplying and multiplying - roles for roles in by.values())
+    ]
+    for offset, by in sorted(used.items()):
+        if any(by["ARRIVE"] <= {role} for role in by["PHASECHK"]):
+            found.append(f"no other role arrives at the barrier at {offset}, which a role waits for")
+        if any(by["PHASECHK"] <= {role} for role in by["ARRIVE"]):
+            found.append(f"no other role waits for the barrier at {offset}, at which a role arrives")
+    return found
+
+
+def early_arrivals(sass: str) -> list[str]:
+    """Arrivals for a warpgroup that not all its warps, on some path, have met before, a line each."""
+    instructions = read_instructions(sass)
+    edges = control_flow(instructions)
+    found: dict[int, str] = {}
+    for i in edges:
+        if not _WAIT.search(instructions[i][1]):
+            continue
+        waiting, seen = list(edges[i]), set()
+        while waiting:
+            j = waiting.pop()
+            text = instructions[j][1]
+            if j in seen or "BAR.SYNC" in text or _WAIT.search(text):
+                continue
+            seen.add(j)
+            if "SYNCS.ARRIVE" in text:
+                found[j] = f"{_at(instructions[j])} comes before the warps have met after {_at(instructions[i])}"
+            waiting += edges[j]
+    return [found[j] for j in sorted(found)]
+
+
+def _roles(sass: str) -> list[list[str]]:
+    """The instructions of each role: what is reached from an indirect jump's targets, and the rest."""
+    instructions = read_instructions(sass)
+    edges = control_flow(instructions)
+    starts = sorted({j for i in edges if mnemonic(instructions[i][1]) == "BRX" for j in edges[i]})
+    without = {i: [j for j in after if j not in starts] for i, after in edges.items()}
+    reached = []
+    for start in [0, *starts]:
+        waiting, seen = [start], set()
+        while waiting:
+            i = waiting.pop()
+            if i not in seen:
+                seen.add(i)
+                waiting += without.get(i, [])
+        reached.append([instructions[i][1] for i in sorted(seen)])
+    return reached
 
 
 def _at(instruction: tuple[int, str]) -> str:

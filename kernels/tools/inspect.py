@@ -8,8 +8,8 @@ multiprocessor, matrix instructions, products that missed them, asynchronous cop
 for GPT-2's sizes, a lower bound on the time at the 124M model's shape (bounds.py explains it).
 
 In bfloat16, float16 and TF32 these are failures: a spill, a product outside the matrix units, a register touched while
-a product owns it, serialised products (hazards.py explains both), and a tile over the table's shared memory. Exact
-float32 has no matrix unit and is only reported.
+a product owns it, serialised products, warp roles whose barriers don't match (hazards.py explains these), and a tile
+over the table's shared memory. Exact float32 has no matrix unit and is only reported.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastgpt2.flags import read_arguments
 from fastgpt2.kernels.specs import all_kernels
 from fastgpt2.kernels.specs.records import Work
 from fastgpt2.kernels.tools.bounds import CARDS, SLACK, Bound, allowed, bound, check_in, read_code
-from fastgpt2.kernels.tools.hazards import serialised, touched_in_flight
+from fastgpt2.kernels.tools.hazards import early_arrivals, serialised, touched_in_flight, unmatched_barriers
 from fastgpt2.kernels.tools.toolkit import align, run_compiling
 from fastgpt2.kernels.tuning import LaunchConfig, architectures, configurations, read_table
 
@@ -79,6 +79,7 @@ class Report:
     copies: list[str]
     loops: list[int]
     races: list[str]
+    barriers: list[str]
     serialised: bool
     at_least: Bound | None
     unbound: bool
@@ -95,6 +96,7 @@ class Report:
             for wrong, fault in (
                 (self.spilled, f"spills {self.spilled} bytes"),
                 (self.races, f"races in {len(self.races)} places: {''.join(self.races[:1])}"),
+                (self.barriers, f"barriers of warp roles: {''.join(self.barriers[:1])}"),
                 (self.serialised, "each product waits for the one before: the assembler has serialised them"),
                 (
                     self.expected and not self.products,
@@ -188,7 +190,7 @@ def inspect_one(case: Case) -> Report:
         )
     registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
     spilled = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
-    shared = kernel.metadata.shared
+    shared, warps = kernel.metadata.shared, case.config.num_warps
     products = re.findall(r"\b(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) .*", kernel.asm["ttgir"])
     # A plain dot over blocked operands is computed by multiply-adds, not by the matrix units.
     missed = [line for line in products if line.startswith("tt.dot ") and "parent = #blocked" in line]
@@ -207,6 +209,7 @@ def inspect_one(case: Case) -> Report:
         copies=[name for name, instruction in ASYNCHRONOUS_COPIES.items() if instruction in sass],
         loops=[body.total() for body in code.loops],
         races=touched_in_flight(sass),
+        barriers=[*unmatched_barriers(sass), *early_arrivals(sass)] if kernel.metadata.num_warps > warps else [],
         serialised=serialised(kernel.asm["ptx"], sass),
         at_least=limit,
         unbound=work is not None and limit is None,

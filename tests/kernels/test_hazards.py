@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastgpt2.kernels.tools.hazards import serialised, touched_in_flight
+from fastgpt2.kernels.tools.hazards import early_arrivals, serialised, touched_in_flight, unmatched_barriers
 from tests.kernels.machine_code import sass
 
 # A product of 64 rows and 16 columns owns 8 registers of each thread, here R24 to R31, and R4 to R7 as left operand.
@@ -84,3 +84,60 @@ OPEN = ISSUED.removesuffix(", gsb0")
 )
 def test_serialised_products_are_told_from_groups(ptx: tuple[str, ...], lines: tuple[str, ...], expected: bool) -> None:
     assert serialised("\n".join(ptx), sass(*lines, "EXIT")) is expected
+
+
+FULL, EMPTY = "[UR4+0x100]", "[UR4+0x110]"
+CONSUMER = (f"SYNCS.PHASECHK.TRANS64.TRYWAIT P0, {FULL}, R2", ISSUED, COVERED, "BAR.SYNC.DEFER_BLOCKING 0x2, 0x80",
+            f"@!P1 SYNCS.ARRIVE.TRANS64.A1T0 RZ, {EMPTY}, RZ")  # fmt: skip
+PRODUCER = (f"SYNCS.PHASECHK.TRANS64.TRYWAIT P0, {EMPTY}, R2", f"@!P1 SYNCS.ARRIVE.TRANS64 RZ, {FULL}, R3",
+            "UTMALDG.2D [UR8], [UR6]")  # fmt: skip
+
+
+def in_roles(first: tuple[str, ...], second: tuple[str, ...], producer: tuple[str, ...]) -> str:
+    """A kernel whose first warps are a consumer; the others are sent to their roles and come back."""
+    send = 1 + len(first) + 1
+    lines = [f"@P0 BRA {16 * send:#x}", *first, "EXIT", "LDS R2", "BRX R2"]
+    for role in (second, producer):
+        lines += [*role, f"BRA {16 * send:#x}"]
+    return sass(*lines)
+
+
+def without(role: tuple[str, ...], part: str) -> tuple[str, ...]:
+    """A role that lacks an instruction."""
+    rest = tuple(line for line in role if part not in line)
+    assert len(rest) == len(role) - 1
+    return rest
+
+
+def test_barriers_of_roles_that_match() -> None:
+    code = in_roles(CONSUMER, CONSUMER, PRODUCER)
+    assert unmatched_barriers(code) == early_arrivals(code) == touched_in_flight(code) == []
+
+
+@pytest.mark.parametrize(
+    ("roles", "fault"),
+    [
+        ((CONSUMER, CONSUMER, without(PRODUCER, FULL)), "no other role arrives at the barrier at 0x100"),
+        ((CONSUMER, CONSUMER, without(PRODUCER, EMPTY)), "no other role waits for the barrier at 0x110"),
+        (
+            (CONSUMER, without(CONSUMER, EMPTY), PRODUCER),
+            "only some of the roles with products use the barrier at 0x110",
+        ),
+        (
+            (without(CONSUMER, FULL), CONSUMER, PRODUCER),
+            "only some of the roles with products use the barrier at 0x100",
+        ),
+    ],
+)
+def test_barriers_of_roles_that_do_not_match(roles: tuple[tuple[str, ...], ...], fault: str) -> None:
+    assert fault in unmatched_barriers(in_roles(*roles))[0]
+
+
+def test_an_arrival_before_the_warps_have_met_is_found() -> None:
+    (found,) = early_arrivals(in_roles(CONSUMER, without(CONSUMER, "BAR.SYNC"), PRODUCER))
+    assert "SYNCS.ARRIVE" in found and "before the warps have met" in found
+
+
+def test_a_race_in_a_role_is_found() -> None:
+    (found,) = touched_in_flight(in_roles(CONSUMER, (ISSUED, "MOV R4, R9", *CONSUMER), PRODUCER))
+    assert "MOV R4, R9" in found
