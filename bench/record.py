@@ -52,7 +52,7 @@ class Smoke:
     """How a slot's kernel compares with float64.
 
     Args:
-        status: "ok", "wrong", "failed", "out of memory", "timed out" or "died".
+        status: "ok", "wrong", "failed", "out of memory", "timed out" or "died"; "skipped": not a form for this GPU.
         worst, error, budget: of the tensor that is furthest off, where the kernel returned.
         right_with: the first change that makes the slot right; None without any.
         changes: what came of each change that was tried.

@@ -42,12 +42,16 @@ from bench.timing import append_json_line, stage_ends
 from fastgpt2.console import run_command
 from fastgpt2.fields import Choice, ConfigError, OutputFile
 from fastgpt2.flags import read_arguments
-from fastgpt2.slots import OURS
+from fastgpt2.slots import OURS, implementation
 
 COMPARE = (sys.executable, "-m", "bench.smoke")
 WARM = (sys.executable, "-m", "bench.kernel_profile")
 """The commands that it starts."""
 SLOTS = ("attn", "mlp", "norm", "loss")
+OTHERS = {"attn-hopper": ("attn", "triton-hopper")}
+"""Our other implementations of a slot: compared too where they can run. Nothing takes the place of one that is wrong,
+and it isn't tried otherwise: nothing chooses it by itself."""
+FORMS = {slot: (slot, OURS[slot]) for slot in SLOTS} | OTHERS
 SECONDS = 60.0
 """For everything, where nobody says when it must end."""
 SHARE = 0.6
@@ -83,13 +87,20 @@ Try = Callable[[str, str | None], Smoke]
 """(slot, a key of CHANGES or None) -> what came of it."""
 
 
-def compare(slot: str, change: str | None = None, device: str = "cuda:0") -> Smoke:
-    """One comparison, in this process; on a CPU at a size for Triton's interpreter."""
-    from fastgpt2 import accuracy as problems
-    from fastgpt2.ops import Site, make_ops
+def compare(form: str, change: str | None = None, device: str = "cuda:0") -> Smoke:
+    """One comparison, in this process; on a CPU at a size for Triton's interpreter.
 
+    form: a key of FORMS.
+    """
+    from fastgpt2 import accuracy as problems
+    from fastgpt2.ops import Site, make_ops, why_not
+
+    slot, name = FORMS[form]
+    site = Site(device=torch.device(device), dtype=torch.bfloat16)
+    if form in OTHERS and (reason := why_not(slot, implementation(slot, name), site)):
+        return Smoke(slot=form, status="skipped", reason=reason)
     sizes = {
-        "attn": [problems.attention_problem((2, 1024, 12, 64))],
+        "attn": [problems.attention_problem((2, T, 12, 64)) for T in ((1024, 1000) if form in OTHERS else (1024,))],
         "mlp": [problems.mlp_problem((2048, 768))],
         "norm": [problems.norm_problem((2048, 768), last=last) for last in (False, True)],
         "loss": [problems.loss_problem((2048, 768, 50257))],
@@ -98,16 +109,16 @@ def compare(slot: str, change: str | None = None, device: str = "cuda:0") -> Smo
     forms = sizes[slot] if device.startswith("cuda") else on_cpu
     try:
         with _changed(CHANGES[change] if change else Change()):
-            op = getattr(make_ops({slot: OURS[slot]}, Site(device=torch.device(device), dtype=torch.bfloat16))[0], slot)
+            op = getattr(make_ops({slot: name}, site)[0], slot)
             tables = [problems.error_and_budget(op, form, torch.bfloat16, device) for form in forms]
     except Exception as error:
         traceback.print_exc()
         status = "out of memory" if _out_of_memory(error) else "failed"
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        return Smoke(slot=slot, status=status, reason=reason)
+        return Smoke(slot=form, status=status, reason=reason)
     rows = [(tensor, off, budget) for table in tables for tensor, (off, budget) in table.items()]
     worst, off, budget = max(rows, key=lambda row: problems.excess(row[1], row[2]))
-    return Smoke(slot=slot, status="ok" if off <= budget else "wrong", worst=worst, error=off, budget=budget)
+    return Smoke(slot=form, status="ok" if off <= budget else "wrong", worst=worst, error=off, budget=budget)
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -152,7 +163,7 @@ def examine(
             make_room()
             found = attempt(slot, None)
             report(found)
-        if found.status == "ok":
+        if found.status == "ok" or slot in OTHERS:
             return
         names = [name for name, change in CHANGES.items() if slot in change.slots]
         with ThreadPoolExecutor(len(names)) as pool:
@@ -211,8 +222,8 @@ class SmokeConfig:
     """File of JSON lines to append what was found to."""
     warm: tuple[str, ...] = ()
     """Steps to compile meanwhile, for later."""
-    slot: Annotated[str, Choice(SLOTS)] | None = None
-    """Compare this slot alone, in this process."""
+    slot: Annotated[str, Choice(tuple(FORMS))] | None = None
+    """Compare this slot, or other form of one, alone in this process."""
     change: Annotated[str, Choice(tuple(CHANGES))] | None = None
     """With --slot: launch its kernels otherwise."""
 
@@ -242,14 +253,14 @@ def main(arguments: list[str] | None = None) -> int:
     def report(found: Smoke) -> None:
         with lock:
             if found.status == "ok":
-                del failed[found.slot]
+                failed.pop(found.slot, None)
                 write_failed(given.failed, list(failed))
-            final = found.status == "ok" or found.changes
+            final = found.status == "ok" or found.changes or found.slot in OTHERS
             if final and given.jsonl is not None:
                 append_json_line(given.jsonl, {"kind": "smoke", **asdict(found)})
             print(words(found), flush=True)
 
-    examine(SLOTS, in_a_process, report, make_room=lambda: _end(warm, share=SHARE))
+    examine(tuple(FORMS), in_a_process, report, make_room=lambda: _end(warm, share=SHARE))
     _end(warm, changed="ours" if failed else None)
     return int(bool(failed))
 

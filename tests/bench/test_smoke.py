@@ -69,6 +69,11 @@ def test_a_smoke_finds_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     assert smoke.compare("norm", device="cpu").status == "failed"
 
 
+def test_a_form_for_another_gpu_is_skipped() -> None:
+    found = smoke.compare("attn-hopper", device="cpu")
+    assert found.status == "skipped" and "needs an H100 or H200" in str(found.reason)
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [
@@ -120,7 +125,7 @@ from pathlib import Path
 
 _, _, slot, *change = sys.argv
 os.chdir(Path(__file__).parent)
-assert slot in json.loads(Path("failed.json").read_text()), "not known to be right yet"
+assert slot == "attn-hopper" or slot in json.loads(Path("failed.json").read_text()), "not known to be right yet"
 if slot == "norm":
     sys.exit(3)
 if slot == "loss" and not change:
@@ -158,7 +163,8 @@ def test_a_smoke_outlives_comparisons_that_die_or_hang(
     for line in lines.read_text().splitlines():
         record.add(json.loads(line))
     found = {smoked.slot: smoked for smoked in record.smokes}
-    assert len(record.smokes) == 4 and found["attn"].status == "ok" and not found["attn"].changes
+    assert len(record.smokes) == 5 and found["attn"].status == "ok" and not found["attn"].changes
+    assert (found["attn-hopper"].status, found["attn-hopper"].changes) == ("wrong", {}), "noted, and left at that"
     mlp, norm, loss = found["mlp"], found["norm"], found["loss"]
     assert (mlp.status, mlp.worst, mlp.right_with) == ("wrong", "y", "4 warps")
     statuses = {name: tried.status for name, tried in mlp.changes.items()}
@@ -212,6 +218,7 @@ def test_warm_steps_that_do_not_end_leave_time_for_another_try(monkeypatch: pyte
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("slot", smoke.SLOTS)
-def test_a_smoke_on_a_gpu(slot: str) -> None:
-    assert smoke.in_a_process(slot, None).status == "ok"
+@pytest.mark.parametrize("form", smoke.FORMS)
+def test_a_smoke_on_a_gpu(form: str) -> None:
+    found = smoke.in_a_process(form, None)
+    assert found.status == "ok" or (form in smoke.OTHERS and found.status == "skipped")
