@@ -15,8 +15,7 @@ from fastgpt2.kernels.tuning import LaunchConfig
 
 def _descriptors(precision: str, size: int, config: LaunchConfig) -> dict[str, str]:
     def kind(rows: int | None) -> str:
-        shape = ",".join(str(n) for n in tile(rows or 1, size))
-        return f"tensordesc<{{}}[{shape}],{layout(2)!r}>"
+        return f"tensordesc<{{}}{tile(rows or 1, size)},{layout(2)!r}>"
 
     keys = kind(config.block_n)
     return {"q_descriptor": kind(ROWS.value), "k_descriptor": keys, "v_descriptor": keys}

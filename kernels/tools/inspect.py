@@ -231,7 +231,8 @@ def _compile(case: Case) -> Any:
 
     kernel, element = all_kernels()[case.op], ELEMENTS[case.precision]
     options = case.config.arguments()
-    blocks = {name: options.pop(name) for name in list(options) if name in kernel.function.arg_names}
+    blocks = {name: value for name, value in options.items() if name in kernel.function.arg_names}
+    options = {name: value for name, value in options.items() if not name.startswith("BLOCK_")}
     variant = kernel.variants[case.variant] if case.variant else {}
     constants = kernel.constants(case.precision, case.size) | blocks | variant | case.constants
     retyped = {name: value for name, value in variant.items() if str(value).startswith("*")}
