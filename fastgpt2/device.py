@@ -108,28 +108,30 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return resident if sys.platform == "darwin" else resident * 1024
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt, numbered as in malloc.h."""
+_LARGE_BLOCK = 2**25
+"""Bytes from which glibc maps a block by itself: the most that it accepts."""
 
 
 def keep_freed_memory() -> bool:
     """Keep memory freed by one CPU step for the next, in large pages; False if the C library can't do it.
 
-    By default glibc maps each large block anew and unmaps it when freed, so every 4 KB of every gradient and activation
-    is a page fault in every step. PyTorch asks the kernel for 2 MB pages if THP_MEM_ALLOC_ENABLE is set before its
+    By default glibc returns the freed top of its heap to the system, and every 4 KB of it is a page fault in the next
+    step. Blocks of 32 MB and more are still mapped and returned one by one: in the heap, what lies between two of them
+    can keep the next from fitting. PyTorch asks the kernel for 2 MB pages if THP_MEM_ALLOC_ENABLE is set before its
     first tensor; a user's value stands. The variable stays set for the process; give_back_freed_memory undoes the rest.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    return _mallopt({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1})
+    return _mallopt({_M_MMAP_THRESHOLD: _LARGE_BLOCK, _M_TRIM_THRESHOLD: 2**31 - 1})
 
 
 def give_back_freed_memory() -> None:
-    """Undo keep_freed_memory: return freed memory to the system and map large blocks again.
+    """Undo keep_freed_memory: return freed memory to the system.
 
-    glibc stops adapting its thresholds once a program sets one. These are the highest it would reach by itself: 32 MB
-    for a block and twice that for the top of the heap.
+    glibc stops adapting its thresholds once a program sets one. These are the highest it would reach by itself.
     """
-    if _mallopt({_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 2**25, _M_TRIM_THRESHOLD: 2**26}):
+    if _mallopt({_M_MMAP_THRESHOLD: _LARGE_BLOCK, _M_TRIM_THRESHOLD: 2 * _LARGE_BLOCK}):
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -100,6 +100,14 @@ def refuse_second_derivative(what: str, instead: str) -> None:
         raise RuntimeError(f"{what} has no second derivative: drop create_graph=True, or use {instead}")
 
 
+def frees_graph() -> bool:
+    """To be called in a backward: whether autograd frees what was saved for it, so that it may be overwritten.
+
+    False with retain_graph=True, and under torch.compile, which reuses memory by itself.
+    """
+    return not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def refuse_transforms(what: str, instead: str) -> None:
     """To be called before an autograd Function without setup_context: what PyTorch says under torch.func names none."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():

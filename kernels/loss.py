@@ -292,7 +292,7 @@ class _SummedLoss(torch.autograd.Function):
         dhidden, dweight, count = ctx.saved_tensors
         # If no target counts, the gradients are zeros already: 0 / 0 must not make them NaN.
         scale = upstream / count.clamp(min=1)
-        return *_scaled(ctx, dhidden, dweight, scale), None, None, None
+        return *_scaled(ctx, dhidden, dweight, scale, in_place=launch.frees_graph()), None, None, None
 
 
 class _Losses(torch.autograd.Function):
@@ -319,15 +319,23 @@ class _Losses(torch.autograd.Function):
         dhidden, dweight = torch.ops.fastgpt2.linear_cross_entropy_backward(
             upstream, lse, hidden, weight, targets, *ctx.options
         )
-        return *_scaled(ctx, dhidden, dweight, largest), None, None
+        return *_scaled(ctx, dhidden, dweight, largest, in_place=not torch.compiler.is_compiling()), None, None
 
 
-def _scaled(ctx, dhidden: Tensor, dweight: Tensor, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients times a scalar on the device, in the dtypes of hidden and weight."""
+def _scaled(
+    ctx, dhidden: Tensor, dweight: Tensor, scale: Tensor, *, in_place: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients times a scalar on the device, in the dtypes of hidden and weight.
+
+    in_place: nothing reads these gradients again. A copy of dweight is as large as the embedding.
+    """
+    factor = scale.view(1, 1)  # two-dimensional: a scalar tensor would leave the product at 16 bits
     gradients: list[Tensor | None] = []
     for gradient, dtype, needed in zip((dhidden, dweight), ctx.dtypes, ctx.needs_input_grad, strict=False):
-        # A two-dimensional scale makes the product float32; a scalar tensor would leave it at 16 bits.
-        gradients.append((gradient * scale.view(1, 1)).to(dtype) if needed else None)
+        if needed and in_place and gradient.dtype == dtype:
+            gradients.append(gradient.mul_(factor))
+        else:
+            gradients.append((gradient * factor).to(dtype) if needed else None)
     return gradients[0], gradients[1]
 
 
