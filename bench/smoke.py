@@ -50,7 +50,7 @@ WARM = (sys.executable, "-m", "bench.kernel_profile")
 SLOTS = ("attn", "mlp", "norm", "loss")
 OTHERS = {"attn-hopper": ("attn", "triton-hopper")}
 """Our other implementations of a slot: compared too where they can run. Nothing takes the place of one that is wrong,
-and it isn't tried otherwise: nothing chooses it by itself."""
+and it isn't tried with changes: `auto` never picks it."""
 FORMS = {slot: (slot, OURS[slot]) for slot in SLOTS} | OTHERS
 SECONDS = 60.0
 """For everything, where nobody says when it must end."""

@@ -3,19 +3,21 @@
 The ablation times the compiled step in PyTorch's forms and with one slot's implementation changed, all in turn. An
 implementation stands in the table, the fastest first, where the step with it is faster than with what `auto` is
 without a table, beyond the spread over the rounds (the 20th percentile of the ratio is over 1), in every contest of
-that precision. `python -m bench.report` writes it; fastgpt2.ops reads it.
+that precision. One that the smoke of that day didn't find right never stands there. `python -m bench.report` writes it;
+fastgpt2.ops reads it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from bench.record import Record
 from bench.report.results import Ratio, newest, pick, ratio, work
 from bench.result import Result
+from bench.smoke import FORMS
 from bench.timing import ROOT
 from fastgpt2.slots import AUTO, SLOTS
 
@@ -47,8 +49,18 @@ def changed(slot: str, contest: dict[str, Result]) -> dict[str, Result]:
     return {name: contest[f"ours-{slot}-{name}"] for name in SLOTS[slot] if f"ours-{slot}-{name}" in contest}
 
 
-def best(slot: str, contests: Iterable[dict[str, Result]]) -> tuple[list[str], dict[str, str]]:
-    """The implementations that beat `auto` without a table in every contest, fastest first; all ratios in words."""
+def not_right(record: Record) -> set[tuple[str, str]]:
+    """(slot, implementation) of what the smoke compared with float64 and didn't find right."""
+    return {FORMS[found.slot] for found in record.smokes if found.status not in ("ok", "skipped")}
+
+
+def best(
+    slot: str, contests: Iterable[dict[str, Result]], wrong: Collection[tuple[str, str]] = ()
+) -> tuple[list[str], dict[str, str]]:
+    """The implementations that beat `auto` without a table in every contest, fastest first; all ratios in words.
+
+    wrong: never among them.
+    """
     ratios: dict[str, list[Ratio]] = {}
     for contest in contests:
         steps = changed(slot, contest)
@@ -57,7 +69,8 @@ def best(slot: str, contests: Iterable[dict[str, Result]]) -> tuple[list[str], d
             if before is not None and steps[name] is not before:
                 ratios.setdefault(name, []).append(ratio(steps[name], before))
     speed = {name: math.prod(r.median for r in found) ** (1 / len(found)) for name, found in ratios.items()}
-    won = [name for name, found in ratios.items() if all(r.p20 is not None and r.p20 > 1.0 for r in found)]
+    faster = [name for name, found in ratios.items() if all(r.p20 is not None and r.p20 > 1.0 for r in found)]
+    won = [name for name in faster if (slot, name) not in wrong]
     words = {name: ", ".join(str(r) for r in found) for name, found in ratios.items()}
     return sorted(won, key=lambda name: -speed[name]), words
 
@@ -78,7 +91,7 @@ def table(records: Iterable[Record]) -> dict[str, Any]:
         contests = ablations(record)
         for precision in sorted({contest[PLAIN].dtype for contest in contests}):
             chosen = [contest for contest in contests if contest[PLAIN].dtype == precision]
-            found = {slot: best(slot, chosen) for slot in SLOTS}
+            found = {slot: best(slot, chosen, not_right(record)) for slot in SLOTS}
             devices.setdefault(device, {})[precision] = {
                 "slots": {slot: won for slot, (won, _) in found.items() if won},
                 "measured": {

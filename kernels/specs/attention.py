@@ -41,15 +41,11 @@ _VARIANTS: dict[str, dict[str, object]] = {
     "documents": _DOCUMENTS,
     "both": _DROPOUT | _DOCUMENTS,
 }
-_BACKWARD_VARIANTS = _VARIANTS | {"bias": {"sums_ptr": ...}}
+_BACKWARD_VARIANTS = _VARIANTS | {"no bias": {"sums_ptr": None}}
 
 
 def _constants(precision: str, size: int) -> dict[str, object]:
     return kernel_constants(precision, size) | {"limit_ptr": None, "seed_ptr": None}
-
-
-def _backward_constants(precision: str, size: int) -> dict[str, object]:
-    return _constants(precision, size) | {"sums_ptr": None}
 
 
 def _work(
@@ -118,7 +114,7 @@ KERNELS = {
     ),
     "attention_backward_dq": Kernel(
         attention_backward_dq_kernel,
-        _backward_constants,
+        _constants,
         _TYPES,
         multiples_of_16=("T",),
         products=6,
@@ -127,7 +123,7 @@ KERNELS = {
     ),
     "attention_backward_dkdv": Kernel(
         attention_backward_dkdv_kernel,
-        _backward_constants,
+        _constants,
         _TYPES,
         multiples_of_16=("T",),
         products=12,
@@ -187,7 +183,9 @@ def _example(
         return lambda config: attention_forward(q, k, v, *options, config=config)
     o, lse = attention_forward(q, k, v, *options)
     do = torch.randn(o.shape, dtype=o.dtype, device=device, generator=generator)
-    backward: Callable[..., object] = partial(attention_backward, do, q, k, v, o, lse, *options)
+    backward: Callable[..., object] = partial(
+        attention_backward, do, q, k, v, o, lse, *options, want_bias=True
+    )
     return lambda config: backward(**{tuned: config})
 
 

@@ -56,16 +56,16 @@ def test_a_smoke_finds_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     found = smoke.compare("norm", "1 stage", device="cpu")
     assert found.status == "ok", found
 
-    def wrong(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        y, total = torch_norm(*inputs)
+    def wrong(*inputs: torch.Tensor, last: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        y, total = torch_norm(*inputs, last=last)
         return 1.05 * y, total
 
     module = import_module("fastgpt2.kernels.norm")
-    monkeypatch.setattr(module, "add_layer_norm", wrong)
+    monkeypatch.setattr(module, "stream_norm", wrong)
     found = smoke.compare("norm", device="cpu")
     assert found.status == "wrong" and found.error is not None and found.budget is not None
     assert found.error > found.budget
-    monkeypatch.delattr(module, "add_layer_norm")
+    monkeypatch.delattr(module, "stream_norm")
     assert smoke.compare("norm", device="cpu").status == "failed"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.record import Record
+from bench.record import Record, Smoke
 from bench.report import auto
 from bench.report.auto import as_text, table
 from bench.report.results import stored
@@ -69,6 +69,15 @@ def test_the_table_holds_what_won_beyond_the_spread(gpu: Any) -> None:
     assert measured["measured"]["commit"] == "a" * 40 and measured["measured"]["date"] == "2030-01-01"
     assert measured["measured"]["versions"]["torch"] == "2.99.0"
     assert len(measured["measured"]["steps"]) == 2
+
+
+def test_what_the_smoke_did_not_find_right_is_left_out() -> None:
+    def won(status: str) -> dict[str, list[str]]:
+        record = replace(recorded(), smokes=[Smoke(slot="attn", status=status)])
+        return table([record])["devices"][GPU]["bfloat16"]["slots"]
+
+    assert won("ok") == {"attn": ["triton"]}
+    assert won("wrong") == won("failed") == {}
 
 
 def test_what_is_faster_by_the_median_but_not_beyond_the_spread_is_left_out() -> None:
