@@ -136,7 +136,7 @@ def _sees_later_tokens(
     moved[:, -1] += 10.0
     before, after = found[:, :-1].float(), attention(moved, dropout_p=dropout_p, documents=documents)[:, :-1].float()
     # The same products in the same order; a tolerance, as a function may sum in any order.
-    causal = torch.allclose(before, after, rtol=1e-2, atol=1e-2 * float(found.float().abs().max()))
+    causal = torch.allclose(before, after, rtol=1e-2, atol=1e-2 * float(found.detach().float().abs().max()))
     return "" if causal else "is not causal: a token's output changes with a later token"
 
 
