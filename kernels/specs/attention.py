@@ -183,9 +183,7 @@ def _example(
         return lambda config: attention_forward(q, k, v, *options, config=config)
     o, lse = attention_forward(q, k, v, *options)
     do = torch.randn(o.shape, dtype=o.dtype, device=device, generator=generator)
-    backward: Callable[..., object] = partial(
-        attention_backward, do, q, k, v, o, lse, *options, want_bias=True
-    )
+    backward: Callable[..., object] = partial(attention_backward, do, q, k, v, o, lse, *options, want_bias=True)
     return lambda config: backward(**{tuned: config})
 
 
