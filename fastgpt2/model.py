@@ -74,7 +74,7 @@ class GPT(nn.Module):
                 x, residual = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
             else:
                 x, residual = block(*inputs)
-            bias = block.mlp.c_proj.left
+            bias = block.mlp.c_proj.bias_left
         hidden, _ = self.ln_f(x, residual, bias, last=True)
         if targets is not None:
             return self.ops.loss(hidden, self.wte.weight, targets, vocab_size=self.config.vocab_size)
@@ -121,28 +121,32 @@ class Block(nn.Module):
         bias: the branch's, if the norm returns its gradient.
         """
         y, residual = self.ln_1(x, residual, bias)
-        y, residual = self.ln_2(self.attn(y, documents), residual, self.attn.c_proj.left)
+        y, residual = self.ln_2(self.attn(y, documents), residual, self.attn.c_proj.bias_left)
         return self.mlp(y), residual
 
 
 class Linear(nn.Linear):
-    """nn.Linear that may leave the gradient of its bias to the function that follows it."""
+    """nn.Linear that may leave the gradient of its bias to the function that follows it.
+
+    leaves_bias: the bias is added here without a gradient, and handed to that function, which has the rows of the
+        gradient in registers and returns their sum.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, leaves_bias: bool) -> None:
         super().__init__(inputs, outputs)
         self.leaves_bias = leaves_bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.added)
+        return F.linear(x, self.weight, self.bias_to_add)
 
     @property
-    def added(self) -> Tensor:
-        """The bias to add."""
+    def bias_to_add(self) -> Tensor:
+        """The bias as this layer adds it."""
         return self.bias.detach() if self.leaves_bias else self.bias
 
     @property
-    def left(self) -> Tensor | None:
-        """The bias for the function that follows; None where autograd computes its gradient."""
+    def bias_left(self) -> Tensor | None:
+        """The bias for the function that follows; None if autograd computes its gradient here."""
         return self.bias if self.leaves_bias else None
 
 
@@ -164,7 +168,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, documents: Tensor | None) -> Tensor:
         dropout = self.config.dropout if self.training else 0.0
         qkv = self.c_attn(x).unflatten(-1, (3, self.config.n_head, self.config.head_dim))
-        given = {} if self.c_attn.left is None else {"bias": self.c_attn.left}
+        given = {} if self.c_attn.bias_left is None else {"bias": self.c_attn.bias_left}
         y = self.op(qkv, dropout_p=dropout, documents=documents, **given).flatten(-2)
         return F.dropout(self.c_proj(y), dropout, self.training)
 
@@ -179,7 +183,7 @@ class Mlp(nn.Module):
         self.c_proj = _branch_end(4 * config.n_embd, config, ops)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.op(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.added)
+        y = self.op(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias_to_add)
         return F.dropout(y, self.config.dropout, self.training)
 
 
