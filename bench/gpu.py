@@ -51,7 +51,7 @@ SESSIONS = {
     "operations": (
         *(
             f"kernels/test_{name}.py"
-            for name in ("attention", "attention_documents", "attention_hopper", "attention_operator")
+            for name in ("attention", *(f"attention_{part}" for part in ("bias", "documents", "hopper", "operator")))
         ),
         *(f"kernels/test_{name}{part}.py" for name in ("mlp", "norm", "loss") for part in ("", "_operator")),
         "kernels/test_dropout.py",

@@ -42,6 +42,7 @@ class Result:
     shape: dict[str, Any]
     slots: dict[str, str] | None = None
     deterministic: bool | None = None
+    stream: str | None = None
     recompute: str | None = None
     cuda_graph: bool | None = None
 

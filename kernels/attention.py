@@ -424,13 +424,13 @@ def hopper_why_unsupported(device: torch.device, dtype: torch.dtype, head_dim: i
     """Why attention_hopper.py's kernel can't train with such inputs, in a line; None if it can."""
     if device.type != "cuda" or launch.capability(device) != (9, 0):
         found = device.type if device.type != "cuda" else "compute capability {}.{}".format(*launch.capability(device))
-        return f"Triton attention for Hopper needs an H100 or H200 (compute capability 9.0), got {found}"
+        return f"Hopper's attention needs an H100 or H200 (sm_90), got {found}"
     if not _has_gluon():
-        return f"Triton attention for Hopper needs Gluon, which Triton {triton.__version__} lacks: install Triton 3.6"
+        return f"Hopper's attention needs Gluon, which Triton {triton.__version__} lacks: install Triton 3.6"
     if dtype not in HOPPER_DTYPES:
-        return f"Triton attention for Hopper computes in bfloat16 or float16, got {dtype}"
+        return f"Hopper's attention computes in bfloat16 or float16, got {dtype}"
     if head_dim not in HOPPER_HEAD_DIMS:
-        return f"Triton attention for Hopper's head size must be one of {HOPPER_HEAD_DIMS}, got {head_dim}"
+        return f"the head size of Hopper's attention must be one of {HOPPER_HEAD_DIMS}, got {head_dim}"
     if dropout_p:
         return f"Triton attention for Hopper has no dropout, got {dropout_p}"
     return None

@@ -54,9 +54,10 @@ KEEP = 0.02
 """The table's own configuration stays unless it is slower by more than this: a second run then changes nothing."""
 ORDER = {
     "precision": ("bfloat16", "float16", "tf32", "float32"),
-    "op": ("attention", "gelu_mlp", "cross_entropy", "layer_norm"),
+    "op": ("attention", "gelu_mlp", "cross_entropy", "layer_norm", "attention_forward_hopper"),
 }
-"""What to tune first, as a run may be interrupted: by precision, then by the beginning of a kernel's name."""
+"""What to tune first, as a run may be interrupted: by precision, then by the beginning of a kernel's name, the longest
+that matches. Hopper's attention comes last: nothing uses it unasked."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def keys(arch: str, table: dict[str, Any], options: Options) -> list[Key]:
 
 
 def _rank(what: str, name: str) -> int:
-    return next((i for i, prefix in enumerate(ORDER[what]) if name.startswith(prefix)), len(ORDER[what]))
+    matching = [prefix for prefix in ORDER[what] if name.startswith(prefix)]
+    return ORDER[what].index(max(matching, key=len)) if matching else len(ORDER[what])
 
 
 # ------------------------------------------------------------------------------------------- compiling

@@ -240,6 +240,7 @@ def test_what_costs_a_step_most_comes_first_and_what_the_gpu_never_launches_not_
         "attention_forward", "attention_backward_dq", "attention_backward_dkdv",
         f"gelu_mlp_forward{form}", f"gelu_mlp_backward{form}",
         "cross_entropy", "layer_norm_forward", "layer_norm_backward",
+        *(["attention_forward_hopper"] if arch == "sm_90" else []),
     ]  # fmt: skip
 
 
@@ -323,7 +324,8 @@ def test_what_can_be_tuned_is_a_kernel_with_candidates() -> None:
     for key in tune.keys("sm_90", table, Options()):
         found = tune.candidates(table, key)
         assert found[0] == configurations(table)[key]
-        assert 3 <= len(found) == len(set(found)) <= 64, (key, len(found))
+        least = 1 if key.op == "attention_forward_hopper" else 3  # its tiles are fixed, and 128 channels fit twice
+        assert least <= len(found) == len(set(found)) <= 64, (key, len(found))
         if key.op.startswith("gelu_mlp") and key.precision == "bfloat16":  # modded-nanogpt's
             assert {LaunchConfig(128, 256, 64, 8, stages) for stages in (3, 4)} <= set(found)
 
@@ -387,7 +389,7 @@ def test_the_command_times_each_kernel_for_the_seconds_asked(tmp_path, monkeypat
     out = tmp_path / "OUT" / "sm_90.json"
     given = ["--precision", "bfloat16", "--size", "64", "768", "50304", "--seconds", "3", "--minutes", "1.4"]
     assert tune.main([*given, "--out", str(out)]) == 0
-    assert len(asked) == 8 and {seconds for _, seconds in asked} == {3.0}
+    assert len(asked) == 9 and {seconds for _, seconds in asked} == {3.0}
     measured = [entry for entry in json.loads(out.read_text())["entries"] if entry["measured"]]
     assert sorted(entry["op"] for entry in measured) == sorted(op for op, _ in asked)
 

@@ -419,7 +419,7 @@ def test_help_says_what_a_flag_is_and_its_default() -> None:
         "--compile Compile the model",
         "--deterministic, --no-deterministic",
         "--model {tiny,mini,small,gpt2,gpt2-medium,gpt2-large,gpt2-xl} Preset (default: gpt2 on a GPU",
-        "--attn {auto,naive,sdpa,cudnn,flex,triton,module:function}",
+        "--attn {auto,naive,sdpa,cudnn,flex,triton-hopper,triton,module:function}",
     ):
         assert text in shown
     flags = make_parser(TrainConfig, "fastgpt2.train").format_help()

@@ -104,6 +104,7 @@ def validated_sequences(config: TrainConfig) -> int:
 
 
 ELEMENTWISE = {"dynamic": False, "fullgraph": True, "backend": inductor_recomputing_elementwise}
+STREAM_GRADIENT = {"dtype": "bfloat16", "norm": "triton"}
 ONE_EVALUATION = {"eval_every": 6, "grad_accum": 2, "steps": 6}
 ARRIVALS: list[tuple[str, Any, Callable[[TrainConfig], Any], Any, dict[str, Any]]] = [
     # setting, value, how to observe it, what must be observed, other settings
@@ -138,6 +139,8 @@ ARRIVALS: list[tuple[str, Any, Callable[[TrainConfig], Any], Any, dict[str, Any]
     ("dtype", "float64", lambda config: build(config).parameters[0].dtype, torch.float64, {}),
     ("dtype", "bfloat16", asked_of_ops("dtype"), torch.bfloat16, {}),
     ("dtype", "tf32", asked_of_ops("tf32"), True, {}),
+    ("stream", "bfloat16", lambda config: build(config).model.stream, torch.bfloat16, {"dtype": "bfloat16"}),
+    ("stream", "bfloat16-gradient", asked_of_ops("stream_gradient"), torch.bfloat16, STREAM_GRADIENT),
     ("deterministic", False, deterministic, False, {}),
     ("attn", "naive", asked_of_ops("attn"), "naive", {}),
     ("mlp", "triton", asked_of_ops("mlp"), "triton", {}),
