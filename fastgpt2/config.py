@@ -142,7 +142,7 @@ class TrainConfig:
     float32)."""
     stream: Stream = "full"
     """Precision of the residual stream. full: that of the weights (default); bfloat16-gradient: its gradient alone in
-    bfloat16, needs --norm triton; bfloat16: stream and gradient. Both need --dtype bfloat16 and err more."""
+    bfloat16, needs --norm triton; bfloat16: stream and gradient. The last two need --dtype bfloat16 and err more."""
     deterministic: bool = True
     """Use only deterministic algorithms (default). --no-deterministic allows faster ones, and --attn cudnn."""
     compile: bool = False

@@ -309,8 +309,8 @@ def flash_attention_qkv(
         dropout_p: the probability of dropping a weight, in [0, 1), rounded to a multiple of 2^-16 (dropout.py).
         documents: (2, B, T) int32: the first position of each token's document, and one past its last. A token sees
             only its own document. Needs causal. Neither may decrease along a row; checking it would wait for the GPU.
-        bias: (3 H D,), any floating dtype: what the projection has already added to qkv, detached from it. It gets the
-            gradient that the projection would have computed, by reading qkv's gradient again.
+        bias: (3 H D,), any floating dtype: what the projection has already added to qkv, detached: it is not added
+            here. It gets the gradient that the projection would have computed, from sums of the backward's own tiles.
         causal: a token sees only itself and earlier tokens.
         scale: positive; 1 / sqrt(D) by default.
         allow_tf32: multiply float32 in TF32, with 10 bits of mantissa, instead of exactly.
