@@ -432,7 +432,7 @@ def hopper_why_unsupported(device: torch.device, dtype: torch.dtype, head_dim: i
     if head_dim not in HOPPER_HEAD_DIMS:
         return f"the head size of Hopper's attention must be one of {HOPPER_HEAD_DIMS}, got {head_dim}"
     if dropout_p:
-        return f"Triton attention for Hopper has no dropout, got {dropout_p}"
+        return f"Hopper's attention has no dropout, got {dropout_p}"
     return None
 
 

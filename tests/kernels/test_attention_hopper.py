@@ -130,7 +130,7 @@ def test_inputs_that_it_does_not_take() -> None:
 
 def test_why_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, bfloat16 = torch.device("cuda"), torch.bfloat16
-    assert "needs an H100 or H200 (compute capability 9.0), got cpu" in str(
+    assert "needs an H100 or H200 (sm_90), got cpu" in str(
         hopper_why_unsupported(torch.device("cpu"), bfloat16, 64, 0.0)
     )
     monkeypatch.setattr(launch, "capability", lambda _: (10, 0))
