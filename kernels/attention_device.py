@@ -214,8 +214,8 @@ def _store_column_sums(sums_ptr, part, x, b, h, start, T, H, D: tl.constexpr):
     a, c = tl.split(a + c)
     total = tl.sum(a + c, 0)
     B = tl.num_programs(0) // (tl.cdiv(T, BLOCK) * H)
-    place = ((start // BLOCK * B + b) * 3 + part) * H + h
-    store_row(sums_ptr + place * D, total, 0, D, total.shape[0])
+    row = ((start // BLOCK * B + b) * 3 + part) * H + h
+    store_row(sums_ptr + row * D, total, 0, D, total.shape[0])
 
 
 @triton.jit

@@ -1,4 +1,7 @@
-"""The attention kernels, as inspect, bounds and tune see them: causal, without documents, dropout and bias."""
+"""The attention kernels, as inspect, bounds and tune see them: as GPT-2's training runs them.
+
+Causal, without documents and dropout; the backward with the sums of a bias's gradient.
+"""
 
 from __future__ import annotations
 

@@ -23,12 +23,10 @@ from fastgpt2.kernels.mlp import (
     programs_a_multiprocessor,
 )
 from fastgpt2.kernels.specs.records import CHANNELS, H100_MULTIPROCESSORS, TOKENS, Kernel, Loop, Tuning, Work
-from fastgpt2.kernels.tuning import LaunchConfig
+from fastgpt2.kernels.tuning import LaunchConfig, architectures, read_table
 
 EXAMPLE_ROWS = TOKENS // 2
 """Rows that the tuner times: half of a micro-step's tokens, to leave room in memory."""
-SHARED_MEMORY = 232448
-"""The most bytes that a program may have on any GPU of the tables: sm_90's and sm_100's."""
 FORMS = ("", "_tma", "_odd")
 
 
@@ -106,6 +104,7 @@ KERNELS = {
 
 def _candidates(precision: str, size: int) -> list[LaunchConfig]:
     """Of tiles that divide GPT-2's widths, modded-nanogpt's 128x256x64 among them, those whose loads fit."""
+    most = max(read_table(arch)["shared_memory"] for arch in architectures())
     element = 4 if precision in ("float32", "tf32") else 2
     if precision == "float32":
         tiles = [(m, n, 16) for m in (32, 64) for n in (64, 128)]
@@ -118,7 +117,7 @@ def _candidates(precision: str, size: int) -> list[LaunchConfig]:
         for m, n, k in tiles
         for w in (4, 8)
         for s in stages
-        if s * (m + n) * k * element <= SHARED_MEMORY
+        if s * (m + n) * k * element <= most
     ]
 
 
