@@ -51,7 +51,7 @@ class CpuConfig:
     """What to time, and for how long."""
 
     minutes: Positive = field(default=45.0, metadata={"group": "contests"})
-    """Start no round later than this."""
+    """Start no round later than this. Building counts: a compiled step of GPT-2 124M can take minutes."""
     rounds: Count = 10
     """Rounds of each contest."""
     cells: tuple[Annotated[str, Choice(tuple(CELLS))], ...] = tuple(CELLS)

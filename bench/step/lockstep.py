@@ -127,6 +127,7 @@ def _build(
     """Build all; returns why some could not be. Only then is anything timed."""
 
     def build(worker: Worker) -> WorkerError | None:
+        say(f"{worker.name}: building")
         try:
             worker.build(by)
         except WorkerError as error:

@@ -47,6 +47,15 @@ MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05":
 SHARED_MEMORY = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
 REGISTERS, THREADS = 65536, 2048
 
+LEGEND = """\
+registers    a thread; spilled and shared are bytes
+blocks       that fit on a multiprocessor
+missed       products outside the matrix units, of all
+serialised   each product waits for the one before
+loops        machine instructions that a warp spends on one run of each loop
+at least     lower bound on the time at GPT-2 124M's shape (the wall that sets it, the share of the card's limit left)
+"""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -359,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.json:
         print(json.dumps([asdict(r) | {"faults": r.faults} for r in reports], indent=1))
     else:
-        print(table(reports))
+        print(f"{table(reports)}\n\n{LEGEND}")
         faulty = sum(bool(r.faults) for r in reports)
         print(f"{len(reports)} kernels compiled, {faulty} must not ship (exact float32 is reported only)")
     return int(any(r.faults for r in reports))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ from bench.step.steps import STEPS, Kernels
 from bench.timing import ROOT
 from fastgpt2.console import run_command
 from fastgpt2.fields import ConfigError
+from fastgpt2.kernels.tools import tune
 from fastgpt2.kernels.tuning import TABLES
 from tests.bench.programme import commands, python, ran, run, run_in
 
@@ -113,6 +115,27 @@ def test_pytorchs_form_takes_the_place_of_a_slot_that_is_not_right(tmp_path: Pat
         settings = STEPS[name].with_kernels(run.kernels()).settings
         assert settings.get("mlp") == ("torch" if "mlp" in failed else STEPS[name].settings.get("mlp"))
     assert STEPS["plain"].with_kernels(run.kernels()) == STEPS["plain"]
+
+
+@pytest.mark.parametrize(
+    "failed", [wrong for count in range(len(gpu.TUNED_OPS)) for wrong in itertools.combinations(gpu.TUNED_OPS, count)]
+)
+def test_what_is_right_is_tuned_whatever_else_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failed: tuple[str, ...]
+) -> None:
+    run = run_in(tmp_path)
+    smoke.write_failed(run.failed, failed)
+    _, _, module, *arguments = commands(run)["tune"]
+    assert module == tune.__name__
+    asked: list[tune.Key] = []
+    monkeypatch.setattr(tune, "compiled", lambda arch, table, keys: (asked.append(key) for key in keys))
+    monkeypatch.setattr(tune, "_this_arch", lambda: "sm_90")
+    monkeypatch.setattr(tune, "_present", lambda: (None, {}))
+    monkeypatch.setattr(tune, "tune", lambda arch, made, *rest: list(made))
+    assert tune.main(arguments) == 0
+    right = {kernels for slot, kernels in gpu.TUNED_OPS.items() if slot not in failed}
+    assert {(op, key.size) for key in asked for op, _ in gpu.TUNED_OPS.values() if key.op.startswith(op)} == right
+    assert {key.precision for key in asked} == {"bfloat16"}
 
 
 def test_a_kernel_that_is_known_to_fail_is_not_run(tmp_path: Path) -> None:
