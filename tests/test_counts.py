@@ -24,7 +24,8 @@ from fastgpt2.model import FLOPS_PER_TOKEN, GPT
 from fastgpt2.ops import Ops, Site, make_ops
 from fastgpt2.settings import resolve
 from tests import counts
-from tests.counts import CASES, PROBLEMS, OperatorCounter, changes, checked_in, compile_counts, slot_counts, step_counts
+from tests.counts import CASES, PROBLEMS, changes, checked_in, compile_counts, slot_counts, step_counts
+from tests.operator_counter import OperatorCounter, tallied
 
 pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="Triton's launchers are counted where it interprets")
 PLAIN = {"attn": "sdpa", "mlp": "torch", "norm": "torch", "loss": "torch"}
@@ -199,7 +200,7 @@ def test_what_a_launcher_gives_is_what_its_fake_says(slot: str, dtype: torch.dty
 
     with FakeTensorMode():
         fake = results()
-        with counts.tallied(), OperatorCounter():
+        with tallied(), OperatorCounter():
             launched = results()
     assert [(x.shape, x.stride(), x.dtype) for x in launched] == [(x.shape, x.stride(), x.dtype) for x in fake]
 

@@ -443,9 +443,3 @@ def test_the_command(texts, tmp_path, monkeypatch, capsys):
     assert rows["tokens"] == [f"{meta['tokens'][split]:,}" for split in ("train", "val")]
     assert rows["vocabulary"] == ["byte", "257"]
     assert rows["unigram nats/token, val's own"][1] == f"{meta['unigram_nats_per_token']['val']:.4f}"
-
-
-def test_the_command_fails_in_one_line(tmp_path, monkeypatch, capsys):
-    status, stdout, stderr = run(monkeypatch, capsys, tmp_path / "gone", "--out", tmp_path / "out")
-    assert (status, stdout) == (2, "")
-    assert stderr == f"error: no such file or folder: {tmp_path / 'gone'}\n"
