@@ -16,9 +16,9 @@ if not torch.cuda.is_available():
     # Triton reads this when it is imported, so nothing may import it earlier.
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if find_spec("triton") is not None:
-        from tests.interpreter import patch_once_a_launch
+        from tests.interpreter import make_faster
 
-        patch_once_a_launch()
+        make_faster()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,11 +12,7 @@ from fastgpt2.kernels.norm import BRANCH_CHANNELS, layer_norm_backward, layer_no
 from tests.kernels.cases.norm import Case, assert_same, autocast, case, every_precision
 from tests.kernels.oracle import DEVICE, Results
 
-# With eps = 0, rows past the last divide by zero; they are not stored.
-pytestmark = [
-    pytest.mark.numeric,
-    pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered in:RuntimeWarning"),
-]
+pytestmark = pytest.mark.numeric
 
 
 @pytest.mark.parametrize("where", ["inside", "begins", "last", "y unused"])
