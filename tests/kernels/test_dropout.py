@@ -22,7 +22,6 @@ from fastgpt2.kernels.tuning import LaunchConfig, architectures, configurations
 from tests.kernels.cases.attention import REPLAYED, bounds, inputs, naive, packed
 from tests.kernels.oracle import DEVICE, Compute, assert_same
 
-pytestmark = pytest.mark.numeric
 P = 0.2
 ROUNDED_P = weights_to_drop(P) / 2**BITS
 
@@ -130,6 +129,7 @@ def replay(make, **options) -> dict:
     return {"keep": dropout_mask(seed(), P, B, H, T), "dropout_p": ROUNDED_P, **options}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["causal", "full", "documents"])
 def test_output_and_gradient_replay_the_mask(kind, dtype, tiles) -> None:

@@ -29,7 +29,6 @@ from tests.seeds import generator
 
 # Where exp overflows, GELU's share of z is exactly 0, which is right; numpy warns.
 pytestmark = [
-    pytest.mark.numeric,
     pytest.mark.usefixtures("mlp_tiles"),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
 ]
@@ -57,6 +56,7 @@ def test_shapes_that_descriptors_cannot_reach(shape) -> None:
     ORACLE.assert_right(ours, lambda seed: inputs(shape, seed=seed))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(45, 40, 80, 40)], ids=str)
 @pytest.mark.parametrize("gain", [1.0, 8.0])
@@ -112,6 +112,7 @@ def test_tf32_is_within_its_own_rounding(way) -> None:
         assert maximum(mine.double() - truth) <= 8 * 2**-11 * maximum(truth)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("dtype", "costs"), [(torch.bfloat16, 1.006), (torch.float16, 1.33)], ids=str)
 def test_what_tanh_of_11_bits_costs(dtype, costs) -> None:
     """The hardware's tanh errs by up to 2^-11: negligible in bfloat16, a third more error in float16."""

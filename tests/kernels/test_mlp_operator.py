@@ -27,7 +27,6 @@ from tests.kernels.oracle import DEVICE, Results, assert_equal
 
 # Where exp overflows, GELU's share of z is exactly 0, which is right; numpy warns.
 pytestmark = [
-    pytest.mark.numeric,
     pytest.mark.usefixtures("mlp_tiles"),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
 ]

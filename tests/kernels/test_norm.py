@@ -38,10 +38,7 @@ from tests.kernels.cases.norm import (
 from tests.kernels.oracle import DEVICE, Results
 
 # With eps = 0, rows past the last divide by zero; they are not stored.
-pytestmark = [
-    pytest.mark.numeric,
-    pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered in:RuntimeWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered in:RuntimeWarning")
 
 
 @pytest.mark.parametrize("compute", [ours, ours_alone], ids=["add", "alone"])
@@ -58,6 +55,7 @@ def test_every_shape(shape, rows) -> None:
     ORACLE.assert_right(ours, lambda seed: (case(shape, seed=seed),))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("compute", [ours, ours_alone], ids=["add", "alone"])
 @every_precision
 def test_every_precision(precision, compute, rows) -> None:
@@ -65,6 +63,7 @@ def test_every_precision(precision, compute, rows) -> None:
     ORACLE.assert_right(compute, lambda seed: (case((70, 100), precision, seed=seed),))
 
 
+@pytest.mark.numeric
 @every_precision
 def test_rows_far_from_zero(precision, rows) -> None:
     """The variance is a thousandth of the squared mean, or a millionth in float32."""

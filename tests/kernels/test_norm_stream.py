@@ -12,8 +12,6 @@ from fastgpt2.kernels.norm import BRANCH_CHANNELS, layer_norm_backward, layer_no
 from tests.kernels.cases.norm import Case, assert_same, autocast, case, every_precision
 from tests.kernels.oracle import DEVICE, Results
 
-pytestmark = pytest.mark.numeric
-
 
 @pytest.mark.parametrize("where", ["inside", "begins", "last", "y unused"])
 @every_precision
