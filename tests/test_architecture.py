@@ -40,29 +40,36 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("file", "line"),
+    "planted",
     [
-        ("fastgpt2/model.py", "def _f():\n    import fastgpt2.training\n"),
-        ("fastgpt2/model.py", 'import_module("fastgpt2.training")\n'),
-        ("fastgpt2/model.py", '_TABLE = {"adam": "fastgpt2.training:train"}\n'),
-        ("fastgpt2/kernels/tiles.py", '_TABLE = ["fastgpt2.config:TrainConfig"]\n'),
-        ("fastgpt2/run.py", "from fastgpt2.kernels import mlp\n"),
-        ("fastgpt2/run.py", '_KERNEL = "fastgpt2.kernels.mlp:gelu_mlp"\n'),
-        ("fastgpt2/config.py", "import torch\n"),
-        ("fastgpt2/evaluate.py", "import bench.timing\n"),
-        ("fastgpt2/new.py", "\n"),
+        {
+            "model -> fastgpt2.training": "def _f():\n    import fastgpt2.training\n",
+            "kernels.tiles -> fastgpt2.config": '_TABLE = ["fastgpt2.config:TrainConfig"]\n',
+            "run -> fastgpt2.kernels.mlp": "from fastgpt2.kernels import mlp\n",
+            "config -> torch": "import torch\n",
+            "evaluate -> bench.timing": "import bench.timing\n",
+        },
+        {
+            "model -> fastgpt2.training": 'import_module("fastgpt2.training")\n',
+            "run -> fastgpt2.kernels.mlp": '_KERNEL = "fastgpt2.kernels.mlp:gelu_mlp"\n',
+        },
+        {"model -> fastgpt2.training": '_TABLE = {"adam": "fastgpt2.training:train"}\n', "new": "\n"},
     ],
+    ids=["statements", "calls and strings", "a table and a module without a layer"],
 )
-def test_an_import_that_runs_another_way_is_found(copied: Path, file: str, line: str) -> None:
-    path = copied / file
-    before = path.read_text() if path.exists() else None
-    path.write_text((before or "") + line)
+def test_an_import_that_runs_another_way_is_found(copied: Path, planted: dict[str, str]) -> None:
+    paths = [copied / "fastgpt2" / f"{fault.split()[0].replace('.', '/')}.py" for fault in planted]
+    before = [path.read_text() if path.exists() else None for path in paths]
+    for path, source, lines in zip(paths, before, planted.values(), strict=True):
+        path.write_text((source or "") + lines)
     try:
         done = lint(copied)
     finally:
-        path.unlink() if before is None else path.write_text(before)
+        for path, source in zip(paths, before, strict=True):
+            path.unlink() if source is None else path.write_text(source)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert f"fastgpt2.{path.stem}" in done.stdout or "fastgpt2.kernels.tiles" in done.stdout
+    missed = [fault for fault in planted if f" fastgpt2.{fault}" not in done.stdout]
+    assert not missed, done.stdout
 
 
 def test_strings_that_import_are_found() -> None:
