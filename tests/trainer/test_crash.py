@@ -20,6 +20,7 @@ import pytest
 from fastgpt2 import TrainConfig, checkpoint, train
 from fastgpt2.durable import OutputError, write_text
 from fastgpt2.metrics import JsonLines, read_json_lines
+from tests import forked
 from tests.trainer.runs import SMALL, names, save, step
 
 pytest.importorskip("safetensors", reason="checkpoints need safetensors")
@@ -263,8 +264,8 @@ def test_a_run_that_has_no_room_goes_on_and_says_what_is_missing(tmp_path: Path)
         "from fastgpt2.command import main; sys.exit(main())"
     )
     flags = ["--model", "tiny", "--steps", "5", "--save-every", "2", "--device", "cpu", "--out", str(tmp_path)]
-    done = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True)
-    assert done.returncode == 1
+    done = forked.run("-c", program, *flags, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
     reason = "Error while serializing: I/O error: File too large (os error 27); none had been saved"
     for number, then in ((2, "continuing, next try after step 4"), (4, "continuing, next try after step 5"),
                          (5, "continuing, next try at the end"), (5, "this was the last try")):  # fmt: skip

@@ -16,6 +16,7 @@ import pytest
 import fastgpt2
 from bench.__main__ import COMMANDS as BENCH
 from fastgpt2.__main__ import COMMANDS
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 MODULE = [sys.executable, "-m", "fastgpt2"]
@@ -97,8 +98,8 @@ def test_train_answers_signals_before_its_imports(tmp_path: Path) -> None:
 
 def test_a_run_is_the_same_by_either_name(tmp_path: Path) -> None:
     flags = ["--model", "tiny", "--batch-size", "2", "--device", "cpu", "--steps", "3", "--log-every", "1"]
-    for out, command in [("module", [sys.executable, "-m", "fastgpt2.train"]), ("script", [*SCRIPT, "train"])]:
-        done = run(*command, *flags, "--out", out, cwd=tmp_path)
+    for out, command in [("module", ["-m", "fastgpt2.train"]), ("script", [*SCRIPT[1:], "train"])]:
+        done = forked.run(*command, *flags, "--out", out, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "3 of 3" in done.stdout
     losses = [

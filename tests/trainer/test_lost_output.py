@@ -138,7 +138,8 @@ def test_a_terminal_may_go_away_under_the_progress_bar(tmp_path: Path, monkeypat
 
 # Each runs in its own process, forked after the slow imports, and exits as Python does.
 ENDINGS = """
-import contextlib, io, os, sys
+import contextlib, gc, io, os, sys
+sys.modules["triton"] = None  # frozen, it would print what it leaks
 from pathlib import Path
 from fastgpt2 import console
 from fastgpt2.reporters import display
@@ -185,6 +186,7 @@ def refuse():
 
 with contextlib.redirect_stdout(io.StringIO()):
     run("first")()  # for its imports
+gc.freeze()  # or the end of each would go through all that was imported
 ends("pipes", lambda: pipe(1, 2), run("pipes"))
 ends("full", lambda: file("/dev/full", 1), run("full"))
 ends("closed", close, run("closed"))

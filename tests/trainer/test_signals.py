@@ -19,6 +19,7 @@ from fastgpt2.command import main
 from fastgpt2.data import DummyTokens
 from fastgpt2.metrics import read_json_lines
 from fastgpt2.reporters.display import TrainDisplay
+from tests import forked
 
 RUN = ["--model", "tiny", "--batch-size", "2", "--block-size", "8", "--device", "cpu", "--steps", "9"]
 RUN += ["--save-every", "100", "--log-every", "1"]
@@ -175,8 +176,7 @@ def test_a_signal_while_the_run_is_built_ends_in_one_line(tmp_path: Path) -> Non
         "run._open_sources = lambda *args: (os.kill(os.getpid(), signal.SIGTERM), build(*args))[1]\n"
         "sys.exit(main())"
     )
-    line = [sys.executable, "-c", program, *RUN, "--out", "run"]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    done = forked.run("-c", program, *RUN, "--out", "run", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, ""), done.stderr
     assert done.stderr.startswith("stopped by SIGTERM: ") and done.stderr.count("\n") == 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ from fastgpt2.fields import ConfigError
 from fastgpt2.ops import Ops, Site, as_choices, make_ops, why_not
 from fastgpt2.outside import import_name, load
 from fastgpt2.slots import AUTO, OURS, REFERENCE, SLOTS, TORCH, Implementation
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,14 +46,7 @@ def test_a_package_that_is_not_installed_is_named() -> None:
 def test_the_norm_kernel_is_refused_at_the_start_for_too_many_channels(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is published for Linux")
     size = ["--n-layer", "1", "--n-head", "8", "--n-embd", "8200", "--block-size", "8", "--vocab-size", "128"]
-    done = subprocess.run(
-        [sys.executable, "-m", "fastgpt2.train", *size, "--norm", "triton", "--device", "cpu"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
-    )
+    done = forked.run("-m", "fastgpt2.train", *size, "--norm", "triton", "--device", "cpu", cwd=tmp_path)
     reason = "Triton LayerNorm has 1 to 8192 channels, got 8200; use --norm torch"
     assert (done.returncode, done.stderr) == (2, f"error: --norm triton can't run here: {reason}\n")
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,91 @@
+"""Python programs in processes forked from one that has imported PyTorch and the trainer, which takes seconds.
+
+The process that forks is a new interpreter with nothing of the tests' but their environment.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import traceback
+from importlib import import_module
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+IMPORTED = (
+    "fastgpt2.command", "fastgpt2.evaluate", "fastgpt2.prepare", "fastgpt2.sample", "fastgpt2.training",
+    "fastgpt2.verify", "matplotlib.backends.backend_agg", "matplotlib.figure", "rich.progress", "safetensors.torch",
+    "torch._dynamo",
+)  # fmt: skip
+
+
+def run(*words: str, cwd: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run what `python WORDS` runs: -m MODULE, -c CODE or a script, with arguments.
+
+    environment: in place of this process's.
+    """
+    server = _server()
+    assert server.stdin is not None and server.stdout is not None
+    with tempfile.TemporaryDirectory() as folder:
+        environment = dict(os.environ) if environment is None else environment
+        call = {"words": words, "cwd": str(cwd), "environment": environment, "folder": folder}
+        server.stdin.write(json.dumps(call) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        printed = (Path(folder, name).read_text(encoding="utf-8", errors="replace") for name in ("stdout", "stderr"))
+        return subprocess.CompletedProcess(words, status, *printed)
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """It ends with this process, when nothing can write to its stdin."""
+    command, pipe = [sys.executable, "-m", "tests.forked"], subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+
+
+def serve() -> None:
+    for module in IMPORTED:
+        import_module(module)
+    while line := sys.stdin.readline():
+        if child := os.fork():
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        else:
+            os._exit(_status(**json.loads(line)))  # the end of Python would take a second
+
+
+def _status(words: list[str], cwd: str, environment: dict[str, str], folder: str) -> int:
+    """Run a program in this process, and say how it ends."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, path in enumerate((os.devnull, f"{folder}/stdout", f"{folder}/stderr")):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+    how, *rest = words
+    sys.path[0] = cwd
+    sys.argv = {"-m": rest, "-c": ["-c", *rest[1:]]}.get(how, words)
+    try:
+        if how == "-m":
+            sys.modules.pop(rest[0], None)  # runpy warns of what is there already
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        elif how == "-c":
+            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            runpy.run_path(how, run_name="__main__")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    serve()
