@@ -40,7 +40,7 @@ sum separately would give 8. SDPA, which also stores one lse, has 32.
 Only tiles that touch the diagonal, the edge of a document or the end of the sequence are masked. Programs with the
 longest rows start first. Few enough heads run at a time for k and v to stay in L2.
 
-The kernels are in attention_device.py. attention_hopper.py has another forward, for Hopper, where it is asked for.
+The kernels are in attention_device.py. attention_hopper.py and attention_hopper_backward.py have others for Hopper.
 NOTES.md has the versions tried and what they measured.
 
 Papers: FlashAttention (Dao et al. 2022, arXiv:2205.14135), FlashAttention-2 (Dao 2023, arXiv:2307.08691).
@@ -110,11 +110,11 @@ def attention_forward(
         q, k, v: (B, T, H, D), any strides, the last 1.
         documents: (2, B, T) int32, contiguous.
         seed: one int64; None if dropout_p is 0.
-        hopper: run attention_hopper.py's kernel if it takes such inputs.
+        hopper: run attention_hopper.py's kernel if it takes such strides; causal, without documents and seed.
         config: used instead of the table's.
     """
     B, T, H, D = q.shape
-    if hopper and causal and documents is None and seed is None and q.dtype in HOPPER_DTYPES and q.numel():
+    if hopper:
         from fastgpt2.kernels import attention_hopper
 
         if attention_hopper.copied_by_tiles(q, k, v):
@@ -156,6 +156,7 @@ def attention_backward(
     seed: Tensor | None = None,
     dropout_p: float = 0.0,
     want_bias: bool = False,
+    hopper: bool = False,
     dq_config: LaunchConfig | None = None,
     dkdv_config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -165,8 +166,15 @@ def attention_backward(
         do: (B, T, H, D), any strides.
         o, lse: from attention_forward, as are the other arguments.
         want_bias: the sum is empty without it.
+        hopper: likewise, attention_hopper_backward.py's kernels.
         dq_config, dkdv_config: used instead of the table's.
     """
+    if hopper:
+        from fastgpt2.kernels import attention_hopper_backward
+
+        if attention_hopper_backward.takes(do, q, k, v, o):
+            options = scale, want_bias, dq_config, dkdv_config
+            return attention_hopper_backward.attention_backward(do, q, k, v, o, lse, *options)
     B, T, H, D = q.shape
     do, q, k, v = _tiled(do), _tiled(q), _tiled(k), _tiled(v)
     precision = precision_name(q.dtype, allow_tf32)
@@ -240,10 +248,8 @@ def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
 _INPUTS = "Tensor q, Tensor k, Tensor v"
 _OPTIONS = "bool causal, float scale, bool allow_tf32, Tensor? documents=None, Tensor? seed=None, float dropout_p=0.0"
 torch.library.define("fastgpt2::attention_forward", f"({_INPUTS}, {_OPTIONS}, bool hopper=False) -> (Tensor, Tensor)")
-torch.library.define(
-    "fastgpt2::attention_backward",
-    f"(Tensor do, {_INPUTS}, Tensor o, Tensor lse, {_OPTIONS}, bool want_bias=False) -> (Tensor, Tensor)",
-)
+_BACKWARD = f"(Tensor do, {_INPUTS}, Tensor o, Tensor lse, {_OPTIONS}, bool want_bias=False, bool hopper=False)"
+torch.library.define("fastgpt2::attention_backward", f"{_BACKWARD} -> (Tensor, Tensor)")
 torch.library.impl("fastgpt2::attention_forward", "default", attention_forward)
 torch.library.impl("fastgpt2::attention_backward", "default", attention_backward)
 
@@ -259,7 +265,8 @@ def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, allow_tf32: b
 @launch.register_fake("fastgpt2::attention_backward")
 def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
       causal: bool, scale: float, allow_tf32: bool, documents: Tensor | None = None, seed: Tensor | None = None,
-      dropout_p: float = 0.0, want_bias: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+      dropout_p: float = 0.0, want_bias: bool = False, hopper: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, T, H, D = q.shape
     return q.new_empty(B, T, 3, H, D), lse.new_empty(3 * H * D if want_bias else 0)
 
@@ -280,7 +287,7 @@ class _FlashAttention(torch.autograd.Function):
         o, lse = torch.ops.fastgpt2.attention_forward(q, k, v, *options, hopper)
         ctx.save_for_backward(o, lse, documents, seed, *qkv)
         ctx.options = causal, scale, allow_tf32
-        ctx.dropout_p = dropout_p
+        ctx.dropout_p, ctx.hopper = dropout_p, hopper
         ctx.bias_dtype = None if bias is None else bias.dtype
         return o
 
@@ -290,7 +297,7 @@ class _FlashAttention(torch.autograd.Function):
         o, lse, documents, seed, *qkv = ctx.saved_tensors
         q, k, v = qkv if len(qkv) == 3 else qkv[0].unbind(2)
         want_bias = ctx.needs_input_grad[7]
-        options = *ctx.options, documents, seed, ctx.dropout_p, want_bias
+        options = *ctx.options, documents, seed, ctx.dropout_p, want_bias, ctx.hopper
         dqkv, sums = torch.ops.fastgpt2.attention_backward(do, q, k, v, o, lse, *options)
         dbias = sums.to(ctx.bias_dtype) if want_bias else None
         return *(None,) * 7, dbias, *(dqkv.unbind(2) if len(qkv) == 3 else (dqkv,))
@@ -316,8 +323,9 @@ def flash_attention_qkv(
         allow_tf32: multiply float32 in TF32, with 10 bits of mantissa, instead of exactly.
         seed: one int64 on qkv's device that determines which weights are dropped. By default it is drawn from torch's
             generator.
-        hopper: on an H100 or H200, compute the forward by attention_hopper.py's kernel. With documents, dropout or
-            strides that are not multiples of 16 bytes, and without the causal mask, it is computed as usual.
+        hopper: on an H100 or H200, compute the forward by attention_hopper.py's kernel, and with D = 64 the backward
+            by attention_hopper_backward.py's. With documents, dropout or strides that are not multiples of 16 bytes,
+            and without the causal mask, they are computed as usual.
 
     Returns:
         (B, T, H, D), contiguous, in qkv's dtype, or in autocast's if autocast is on.
@@ -334,6 +342,7 @@ def flash_attention_qkv(
         raise ValueError(f"bias must be ({size},) of a floating dtype, got {tuple(bias.shape)} {bias.dtype}")
     if hopper and (reason := hopper_why_unsupported(qkv.device, qkv.dtype, qkv.size(-1), 0.0)):
         raise ValueError(reason)
+    hopper = hopper and causal and documents is None and seed is None and qkv.numel() > 0
     launch.refuse_transforms("flash attention", "attention_reference")
     return _FlashAttention.apply(causal, scale, allow_tf32, documents, seed, dropout_p, hopper, bias, qkv)
 
@@ -421,7 +430,7 @@ def why_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, dro
 
 
 def hopper_why_unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, dropout_p: float) -> str | None:
-    """Why attention_hopper.py's kernel can't train with such inputs, in a line; None if it can."""
+    """Why Hopper's kernels can't train with such inputs, in a line; None if they can."""
     if device.type != "cuda" or launch.capability(device) != (9, 0):
         found = device.type if device.type != "cuda" else "compute capability {}.{}".format(*launch.capability(device))
         return f"Hopper's attention needs an H100 or H200 (sm_90), got {found}"

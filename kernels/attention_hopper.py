@@ -164,6 +164,30 @@ def make_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
+def store_gradient(ptr, x, start, T, H, D: gl.constexpr):
+    """Write x (ROWS, columns), tokens from `start` on, to a head of (T, 3, H, D). ptr: the place of the first."""
+    COLUMNS: gl.constexpr = x.shape[1]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))[:, None]
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))[None, :]
+    gl.store(ptr + (row * (3 * H * D) + column), x, mask=(start + row < T) & (column < D))
+
+
+@gluon.jit
+def store_column_sums(sums_ptr, part, x, b, h, start, T, H, D: gl.constexpr):
+    """Write the column sums of x, a consumer's tile, to its place in (tiles, B, 3, H, D). part: 0, 1, 2 for q, k, v.
+
+    No other consumer writes there: the launcher adds the tiles in a fixed order.
+    """
+    COLUMNS: gl.constexpr = x.shape[1]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
+    B = gl.num_programs(0) // (gl.cdiv(T, ROWS * CONSUMERS) * H)
+    sums_ptr += (((start // ROWS * B + b) * 3 + part) * H + h) * D
+    gl.store(sums_ptr + column, gl.sum(x, 0), mask=(column < D) & (start < T))
+
+
+@gluon.jit
 def produce(
     descriptors,  # of q, k and v
     tiles,  # in shared memory: q (CONSUMERS, ...), k and v (num_stages, ...)

@@ -28,7 +28,7 @@ from fastgpt2.kernels.tools.bounds import control_flow, mnemonic, read_instructi
 _PRODUCT = re.compile(r"HGMMA\.64x(\d+)x\d+\.F32\S* R(\d+), (?:R(\d+)|gdesc)")
 _WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)")
 _LEFT_RUNNING = re.compile(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]")
-_BARRIER = re.compile(r"SYNCS\.(PHASECHK|ARRIVE)\S* .*\[\w+(?:\+URZ)?\+(0x[0-9a-f]+)\]")
+_BARRIER = re.compile(r"SYNCS\.(PHASECHK|ARRIVE)\S* .*\[\w+(?:\+UR\w+)?\+(0x[0-9a-f]+)\]")
 _REGISTER = re.compile(r"\bR(\d+)\b")
 # Instructions whose result is not a register: stores, jumps, barriers, comparisons into a predicate.
 _NO_RESULT = re.compile(r"ST|RED|BAR|BRA|EXIT|NOP|.*DEPBAR|WARP|SYNCS|UTMA|LDGSTS|FENCE|MEMBAR|RET|CALL|CCTL|FCHK|R2P")

@@ -54,7 +54,10 @@ KEEP = 0.02
 """The table's own configuration stays unless it is slower by more than this: a second run then changes nothing."""
 ORDER = {
     "precision": ("bfloat16", "float16", "tf32", "float32"),
-    "op": ("attention", "gelu_mlp", "cross_entropy", "layer_norm", "attention_forward_hopper"),
+    "op": (
+        *("attention", "gelu_mlp", "cross_entropy", "layer_norm"),
+        *(f"attention_{name}_hopper" for name in ("forward", "backward_dq", "backward_dkdv")),
+    ),
 }
 """What to tune first, as a run may be interrupted: by precision, then by the beginning of a kernel's name, the longest
 that matches. Hopper's attention comes last: nothing uses it unasked."""

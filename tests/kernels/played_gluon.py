@@ -81,6 +81,10 @@ class Tile:
     def permute(self, order: Sequence[int]) -> Tile:
         return Tile(self.data.permute(*order), self.landing, self.readers)
 
+    def load(self, layout: Any) -> Tensor:
+        assert not self.landing, "a tile is read before its copy has landed"
+        return self.data.clone()
+
 
 @dataclass(eq=False)
 class Product:
@@ -156,13 +160,14 @@ class Machine:
     def specialize(self, roles: Sequence[tuple[Callable[..., Steps], tuple]], warps: Any, registers: Any) -> None:
         running = [Role(function(*given)) for function, given in roles]
         every = list(running)
+        speed = self.draw.random()  # of copies: where it is low, one may land long after those that were issued later
         while running:
-            ways = [*(role for role in running if role.ready()), *range(len(self.copies))]
-            assert ways, "a deadlock: every role waits, no copy is under way"
-            way = self.draw.choice(ways)
-            if isinstance(way, int):
-                self.copies.pop(way)()
+            ready = [role for role in running if role.ready()]
+            assert ready or self.copies, "a deadlock: every role waits, no copy is under way"
+            if self.copies and (not ready or self.draw.random() < speed):
+                self.copies.pop(self.draw.randrange(len(self.copies)))()
                 continue
+            way = self.draw.choice(ready)
             self.role = way
             try:
                 way.ready = next(way.steps)
@@ -175,9 +180,10 @@ class Machine:
         barrier = tile.barrier
         yield lambda: barrier.phase % 2 != parity
 
-    def arrive(self, tile: Tile) -> Steps:
+    def arrive(self, tile: Tile, pred: bool = True) -> Steps:
         yield always
-        tile.barrier.change(arrivals=1)
+        if pred:
+            tile.barrier.change(arrivals=1)
 
     def expect(self, tile: Tile, bytes: int) -> Steps:
         yield always
@@ -222,6 +228,12 @@ def _static_assert(holds: bool, message: str) -> None:
     assert holds, message
 
 
+def _load(pointer: Pointer, mask: Tensor, other: float) -> Tensor:
+    found = torch.full(mask.shape, other, dtype=pointer.memory.dtype)
+    found[mask] = pointer.memory.view(-1)[torch.as_tensor(pointer.offset).expand(mask.shape)[mask]]
+    return found
+
+
 def _store(pointer: Pointer, value: Tensor, mask: Tensor) -> None:
     where, mask = torch.broadcast_to(torch.as_tensor(pointer.offset), value.shape), mask.expand(value.shape)
     pointer.memory.view(-1)[where[mask]] = value[mask].to(pointer.memory.dtype)
@@ -238,10 +250,11 @@ def _language(machine: Machine) -> dict[str, Any]:
         "sum": lambda x, axis: x.sum(axis),
         "exp2": torch.exp2,
         "log2": torch.log2,
-        "maximum": lambda x, y: torch.maximum(x, y) if isinstance(x, Tensor) else max(x, y),
+        "maximum": lambda x, y: torch.maximum(x, torch.as_tensor(y)) if isinstance(x, Tensor) else max(x, y),
         "minimum": min,
         "cdiv": lambda x, y: -(-x // y),
         "cast": lambda x, dtype: torch.as_tensor(x),
+        "load": _load,
         "store": _store,
         "convert_layout": lambda x, layout: x,
         "allocate_shared_memory": lambda dtype, shape, layout: Ring(dtype, shape),
@@ -287,6 +300,7 @@ def play(
         "copy_tile": machine.copy,
         "warpgroup_mma": machine.product,
         "warpgroup_mma_wait": machine.wait_for_products,
+        "warpgroup_mma_init": lambda value: value,
         "fence_async_shared": lambda: None,
         **values,
     }
