@@ -41,7 +41,7 @@ def cpu_step() -> str:
     with style.plot(
         8.6,
         4.6,
-        "A training step on a CPU: faster than its peers",
+        "A training step on a CPU beside its peers",
         _shapes(results),
         caption(record),
     ) as figure:

@@ -57,7 +57,7 @@ def test_a_picture_needs_nothing_from_elsewhere(name: str) -> None:
     assert not re.search(r"<image|<script|@font-face|@import|url\((?!#)|href=\"(?!#)", svg)
 
 
-def test_the_cpu_step_shows_every_number_of_its_record_and_ours_leads() -> None:
+def test_the_cpu_step_shows_every_number_of_its_record() -> None:
     record = newest(stored(), lambda record: pick(record, "training step"))["cpu"]
     results, shown = largest_model(pick(record, "training step")), texts("cpu-step.svg")
     assert any(record.commit_id[:12] in text for text in shown)
@@ -65,9 +65,6 @@ def test_the_cpu_step_shows_every_number_of_its_record_and_ours_leads() -> None:
         assert result.tokens_per_s and result.peak_memory_bytes
         assert f"{result.tokens_per_s:,.0f}" in shown
         assert f"{result.peak_memory_bytes / 2**30:.2f}" in shown
-        ours = next(r for r in results if (r.contest, r.role) == (result.contest, "ours"))
-        # The title says so.
-        assert ours.tokens_per_s >= result.tokens_per_s
 
 
 @pytest.mark.parametrize("name", ["first-run", "ten-minutes"])
