@@ -1,5 +1,5 @@
-"""Flash attention's forward for Hopper. Without a GPU its source is played (played_gluon.py): values against float64,
-with warp roles, copies and products interleaved at random.
+"""Flash attention's forward for Hopper, and on a GPU its backward, too. Without a GPU its source is played
+(played_gluon.py): values against float64, with warp roles, copies and products interleaved at random.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is published for Linux")
 
-from fastgpt2.kernels import attention_device, attention_hopper, launch
+from fastgpt2.kernels import attention_device, attention_hopper, flash_attention_qkv, launch
 from fastgpt2.kernels.attention import HOPPER_HEAD_DIMS, attention_reference, hopper_why_unsupported
 from tests.kernels.cases.attention import ORACLE, inputs, packed
 from tests.kernels.oracle import DEVICE, Results, assert_equal
@@ -158,6 +158,20 @@ def on_hopper(*tensors: Tensor) -> Results:
 @pytest.mark.parametrize("T", [1, 63, 65, 128, 1000, 1024, 1025])
 def test_a_gpu_is_right(T: int, D: int, dtype: torch.dtype) -> None:
     ORACLE.assert_right(on_hopper, lambda seed: inputs((2, T, 3, D), dtype, seed=seed))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 65, 1000, 1026])
+def test_a_gpus_bias_gradient_is_the_usual_kernels(T: int) -> None:
+    if reason := hopper_why_unsupported(torch.device(DEVICE), torch.bfloat16, 64, 0.0):
+        pytest.skip(reason)
+    *qkv, do = inputs((2, T, 3, 64), torch.bfloat16)
+    bias = torch.zeros(3 * 3 * 64, device=DEVICE, requires_grad=True)
+    found, expected = (
+        torch.autograd.grad(flash_attention_qkv(torch.stack(qkv, 2), bias=bias, hopper=hopper), bias, do)[0]
+        for hopper in (True, False)
+    )
+    assert (found - expected).norm() <= 5e-3 * expected.norm()
 
 
 @pytest.mark.gpu
