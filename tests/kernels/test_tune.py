@@ -389,7 +389,7 @@ def test_the_command_times_each_kernel_for_the_seconds_asked(tmp_path, monkeypat
     out = tmp_path / "OUT" / "sm_90.json"
     given = ["--precision", "bfloat16", "--size", "64", "768", "50304", "--seconds", "3", "--minutes", "1.4"]
     assert tune.main([*given, "--out", str(out)]) == 0
-    assert len(asked) == 9 and {seconds for _, seconds in asked} == {3.0}
+    assert len(asked) == 11 and {seconds for _, seconds in asked} == {3.0}
     measured = [entry for entry in json.loads(out.read_text())["entries"] if entry["measured"]]
     assert sorted(entry["op"] for entry in measured) == sorted(op for op, _ in asked)
 

@@ -74,10 +74,14 @@ from pathlib import Path
 from fastgpt2.durable import locked
 with locked(Path(sys.argv[1])) as held:
     assert held
-    if len(sys.argv) > 2 and os.fork() == 0:
-        os.close(1)
-        sys.stdin.read()  # outlives its parent
-        os._exit(0)
+    if len(sys.argv) > 2:
+        ready, tell = os.pipe()
+        if os.fork() == 0:
+            os.close(1)
+            os.write(tell, b"!")
+            sys.stdin.read()  # outlives its parent
+            os._exit(0)
+        os.read(ready, 1)  # it has begun: what it does after a fork is done
     print(os.getpid(), flush=True)
     sys.stdin.read()
 """
