@@ -13,10 +13,11 @@ import torch
 from bench.contest import CUDA, DEVICE, Contest, Missing, free_memory, hold
 from bench.result import Result
 from bench.roofline import read_or_measure
+from bench.smoke import FORMS
 from bench.step.steps import STEPS, TUNED, Kernels
 from bench.timing import append_json_line, commit, environment, replay
 from fastgpt2.kernels.tuning import use_table
-from fastgpt2.slots import OURS, SLOTS
+from fastgpt2.slots import SLOTS
 
 if not torch.cuda.is_available():
     # A waiting thread spins. On cores shared with other work that can cost a hundredfold.
@@ -32,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-commit", help="commit that is measured, if there is no git repository to ask")
     group.addoption("--bench-jsonl", type=Path, help="append each result to this file at once")
     group.addoption(
-        "--bench-without", action="append", choices=list(SLOTS), default=[], help="use PyTorch's form there"
+        "--bench-without", action="append", choices=list(FORMS), default=[], help="use PyTorch's form there"
     )
     group.addoption("--bench-table", type=Path, help="launch configurations, named by the architecture (sm_90.json)")
     group.addoption("--bench-ceilings", type=Path, help="file of the device's ceilings; measured if it doesn't exist")
@@ -84,8 +85,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def left_out(item: Any) -> bool:
         name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
         contest = getattr(item.module, "CONTEST", None)
-        if contest is not None and name == OURS[contest.slot]:
-            return contest.slot in known.without
+        if contest is not None:
+            return (contest.slot, name) in [FORMS[form] for form in known.without]
         if name not in STEPS:
             return False
         same = STEPS[name].with_kernels(known).settings == STEPS["ours-torch"].settings and name != "ours-torch"

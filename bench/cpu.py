@@ -31,7 +31,7 @@ from bench.step.steps import STEPS, StepContest, StepShape
 from bench.timing import ROOT, commit, environment
 from fastgpt2.config import PRESETS
 from fastgpt2.console import run_command
-from fastgpt2.fields import Choice, Count, Name, Positive
+from fastgpt2.fields import Choice, ConfigError, Count, Name, Positive
 from fastgpt2.flags import read_arguments
 
 CANDIDATES = ("ours-auto", "plain", "nanogpt", "transformers", "products")
@@ -56,19 +56,19 @@ class CpuConfig:
     """Rounds of each contest."""
     cells: tuple[Annotated[str, Choice(tuple(CELLS))], ...] = tuple(CELLS)
     """Contests to hold at each shape."""
-    shapes: tuple[Annotated[str, Choice(tuple(SHAPES))], ...] = tuple(SHAPES)
-    """Shapes: GPT-2 124M with 4 x 256 tokens, small with 4 x 256, nanoGPT's character recipe with 12 x 64."""
+    shapes: tuple[Annotated[str, Choice(tuple(SHAPES))], ...] = ()
+    """GPT-2 124M with 4 x 256 tokens, small with 4 x 256, nanoGPT's character recipe with 12 x 64 (default: all)."""
     candidates: tuple[Annotated[str, Choice(tuple(STEPS))], ...] = CANDIDATES
     """Steps to time."""
     threads: Count = os.cpu_count() or 1
     """Threads of each candidate (default: one a core)."""
 
     model: Annotated[str, Choice(tuple(PRESETS))] | None = field(default=None, metadata={"group": "another shape"})
-    """Preset, instead of --shapes; the flags below are of it."""
+    """Preset, instead of --shapes; the flags below need it."""
     n_layer: Count | None = None
     """Transformer blocks (default: the preset's)."""
-    batch_size: Count = 16
-    """Sequences in a step."""
+    batch_size: Count | None = None
+    """Sequences in a step (default: 16)."""
     block_size: Count | None = None
     """Tokens in a sequence (default: the preset's)."""
 
@@ -76,6 +76,15 @@ class CpuConfig:
     """Folder for the record (default: bench/results)."""
     commit: Name | None = None
     """What is measured, if there is no git repository to ask."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("n_layer", "batch_size", "block_size") if getattr(self, name) is not None]
+        if self.model is None and given:
+            raise ConfigError(f"--{given[0].replace('_', '-')} needs --model")
+        if self.model is not None and self.shapes:
+            raise ConfigError("--model is another shape: leave it or --shapes out")
+        if self.model is not None and (self.block_size or 0) > (positions := PRESETS[self.model].block_size):
+            raise ConfigError(f"--block-size {self.block_size} is over the {positions} positions of {self.model}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -106,8 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _shapes(given: CpuConfig) -> list[Callable[..., StepShape]]:
     """What makes each shape, given a precision."""
     if given.model is None:
-        return [SHAPES[name] for name in given.shapes]
-    return [partial(StepShape, given.model, given.batch_size, T=given.block_size, n_layer=given.n_layer)]
+        return [SHAPES[name] for name in given.shapes or SHAPES]
+    return [partial(StepShape, given.model, given.batch_size or 16, T=given.block_size, n_layer=given.n_layer)]
 
 
 def _run_cell(record: Record, shape: StepShape, compiled: bool, given: CpuConfig, until: float) -> bool:

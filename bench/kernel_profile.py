@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity
 
 from bench.contest import DEVICE
 from bench.record import StepKernels
+from bench.smoke import FORMS
 from bench.step.steps import STEPS, Kernels, StepShape
 from bench.timing import append_json_line
 from fastgpt2.config import PRESETS, ConfigError, Dtype
@@ -26,7 +27,6 @@ from fastgpt2.fields import Choice, Count, OutputFile
 from fastgpt2.flags import read_arguments
 from fastgpt2.kernels.tools.toolkit import align
 from fastgpt2.kernels.tuning import check_table
-from fastgpt2.slots import SLOTS
 
 STEPS_BEFORE, STEPS_SEEN = 4, 3
 KEPT, SHOWN = 60, 15
@@ -94,7 +94,7 @@ class KernelProfileConfig:
 
     warm: bool = field(default=False, metadata={"group": "profile"})
     """Take one step and make no profile: its compiled code is then in the caches."""
-    without: tuple[Annotated[str, Choice(tuple(SLOTS))], ...] = ()
+    without: tuple[Annotated[str, Choice(tuple(FORMS))], ...] = ()
     """Use PyTorch's form in these slots."""
     table: Path | None = None
     """Launch configurations, named after the architecture (sm_90.json)."""

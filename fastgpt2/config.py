@@ -222,7 +222,8 @@ class TrainConfig:
             raise ConfigError(f"--stream {self.stream} needs --dtype bfloat16, got {self.dtype}")
         able = [name for name, known in SLOTS["norm"].items() if known.stream_gradient]
         if self.stream == "bfloat16-gradient" and self.norm not in able:
-            raise ConfigError(f"--stream {self.stream} needs --norm {' or '.join(able)}, got --norm {self.norm}")
+            needed = f"--norm {' or '.join(able)}, which needs a CUDA GPU"
+            raise ConfigError(f"--stream {self.stream} needs {needed}; got --norm {self.norm}")
 
     def __repr__(self) -> str:
         """The call that makes it, without arguments that have their default."""

@@ -440,9 +440,7 @@ def hopper_why_unsupported(device: torch.device, dtype: torch.dtype, head_dim: i
         return f"Hopper's attention computes in bfloat16 or float16, got {dtype}"
     if head_dim not in HOPPER_HEAD_DIMS:
         return f"the head size of Hopper's attention must be one of {HOPPER_HEAD_DIMS}, got {head_dim}"
-    if dropout_p:
-        return f"Hopper's attention has no dropout, got {dropout_p}"
-    return None
+    return why_unsupported(device, dtype, head_dim, dropout_p)
 
 
 @launch.constant_in_graphs

@@ -3,7 +3,8 @@
 The ablation times the compiled step in PyTorch's forms and with one slot's implementation changed, all in turn. An
 implementation stands in the table, the fastest first, where the step with it is faster than with what `auto` is
 without a table, beyond the spread over the rounds (the 20th percentile of the ratio is over 1), in every contest of
-that precision. One that the smoke of that day didn't find right never stands there. `python -m bench.report` writes it;
+that precision. One that the smoke of that day found wrong never stands there, nor does a form that is not the slot's
+usual one (smoke.OTHERS) unless that smoke found it right. `python -m bench.report` writes it;
 fastgpt2.ops reads it.
 """
 
@@ -17,7 +18,7 @@ from typing import Any
 from bench.record import Record
 from bench.report.results import Ratio, newest, pick, ratio, work
 from bench.result import Result
-from bench.smoke import FORMS
+from bench.smoke import FORMS, OTHERS
 from bench.timing import ROOT
 from fastgpt2.slots import AUTO, SLOTS
 
@@ -50,8 +51,11 @@ def changed(slot: str, contest: dict[str, Result]) -> dict[str, Result]:
 
 
 def not_right(record: Record) -> set[tuple[str, str]]:
-    """(slot, implementation) of what the smoke compared with float64 and didn't find right."""
-    return {FORMS[found.slot] for found in record.smokes if found.status not in ("ok", "skipped")}
+    """(slot, implementation) of what the smoke compared with float64 and didn't find right; of OTHERS also what it
+    didn't compare."""
+    right = {FORMS[found.slot] for found in record.smokes if found.status == "ok"}
+    wrong = {FORMS[found.slot] for found in record.smokes if found.status not in ("ok", "skipped")}
+    return wrong | (set(OTHERS.values()) - right)
 
 
 def best(

@@ -146,8 +146,9 @@ def status_section(records: Sequence[Record]) -> str:
     if any(record.on_gpu for record in records):
         return ""
     return prose(
-        "**Not measured on a GPU yet.** No speed on one is claimed. Triton's interpreter proves our kernels right, and "
-        "their compiled machine code is inspected. `auto` chooses PyTorch's own forms on a GPU until a record shows "
+        "**Not measured on a GPU yet.** No speed on one is claimed. Our kernels are compared with float64 in Triton's "
+        "interpreter, those in Gluon (`--attn triton-hopper`) in a player of the tests. Their machine code is "
+        "inspected. `auto` chooses PyTorch's own forms on a GPU until a record shows "
         "that ours are faster. To measure yours: `python -m bench.gpu`."
     )
 

@@ -30,6 +30,7 @@ import torch
 
 from bench.contest import CUDA, DEVICE, Candidate, Contest, Measured, Missing, Values
 from bench.roofline import Work
+from bench.smoke import FORMS
 from bench.step import lockstep
 from bench.step.lockstep import Limits
 from bench.timing import stage_ends
@@ -76,7 +77,7 @@ class Kernels:
     """What was found out about our kernels on this machine.
 
     Args:
-        without: slots whose kernel is not to run: PyTorch's form takes its place.
+        without: forms (a slot, or another of smoke.FORMS) that are not to run: PyTorch's takes its place.
         table: file of launch configurations, used instead of the shipped table of the same name (sm_90.json).
     """
 
@@ -96,8 +97,8 @@ class StepCandidate(Candidate):
         """Ours with what is known of our kernels. A slot at auto might choose one that is not to run."""
         if self.role != "ours":
             return self
-        asked = {slot: self.settings.get(slot, "auto") for slot in kernels.without}
-        plain = {slot: TORCH[slot] for slot, name in asked.items() if name in ("auto", OURS[slot])}
+        out = [FORMS[form] for form in kernels.without]
+        plain = {slot: TORCH[slot] for slot, name in out if self.settings.get(slot, "auto") in ("auto", name)}
         table = {} if kernels.table is None else {"table": str(kernels.table)}
         return dataclasses.replace(self, arguments={**self.arguments, "settings": self.settings | plain, **table})
 

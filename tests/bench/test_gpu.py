@@ -27,6 +27,7 @@ from fastgpt2.console import run_command
 from fastgpt2.fields import ConfigError
 from fastgpt2.kernels.tools import tune
 from fastgpt2.kernels.tuning import TABLES
+from fastgpt2.slots import TORCH
 from tests.bench.programme import commands, python, ran, run, run_in
 
 BLOCKED = ("rich", "safetensors", "matplotlib", "tiktoken", "transformers")
@@ -115,6 +116,13 @@ def test_pytorchs_form_takes_the_place_of_a_slot_that_is_not_right(tmp_path: Pat
         settings = STEPS[name].with_kernels(run.kernels()).settings
         assert settings.get("mlp") == ("torch" if "mlp" in failed else STEPS[name].settings.get("mlp"))
     assert STEPS["plain"].with_kernels(run.kernels()) == STEPS["plain"]
+
+
+def test_pytorchs_form_takes_the_place_of_another_form_alone() -> None:
+    without = Kernels(("attn-hopper",))
+    attention = {name: step.with_kernels(without).settings.get("attn") for name, step in STEPS.items()}
+    assert attention["ours-attn-triton-hopper"] == attention["ours-auto"] == TORCH["attn"]
+    assert attention["ours-triton"] == attention["ours-attn-triton"] == "triton"
 
 
 @pytest.mark.parametrize(
@@ -330,9 +338,9 @@ sys.exit(pytest.main(["bench", "--collect-only", "-q", "-p", "no:cacheprovider",
 
 
 @functools.cache
-def collected(option: str) -> list[str]:
+def collected(*options: str) -> list[str]:
     """The benchmarks that there are on a GPU."""
-    listed = run("-c", COLLECT, option).stdout
+    listed = run("-c", COLLECT, *options).stdout
     return [line for line in listed.splitlines() if line.startswith("bench/") and "::" in line]
 
 
@@ -353,6 +361,8 @@ def test_benchmarks_leave_out_a_kernel_that_fails() -> None:
     assert out and all("gelu_mlp" in name or "ours-mlp-triton" in name for name in out)
     assert not any("gelu_mlp" in name and name.endswith("-triton]") for name in left)
     assert any(name.endswith("compiled-first-ours-triton]") for name in left), "with PyTorch's form for that slot"
+    hopper = [name for name in every if "-triton-hopper]" in name]
+    assert hopper and set(hopper) == set(every) - set(collected(TUNED, "--bench-without=attn-hopper"))
 
 
 def test_the_stages_run_every_benchmark_that_there_is_on_a_gpu(tmp_path: Path) -> None:

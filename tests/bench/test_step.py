@@ -24,7 +24,7 @@ from bench.step.lockstep import contest
 from bench.step.plain_gpt2 import PlainGPT2
 from bench.step.steps import STEPS, StepContest, StepShape, agree_in
 from bench.timing import ROOT, Timed
-from fastgpt2.config import PRESETS, ModelConfig, TrainConfig
+from fastgpt2.config import PRESETS, ConfigError, ModelConfig, TrainConfig
 from fastgpt2.hugging_face import to_hugging_face
 from fastgpt2.model import FLOPS_PER_TOKEN, GPT
 from fastgpt2.settings import resolve
@@ -251,3 +251,17 @@ def test_a_contest_on_a_gpu() -> None:
         # The device's intervals between calls lie within the wall clock over them all.
         assert sum(outcome.timed.samples_ms) / len(outcome.timed.samples_ms) <= 1.01 * max(outcome.timed.round_ms)
         assert outcome.facts["peak_memory_bytes"] > 2**20
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (["--n-layer", "2"], "--n-layer needs --model"),
+        (["--batch-size", "2", "--shapes", "character"], "--batch-size needs --model"),
+        (["--model", "tiny", "--shapes", "small"], "--model is another shape: leave it or --shapes out"),
+        (["--model", "tiny", "--block-size", "100000"], "--block-size 100000 is over the 64 positions of tiny"),
+    ],
+)
+def test_a_shape_for_a_cpu_is_of_one_kind(given: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{reason}"):
+        cpu.main(given)

@@ -137,10 +137,11 @@ def test_why_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "got compute capability 10.0" in str(hopper_why_unsupported(cuda, bfloat16, 64, 0.0))
     monkeypatch.setattr(launch, "capability", lambda _: (9, 0))
     assert hopper_why_unsupported(cuda, bfloat16, 64, 0.0) is None
+    assert hopper_why_unsupported(cuda, bfloat16, 64, 0.1) is None, "the usual kernels drop"
     for arguments, words in (
         ((torch.float32, 64, 0.0), "bfloat16 or float16, got torch.float32"),
         ((bfloat16, 32, 0.0), "one of (64, 80, 96, 128), got 32"),
-        ((bfloat16, 64, 0.1), "has no dropout, got 0.1"),
+        ((bfloat16, 64, 1.0), "dropout must be at least 0 and less than 1, got 1.0"),
     ):
         assert words in str(hopper_why_unsupported(cuda, *arguments))
 

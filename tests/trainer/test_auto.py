@@ -80,6 +80,24 @@ def test_what_the_smoke_did_not_find_right_is_left_out() -> None:
     assert won("wrong") == won("failed") == {}
 
 
+def test_another_form_of_a_slot_must_have_been_found_right() -> None:
+    """Nobody compared it if the smoke was stopped, or not asked for."""
+
+    def won(*smokes: Smoke) -> list[str]:
+        made = recorded()
+        faster = [
+            replace(result, backend="ours-attn-triton-hopper", ms_median=60.0, round_ms=[60.0] * len(result.round_ms))
+            for result in made.results
+            if result.op == "training step" and result.backend == "ours-attn-triton"
+        ]
+        record = replace(made, results=[*made.results, *faster], smokes=list(smokes))
+        return table([record])["devices"][GPU]["bfloat16"]["slots"]["attn"]
+
+    assert won(Smoke(slot="attn-hopper", status="ok")) == ["triton-hopper", "triton"]
+    assert won() == won(Smoke(slot="attn-hopper", status="skipped")) == ["triton"]
+    assert won(Smoke(slot="attn-hopper", status="timed out")) == ["triton"]
+
+
 def test_what_is_faster_by_the_median_but_not_beyond_the_spread_is_left_out() -> None:
     def step(*round_ms: float) -> Result:
         return step_of(list(round_ms), deterministic=True)

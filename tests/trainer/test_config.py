@@ -157,7 +157,10 @@ def test_a_tilde_is_the_home_folder(name: str, monkeypatch: pytest.MonkeyPatch, 
         ({"resume": "auto"}, "--resume auto needs --out"),
         ({"stream": "bfloat16"}, "--stream bfloat16 needs --dtype bfloat16, got float32"),
         ({"stream": "bfloat16", "dtype": "float16"}, "--stream bfloat16 needs --dtype bfloat16, got float16"),
-        ({"stream": "bfloat16-gradient"}, "--stream bfloat16-gradient needs --norm triton, got --norm auto"),
+        (
+            {"stream": "bfloat16-gradient"},
+            "--stream bfloat16-gradient needs --norm triton, which needs a CUDA GPU; got --norm auto",
+        ),
         ({"model": "tinny"}, "--model must be one of .*, got 'tinny'; did you mean 'tiny'"),
     ],
 )
