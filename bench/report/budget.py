@@ -247,13 +247,13 @@ CHOICES = (
         "the residual stream's gradient in bfloat16",
         "`--stream bfloat16-gradient`",
         Part("", each(6), "rows", 2 * LAYERS).ms,
-        "6 bytes less an element of a norm; errs more",
+        "a norm moves 6 bytes less for each element; errs more",
     ),
     Choice(
         "the stream and its gradient in bfloat16",
         "`--stream bfloat16`",
         Part("", each(12), "rows", 2 * LAYERS).ms,
-        "12 bytes less; errs more still",
+        "12 bytes less for each element; errs more still",
     ),
     Choice(
         "attention in Gluon",
