@@ -95,7 +95,7 @@ class KernelProfileConfig:
     warm: bool = field(default=False, metadata={"group": "profile"})
     """Take one step and make no profile: its compiled code is then in the caches."""
     without: tuple[Annotated[str, Choice(tuple(FORMS))], ...] = ()
-    """Use PyTorch's form in these slots."""
+    """Use PyTorch's form in place of ours in these slots, or of this other form."""
     table: Path | None = None
     """Launch configurations, named after the architecture (sm_90.json)."""
     jsonl: OutputFile | None = None

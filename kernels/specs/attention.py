@@ -175,25 +175,26 @@ def _backward_candidates(op: str) -> Callable[[str, int], list[LaunchConfig]]:
     return lambda precision, size: [*_candidates(precision, size), *_MORE_BLOCKS[op]]
 
 
-def _example(
-    tuned: str | None, precision: str, size: int, device: torch.device, seed: int
+def example(
+    tuned: str | None, precision: str, size: int, device: torch.device, seed: int, hopper: bool = False
 ) -> Callable[[LaunchConfig], object]:
-    """On packed inputs: the forward, or the backward with the configuration of its argument `tuned`."""
+    """On packed inputs: the forward, or the backward with the configuration of its argument `tuned`.
+
+    hopper: by the kernels for Hopper.
+    """
     qkv, generator = draw_qkv(precision, size, device, seed)
     q, k, v = qkv.unbind(2)
     options = True, size**-0.5, precision == "tf32"
     if tuned is None:
-        return lambda config: attention_forward(q, k, v, *options, config=config)
+        return lambda config: attention_forward(q, k, v, *options, hopper=hopper, config=config)
     o, lse = attention_forward(q, k, v, *options)
     do = torch.randn(o.shape, dtype=o.dtype, device=device, generator=generator)
-    backward: Callable[..., object] = partial(attention_backward, do, q, k, v, o, lse, *options, want_bias=True)
-    return lambda config: backward(**{tuned: config})
+    backward: Callable[..., object] = partial(attention_backward, do, q, k, v, o, lse, *options)
+    return lambda config: backward(want_bias=True, hopper=hopper, **{tuned: config})
 
 
 TUNING = {
-    "attention_forward": Tuning(_candidates, partial(_example, None)),
-    "attention_backward_dq": Tuning(_backward_candidates("attention_backward_dq"), partial(_example, "dq_config")),
-    "attention_backward_dkdv": Tuning(
-        _backward_candidates("attention_backward_dkdv"), partial(_example, "dkdv_config")
-    ),
+    "attention_forward": Tuning(_candidates, partial(example, None)),
+    "attention_backward_dq": Tuning(_backward_candidates("attention_backward_dq"), partial(example, "dq_config")),
+    "attention_backward_dkdv": Tuning(_backward_candidates("attention_backward_dkdv"), partial(example, "dkdv_config")),
 }

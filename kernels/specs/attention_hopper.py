@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
-import torch
-
-from fastgpt2.kernels.attention import attention_forward
 from fastgpt2.kernels.attention_hopper import CONSUMERS, ROWS, attention_forward_hopper_kernel, layout, tile
-from fastgpt2.kernels.attention_hopper_backward import attention_backward, row_layout
+from fastgpt2.kernels.attention_hopper_backward import row_layout
 from fastgpt2.kernels.attention_hopper_dkdv import attention_backward_dkdv_hopper_kernel
 from fastgpt2.kernels.attention_hopper_dq import attention_backward_dq_hopper_kernel
-from fastgpt2.kernels.specs.attention import EXAMPLE, HEAD_DIM, draw_qkv
+from fastgpt2.kernels.specs.attention import EXAMPLE, HEAD_DIM, example
 from fastgpt2.kernels.specs.records import Kernel, Loop, Tuning, Work
 from fastgpt2.kernels.tuning import LaunchConfig
 
@@ -113,33 +109,16 @@ def _backward_candidates(m: int, n: int, precision: str, size: int) -> list[Laun
     return [LaunchConfig(m, n, num_warps=4, num_stages=stages) for stages in (2, 4)]
 
 
-def _example(precision: str, size: int, device: torch.device, seed: int) -> Callable[[LaunchConfig], object]:
-    q, k, v = draw_qkv(precision, size, device, seed)[0].unbind(2)
-    return lambda config: attention_forward(q, k, v, True, size**-0.5, False, hopper=True, config=config)
-
-
-def _backward_example(
-    tuned: str, precision: str, size: int, device: torch.device, seed: int
-) -> Callable[[LaunchConfig], object]:
-    """With the configuration of its argument `tuned`."""
-    qkv, generator = draw_qkv(precision, size, device, seed)
-    q, k, v = qkv.unbind(2)
-    o, lse = attention_forward(q, k, v, True, size**-0.5, False)
-    do = torch.randn(o.shape, dtype=o.dtype, device=device, generator=generator)
-    backward: Callable[..., object] = partial(attention_backward, do, q, k, v, o, lse, size**-0.5, True)
-    return lambda config: backward(**{tuned: config})
-
-
 def _on_hopper(major: int) -> bool:
     return major == 9
 
 
 TUNING = {
-    "attention_forward_hopper": Tuning(_candidates, _example, _on_hopper),
+    "attention_forward_hopper": Tuning(_candidates, partial(example, None, hopper=True), _on_hopper),
     "attention_backward_dq_hopper": Tuning(
-        partial(_backward_candidates, 128, 64), partial(_backward_example, "dq_config"), _on_hopper
+        partial(_backward_candidates, 128, 64), partial(example, "dq_config", hopper=True), _on_hopper
     ),
     "attention_backward_dkdv_hopper": Tuning(
-        partial(_backward_candidates, 64, 128), partial(_backward_example, "dkdv_config"), _on_hopper
+        partial(_backward_candidates, 64, 128), partial(example, "dkdv_config", hopper=True), _on_hopper
     ),
 }
