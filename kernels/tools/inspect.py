@@ -53,7 +53,7 @@ blocks       that fit on a multiprocessor
 missed       products outside the matrix units, of all
 serialised   each product waits for the one before
 loops        machine instructions that a warp spends on one run of each loop
-at least     lower bound on the time at GPT-2 124M's shape (the wall that sets it, the share of the card's limit left)
+at least     the least time at GPT-2 124M's shape (the wall that sets it, the share of the card's limit within reach)
 """
 
 
