@@ -22,6 +22,7 @@ from fastgpt2.fields import (
     Natural,
     NonNegative,
     Place,
+    Positive,
     check_fields,
 )
 from fastgpt2.optim import OPTIMIZERS
@@ -35,6 +36,7 @@ Loss = Annotated[str, FunctionChoice(("auto", *SLOTS["loss"]))]
 Dtype = Literal["float64", "float32", "tf32", "bfloat16", "float16"]
 Stream = Literal["full", "bfloat16-gradient", "bfloat16"]
 Recompute = Literal["none", "elementwise", "blocks"]
+Parallel = Literal["ddp", "fsdp", "hsdp"]
 Optimizer = Annotated[str, Choice(tuple(OPTIMIZERS))]
 Schedule = Annotated[str, Choice(tuple(SCHEDULES))]
 
@@ -131,8 +133,12 @@ class TrainConfig:
 
     batch_size: Count | None = field(default=None, metadata={"group": "step"})
     """Sequences in a micro-step (default: 8 without a GPU; with one, what its memory holds of 124M, at most 32)."""
-    grad_accum: Count = 1
-    """Micro-steps whose gradients are averaged before the optimizer steps."""
+    grad_accum: Count | None = None
+    """Micro-steps whose gradients are averaged before the optimizer steps (default: what --global-batch needs, else
+    1)."""
+    global_batch: Count | None = None
+    """Sequences in an optimizer step over all processes: --batch-size times --grad-accum times the processes. A resumed
+    run keeps it, and --grad-accum follows (default: what the three give)."""
     steps: Count | None = None
     """Optimizer steps (default: 200 on a GPU; 600 without one, about a minute)."""
     device: Name | None = None
@@ -155,6 +161,18 @@ class TrainConfig:
     cuda_graph: bool = False
     """Replay the whole step (forward, backward, clip, optimizer) as one CUDA graph: for small batches, where launching
     takes longer than computing."""
+
+    parallel: Parallel = field(default="ddp", metadata={"group": "processes"})
+    """How the processes that torchrun starts share a run. ddp: each holds the whole model (default); fsdp: weights,
+    gradients and optimizer state are sharded over all processes; hsdp: over --shard-size of them, with a copy of the
+    model in each such group."""
+    shard_size: Count | None = None
+    """Processes that share one copy of the model with --parallel hsdp (default: those of one machine)."""
+    reshard: bool = True
+    """Free a block's gathered weights after its forward pass and gather them again for the backward pass, with
+    --parallel fsdp or hsdp (default). --no-reshard keeps them: less traffic, more memory."""
+    timeout: Positive = 600.0
+    """Seconds to wait for another process before the run ends with an error."""
 
     optimizer: Optimizer = field(default="adam", metadata={"group": "optimizer"})
     """adam as published, or adamw, which decays the matrices apart from the gradient."""

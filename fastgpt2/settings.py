@@ -40,6 +40,8 @@ class Settled(TrainConfig):
     block_size: Count
     vocab_size: Count
     batch_size: Count
+    grad_accum: Count
+    global_batch: Count
     steps: Count
     dtype: Dtype
     recompute: Recompute
@@ -61,6 +63,7 @@ def resolve(
     cuda: bool,
     bf16: bool = True,
     memory_bytes: int = 0,
+    world: int = 1,
     data_vocab_size: int | None = None,
     data_end_of_text: int | None = None,
 ) -> Settled:
@@ -70,6 +73,7 @@ def resolve(
         cuda: whether the run is on a CUDA device.
         bf16: whether that device computes in bfloat16.
         memory_bytes: its memory, which decides the batch size.
+        world: how many processes train together.
         data_vocab_size: the vocabulary of the token shards, None for dummy data.
         data_end_of_text: their end-of-text token, None if it isn't known.
 
@@ -89,6 +93,8 @@ def resolve(
     }
     asked: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
     values = asked | {name: value for name, value in settled.items() if asked[name] is None}
+    values["grad_accum"] = values["grad_accum"] or 1
+    values["global_batch"] = values["batch_size"] * values["grad_accum"] * world
     if data_vocab_size is not None and values["vocab_size"] < data_vocab_size:
         raise ConfigError(
             f"--vocab-size {values['vocab_size']} is smaller than the vocabulary of --data {config.data}: "

@@ -1,0 +1,231 @@
+"""The processes that train one model together: join them, agree with them, leave them.
+
+torchrun starts the processes and tells each, by environment variables, which one it is. Slurm, SkyPilot and Kubernetes
+start torchrun. A process that nobody started so is alone: each function here then does nothing.
+
+Two groups connect the processes. The main one moves gradients, by NCCL on GPUs. The control group lies in host memory,
+by gloo: what the hosts agree on doesn't wait for a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastgpt2.fields import ConfigError
+from fastgpt2.rendezvous import meet
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun sets and `joined` reads."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train a model together. The default is a process alone."""
+
+    rank: int = 0
+    world: int = 1
+    """How many processes there are, on all machines."""
+    local_rank: int = 0
+    """This process among those of its machine."""
+    local_world: int = 1
+    """How many processes this machine has."""
+    control: Any = None
+    """The group in host memory."""
+    store: Any = None
+    """Where the processes leave each other messages without meeting."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes, shows and saves."""
+        return self.rank == 0
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of a tensor over the ranks, the same bits on each. Doesn't wait for the device."""
+        if self.world == 1:
+            return x
+        total = x.clone()
+        dist.all_reduce(total)
+        return total / self.world
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any rank."""
+        if self.world == 1:
+            return flag
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
+        return bool(flags)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def together(self, action: Callable[[], T], *failures: type[Exception]) -> T:
+        """Run an action on each rank. If it fails on one, it fails on all, with that rank's error.
+
+        Args:
+            failures: the exceptions that are shared; by default ConfigError.
+
+        Raises:
+            Exception: the error of the lowest rank that failed. Where only some did, its message names that rank.
+        """
+        shared = failures or (ConfigError,)
+        result: Any = None
+        own: Exception | None = None
+        try:
+            result = action()
+        except shared as error:
+            own = error
+        told = self.gather(None if own is None else (type(own), str(own)))
+        failed = [(rank, *error) for rank, error in enumerate(told) if error is not None]
+        if not failed:
+            return result
+        rank, kind, text = failed[0]
+        if own is not None and (self.world == 1 or len(failed) == self.world):
+            raise own
+        raise kind(f"process {rank} of {self.world}: {text}") from own
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on every rank. Its ConfigError is raised on all of them."""
+        if self.world == 1:
+            return make()
+        box: list[Any] = [None, None]
+        if self.first:
+            try:
+                box[0] = make()
+            except ConfigError as error:
+                box[1] = str(error)
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        if box[1] is not None:
+            raise ConfigError(box[1])
+        return box[0]
+
+    def same(self, values: Mapping[str, Any]) -> None:
+        """Check that a mapping is the same on each rank.
+
+        Raises:
+            ConfigError: it isn't. The message, the same on each rank, has the first key that differs and both values.
+        """
+        first, *others = self.gather({key: str(value) for key, value in values.items()})
+        for rank, other in enumerate(others, 1):
+            for key in first:
+                if other.get(key) != first[key]:
+                    raise ConfigError(
+                        f"{key} differs between the processes: process 0 has {first[key]}, "
+                        f"process {rank} has {other.get(key)}"
+                    )
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+
+ALONE = Ranks()
+_here = ALONE
+"""The processes that this one has joined. torch.distributed keeps its default group in the same way."""
+
+
+def current() -> Ranks:
+    """The processes that this one has joined; ALONE if none."""
+    return _here
+
+
+def launched() -> bool:
+    """Whether torchrun has started this process as one of several."""
+    world = os.environ.get("WORLD_SIZE", "")
+    return world.isascii() and world.isdecimal() and int(world) > 1
+
+
+@contextlib.contextmanager
+def joined(device: str | None, timeout_s: float) -> Iterator[Ranks]:
+    """Join the processes that torchrun started with this one, and leave them together at the end.
+
+    Within another `joined` it yields what that one did, and leaves nothing. If the body fails, this process leaves at
+    once: the others must not wait for it.
+
+    Args:
+        device: a --device flag: which kind of device the gradients are on.
+        timeout_s: how long to wait for another process, here and in every collective.
+
+    Raises:
+        ConfigError: torchrun's variables are incomplete, or a process did not come.
+    """
+    global _here
+    if _here.world > 1 or not launched():
+        yield _here
+        return
+    _here = _join(device, timeout_s)
+    try:
+        yield _here
+        # A process that ends while another still talks to it takes that one down.
+        _here.barrier()
+        dist.destroy_process_group()
+    finally:
+        _here = ALONE
+
+
+def _join(device: str | None, timeout_s: float) -> Ranks:
+    numbers = _numbers()
+    rank, world, local_rank = numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"]
+    if dist.is_initialized():
+        raise ConfigError("torch.distributed is already initialised: leave that to fastgpt2")
+    cuda = (device or "cuda").startswith("cuda") and torch.cuda.is_available()
+    if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {rank} is number {local_rank} on its machine, which has {torch.cuda.device_count()} GPUs: "
+                f"give torchrun --nproc-per-node {torch.cuda.device_count()}, or --device cpu"
+            )
+        torch.cuda.set_device(local_rank)  # NCCL takes the current device
+    limit = datetime.timedelta(seconds=timeout_s)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder's entries; read once, by the group
+    agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store: dist.Store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            numbers["MASTER_PORT"],
+            world,
+            is_master=rank == 0 and not agent_has_store,
+            timeout=limit,
+            multi_tenant=True,
+        )
+        store = dist.PrefixStore(meet(store, rank, world, timeout_s), store)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{numbers['MASTER_PORT']}"
+        raise ConfigError(f"process {rank} of {world} can't join the others at {where}: {_line(error)}") from None
+    control = dist.new_group(backend="gloo", timeout=limit)
+    return Ranks(rank, world, local_rank, numbers["LOCAL_WORLD_SIZE"], control, store)
+
+
+def _numbers() -> dict[str, int]:
+    missing = [name for name in VARIABLES if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set: start the processes by "
+            "torchrun, or take WORLD_SIZE out of the environment"
+        )
+    numbers = {name: os.environ[name] for name in VARIABLES if name != "MASTER_ADDR"}
+    if wrong := [f"{name}={value}" for name, value in numbers.items() if not (value.isascii() and value.isdecimal())]:
+        raise ConfigError(f"{wrong[0]} is not a number: start the processes by torchrun")
+    return {name: int(value) for name, value in numbers.items()}
+
+
+def _line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
