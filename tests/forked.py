@@ -9,6 +9,8 @@ import functools
 import json
 import os
 import runpy
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,21 +26,59 @@ IMPORTED = (
 )  # fmt: skip
 
 
-def run(*words: str, cwd: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+Ended = subprocess.CompletedProcess[str]
+
+
+def run(*words: str, cwd: Path, environment: dict[str, str] | None = None) -> Ended:
     """Run what `python WORDS` runs: -m MODULE, -c CODE or a script, with arguments.
 
     environment: in place of this process's.
     """
+    (ended,) = _run(words, cwd, [dict(os.environ) if environment is None else environment], seconds=0)
+    return ended
+
+
+def run_ranks(world: int, *words: str, cwd: Path, seconds: int = 120, **environment: str) -> list[Ended]:
+    """Run the same in `world` processes at once, with the variables that torchrun sets. Returns them by rank.
+
+    seconds: after which a process is killed by SIGALRM.
+    environment: besides this process's.
+    """
+    here = {
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
+    common = {**os.environ, **here, "MASTER_PORT": str(free_port()), **environment}
+    each = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    return _run(words, cwd, each, seconds)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _run(words: tuple[str, ...], cwd: Path, environments: list[dict[str, str]], seconds: int) -> list[Ended]:
     server = _server()
     assert server.stdin is not None and server.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
-        environment = dict(os.environ) if environment is None else environment
-        call = {"words": words, "cwd": str(cwd), "environment": environment, "folder": folder}
-        server.stdin.write(json.dumps(call) + "\n")
+        calls = []
+        for rank, environment in enumerate(environments):
+            os.mkdir(own := f"{folder}/{rank}")
+            call = {"words": words, "cwd": str(cwd), "environment": environment, "folder": own, "seconds": seconds}
+            calls.append(call)
+        server.stdin.write(json.dumps(calls) + "\n")
         server.stdin.flush()
-        status = int(server.stdout.readline())
-        printed = (Path(folder, name).read_text(encoding="utf-8", errors="replace") for name in ("stdout", "stderr"))
-        return subprocess.CompletedProcess(words, status, *printed)
+        statuses = json.loads(server.stdout.readline())
+        ended = []
+        for call, status in zip(calls, statuses, strict=True):
+            files = (Path(call["folder"], name) for name in ("stdout", "stderr"))
+            printed = (file.read_text(encoding="utf-8", errors="replace") for file in files)
+            ended.append(subprocess.CompletedProcess(words, status, *printed))
+        return ended
 
 
 @functools.cache
@@ -52,14 +92,18 @@ def serve() -> None:
     for module in IMPORTED:
         import_module(module)
     while line := sys.stdin.readline():
-        if child := os.fork():
-            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        else:
-            os._exit(_status(**json.loads(line)))  # the end of Python would take a second
+        children = []
+        for call in json.loads(line):
+            if child := os.fork():
+                children.append(child)
+            else:
+                os._exit(_status(**call))  # the end of Python would take a second
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
 
 
-def _status(words: list[str], cwd: str, environment: dict[str, str], folder: str) -> int:
+def _status(words: list[str], cwd: str, environment: dict[str, str], folder: str, seconds: int) -> int:
     """Run a program in this process, and say how it ends."""
+    signal.alarm(seconds)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
