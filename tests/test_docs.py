@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from packaging.requirements import Requirement
+from torch.distributed import run as torchrun
 
 from bench.__main__ import COMMANDS as bench_commands
 from bench.report.results import stored
@@ -103,6 +104,10 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     elif program in ("python", "python3"):
         assert rest[0] == "-m", f"{words}: run a module by -m"
         check_module(rest[1], rest[2:], monkeypatch)
+    elif program == "torchrun":
+        asked = torchrun.get_args_parser().parse_args(rest)
+        assert asked.module, f"{words}: run a module by -m"
+        check_module(asked.training_script, asked.training_script_args, monkeypatch)
     elif program == "pytest":
         missing = [word for word in rest if "/" in word and not (ROOT / word).exists()]
         assert not missing, f"{words}: no {missing}"
@@ -183,11 +188,12 @@ def test_every_command_is_read_by_its_own_parser(
 
 @functools.cache
 def known_flags() -> set[str]:
-    """The flags of our commands and of our pytest options."""
+    """The flags of our commands, of our pytest options and of torchrun."""
     modules = [*COMMANDS.values(), *bench_commands.values(), "tests.counts", "tests.trainer.faults"]
     options = [path.read_text(encoding="utf-8") for path in (ROOT / "tests/conftest.py", ROOT / "bench/conftest.py")]
     added = re.findall(r'addoption\(\s*"(--[a-z-]+)"', "\n".join(options))
-    return {*re.findall(r"--[a-z][a-z0-9-]*", "\n".join(map(help_of, modules))), *added, "--version"}
+    helps = "\n".join([*map(help_of, modules), torchrun.get_args_parser().format_help()])
+    return {*re.findall(r"--[a-z][a-z0-9-]*", helps), *added, "--version"}
 
 
 def help_of(module: str) -> str:
