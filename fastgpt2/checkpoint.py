@@ -3,14 +3,16 @@
     OUT/checkpoints/step-00000200/
         model.safetensors      parameters by name, float32
         optimizer.safetensors  "<parameter>/<state>": both averages and the step count
-        rng.safetensors        the generators' states (dropout draws from them)
         state.json             step, configuration, model shape, gradient scaler, progress, device, versions
-        SHA256SUMS             of the four, as `sha256sum -c SHA256SUMS` reads it
+        SHA256SUMS             of the others, as `sha256sum -c SHA256SUMS` reads it
+
+Several processes write a file each: model-00001-of-00004.safetensors. Every tensor is whole in one of them, so that any
+number of processes can resume, in any mode.
 
 The position in the data is a number of samples: a batch is a function of (seed, samples before it, rank).
 
 A checkpoint is written under a temporary name, synced, and then renamed: a checkpoint with its final name is complete,
-whenever the process is killed. Checksums are verified before tensors are read. A run resumes from the newest intact
+whenever a process is killed. Checksums are verified before tensors are read. A run resumes from the newest intact
 checkpoint and sets damaged ones aside without asking: it may be unattended, and an older checkpoint leads to the same
 bits.
 """
@@ -19,41 +21,43 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import itertools
 import json
-import math
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastgpt2.checkpoint_files import (
+    PASS_OVER,
+    SUMS,
+    damage,
+    own_tensors,
+    stored,
+    tensor_files,
+    write_sums,
+    write_tensors,
+)
 from fastgpt2.config import ConfigError, ModelConfig
-from fastgpt2.durable import OutputError, open_regular, read_json, sha256, sync
+from fastgpt2.durable import OutputError, read_json, sync
 from fastgpt2.model import parameter_count
+from fastgpt2.parallel import ALONE, Ranks
 from fastgpt2.settings import Settled
-from fastgpt2.state import TENSORS, VALUES, Part, RunState, Shapes, StateError
+from fastgpt2.state import TENSORS, VALUES, RunState, StateError
 from fastgpt2.state_json import STATE, UNKNOWN, Progress, check_agreement, check_state, make_state, read_progress
-from fastgpt2.tensors import check_tensors, read_shapes, read_tensors
 
-
-def tensor_file(part: str) -> str:
-    """The file name of a part that holds tensors."""
-    return f"{part}.safetensors"
-
-
-MODEL = tensor_file("model")
-FILES = (*map(tensor_file, TENSORS), STATE)
-SUMS = "SHA256SUMS"
 _WRITING, _REMOVING, _DAMAGED = ".writing-", ".removing-", "damaged-"
 """Name prefixes: being written, being deleted, set aside as damaged."""
-_PASS_OVER = "move {} away to use the one before it"
+_TENSORS = re.compile(rf"({'|'.join(TENSORS)})(-[0-9]+-of-[0-9]+)?\.safetensors")
+"""The names of files with tensors."""
+
+T = TypeVar("T")
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -80,64 +84,71 @@ def save(
     config: Settled,
     state: RunState,
     progress: Progress = UNKNOWN,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write the checkpoint of a run after `step` steps and delete those beyond `config.keep_checkpoints`.
 
-    Raises:
-        OutputError: it can't be written, for example to a full disk. Earlier checkpoints are unchanged.
-    """
-    from safetensors import SafetensorError
+    All ranks call it together. None returns before the checkpoint is complete.
 
+    Raises:
+        OutputError: a rank can't write its part, for example to a full disk. Earlier checkpoints are unchanged.
+    """
     folder = out / "checkpoints"
     final, aside = folder / f"step-{step:08d}", folder / f"{_WRITING}step-{step:08d}"
-    _remove_leftovers(folder)
+    parts = state.state_dict()
     try:
-        aside.mkdir(parents=True)
-        _write(aside, step, config, state, progress)
-        if os.path.lexists(final):
-            _remove(final)
-        os.replace(aside, final)
-        sync(folder)
-        sync(out)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) else error
+        _on_first(ranks, lambda: _begin(aside))
+        own = own_tensors(parts, ranks)
+        sums = ranks.gather(_on_all(ranks, lambda: write_tensors(aside, own, ranks)))
+        values = make_state(step, config, {name: parts[name] for name in VALUES}, progress, state.device, ranks.world)
+        _on_first(ranks, lambda: _commit(aside, final, values, sums))
+    except OutputError as error:
+        if ranks.first:
+            shutil.rmtree(aside, ignore_errors=True)
         saved = []
         with contextlib.suppress(ConfigError):
             saved = checkpoints(out)
         last = f"the last good one is {saved[-1]}" if saved else "none had been saved"
-        raise OutputError(f"can't save the checkpoint of step {step} in {folder}: {reason}; {last}") from None
-    if config.keep_checkpoints:
+        raise OutputError(f"can't save the checkpoint of step {step} in {folder}: {error}; {last}") from None
+    if ranks.first and config.keep_checkpoints:
         _remove_old(out, config.keep_checkpoints)
     return final
 
 
-def _write(
-    folder: Path,
-    step: int,
-    config: Settled,
-    state: RunState,
-    progress: Progress,
-) -> None:
-    """Write a checkpoint's files. They are on disk when this returns."""
-    from safetensors.torch import save_file
+def _on_all(ranks: Ranks, write: Callable[[], T]) -> T:
+    """Write something on each rank. If it fails on one, raise that rank's OutputError on all."""
+    from safetensors import SafetensorError
 
-    parts = state.state_dict()
-    for name in TENSORS:
-        save_file(_contiguous(parts[name]), folder / tensor_file(name))
-    values = make_state(step, config, {name: parts[name] for name in VALUES}, progress, state.device)
-    (folder / STATE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    # safetensors makes files that only their owner can read: give them the mode of the others, from the umask.
-    mode = stat.S_IMODE((folder / STATE).stat().st_mode)
-    for name in map(tensor_file, TENSORS):
-        (folder / name).chmod(mode)
-    (folder / SUMS).write_text("".join(f"{_sum_line(folder / name)}\n" for name in FILES), encoding="utf-8")
-    for path in (*(folder / name for name in (*FILES, SUMS)), folder):
-        sync(path)
+    def told() -> T:
+        try:
+            return write()
+        except (OSError, SafetensorError) as error:
+            raise OutputError(str(getattr(error, "strerror", None) or error)) from None
+
+    return ranks.together(told, OutputError)
 
 
-def _sum_line(path: Path) -> str:
-    return f"{sha256(path)}  {path.name}"
+def _on_first(ranks: Ranks, write: Callable[[], None]) -> None:
+    """Write something on rank 0. If it fails, raise its OutputError on all."""
+    _on_all(ranks, write if ranks.first else lambda: None)
+
+
+def _begin(aside: Path) -> None:
+    _remove_leftovers(aside.parent)
+    aside.mkdir(parents=True)
+
+
+def _commit(aside: Path, final: Path, values: dict[str, Any], sums: Sequence[dict[str, str]]) -> None:
+    """Complete a checkpoint when each rank has written its tensors, and give it its final name."""
+    (aside / STATE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    sync(aside / STATE)
+    write_sums(aside, {name: digest for of_rank in sums for name, digest in of_rank.items()})
+    sync(aside)
+    if os.path.lexists(final):
+        _remove(final)
+    os.replace(aside, final)
+    sync(final.parent)
+    sync(final.parent.parent)
 
 
 def _remove_old(out: Path, keep: int) -> None:
@@ -204,41 +215,6 @@ def newest(out: Path) -> Path:
     return found[-1]
 
 
-def damage(checkpoint: Path, files: tuple[str, ...] = FILES) -> str | None:
-    """Describe the damage to files of a checkpoint, or return None if they are intact or have no checksums.
-
-    Raises:
-        ConfigError: a file exists but can't be read, so its contents are unknown.
-    """
-    path = checkpoint / SUMS
-    try:
-        lines = _sums(checkpoint)
-        if lines is None:
-            return None
-        for path in (checkpoint / name for name in files):
-            if _sum_line(path).encode() not in lines:
-                return f"{path} is damaged: its SHA-256 is not the one in {SUMS}"
-    except OSError as error:
-        problem = f"can't read {error.filename or path}: {error.strerror}"
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
-            return problem
-        raise ConfigError(f"{problem}; fix that, or {_PASS_OVER.format(checkpoint)}") from None
-    return None
-
-
-def _sums(checkpoint: Path) -> list[bytes] | None:
-    """The lines of SHA256SUMS, or None for a checkpoint of format 1, which has none."""
-    try:
-        with open_regular(checkpoint / SUMS) as file:
-            return file.read(1 << 20).split(b"\n")
-    except FileNotFoundError:
-        sha256(checkpoint / STATE)  # raises OSError if it can't be read
-        with contextlib.suppress(ConfigError):
-            if read_json(checkpoint / STATE).get("format") == 1:
-                return None
-        raise
-
-
 def to_resume(out: Path) -> tuple[Path, list[str]]:
     """Find the newest intact checkpoint of a run and set damaged ones aside. Returns it and notes for the user.
 
@@ -258,7 +234,7 @@ def to_resume(out: Path) -> tuple[Path, list[str]]:
     try:
         state = read_state(checkpoint)
     except ConfigError as error:
-        raise ConfigError(f"{error}; {_PASS_OVER.format(checkpoint)}") from None
+        raise ConfigError(f"{error}; {PASS_OVER.format(checkpoint)}") from None
     notes = [f"{problem}; {_set_aside(path)}" for path, problem in damaged]
     if not (checkpoint / SUMS).exists():
         notes.append(f"{checkpoint} has no {SUMS} and was not checked: an older version wrote it")
@@ -291,12 +267,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     state = read_json(path)
     check_state(state, path)
     # Check the sizes before allocating anything by them.
-    shape, stored = ModelConfig(**state["model"]), read_shapes(checkpoint / MODEL)
-    numbers = sum(math.prod(size) for size, _ in stored.values())
-    expected = parameter_count(shape, padded=True)
-    if shape.n_layer > len(stored) or numbers != expected:
+    shape, weights = ModelConfig(**state["model"]), stored(checkpoint, "model", state)
+    numbers, expected = weights.numbers(), parameter_count(shape, padded=True)
+    if shape.n_layer > len(weights) or numbers != expected:
         raise ConfigError(
-            f"{path} describes a model of {expected:,} parameters, but {MODEL} beside it holds {numbers:,}"
+            f"{path} describes a model of {expected:,} parameters, but the weights beside it are {numbers:,}"
         )
     check_agreement(state, path)
     return state
@@ -321,7 +296,7 @@ def saved_config(out: Path) -> dict[str, Any] | None:
     with contextlib.suppress(ConfigError):
         for checkpoint in reversed(checkpoints(out)):
             with contextlib.suppress(ConfigError):
-                if damage(checkpoint, (STATE,)) is None:
+                if damage(checkpoint, ()) is None:
                     return read_state(checkpoint)["config"]
     return None
 
@@ -339,13 +314,16 @@ def find(source: Path | str, step: int | None = None) -> Path:
     source = Path(os.path.expanduser(source))
     try:
         is_folder = stat.S_ISDIR(source.stat().st_mode)
-        present = [name for name in (*FILES, SUMS) if (source / name).exists()]
+        names = os.listdir(source) if is_folder else []
     except (OSError, ValueError) as error:
         raise ConfigError(f"can't read {source}: {getattr(error, 'strerror', None) or error}") from None
     if not is_folder:
         raise ConfigError(f"{source} is a file: give a run's --out folder or the folder of a checkpoint")
-    if present and not (source / "checkpoints").exists():  # a run's folder may hold an export of its weights
-        if missing := [name for name in (MODEL, STATE) if name not in present]:
+    parts = {match[1] for match in map(_TENSORS.fullmatch, names) if match}
+    # A run's folder may hold an export of its weights.
+    if (parts or STATE in names or SUMS in names) and "checkpoints" not in names:
+        missing = [] if "model" in parts else tensor_files("model")
+        if missing := [*missing, *([] if STATE in names else [STATE])]:
             raise ConfigError(f"{source} is a checkpoint that lacks {' and '.join(missing)}")
         if step is not None:
             raise ConfigError(f"{source} is one checkpoint: leave --step out, or give the run's --out folder")
@@ -369,64 +347,30 @@ def load_model(
         ConfigError: there is no checkpoint, or it is damaged or can't be read. The message names an intact one.
     """
     checkpoint = find(source)
-    if problem := damage(checkpoint, (MODEL, STATE)):
+    if problem := damage(checkpoint, ("model",)):
         run = checkpoint.parent.parent
         others = (c for c in reversed(checkpoints(run)) if c != checkpoint and damage(c) is None)
         intact = next(others, None)
         instead = f"{intact} is intact: use that one" if intact else f"no other checkpoint of {run} is intact"
         raise ConfigError(f"{problem}; {instead}")
     state = read_state(checkpoint)
-    return read_tensors(checkpoint / MODEL, device), ModelConfig(**state["model"]), state
+    return dict(stored(checkpoint, "model", state, device)), ModelConfig(**state["model"]), state
 
 
 def restore(checkpoint: Path, state: RunState) -> int:
-    """Load everything that `save` wrote. Returns the number of steps done. Doesn't verify checksums.
+    """Load everything that `save` wrote, each rank its part. Returns the number of steps done. Verifies no checksums.
 
     Raises:
         ConfigError: a file can't be read, or its tensors don't fit this model and optimizer.
     """
     saved = read_state(checkpoint)
-    shapes = state.shapes(saved["step"])
-    for name, expected in shapes.items():
-        check_tensors(checkpoint / tensor_file(name), expected)
+    step = saved["step"]
+    parts = {name: stored(checkpoint, name, saved, state.device) for name in TENSORS}
+    for name, shapes in state.shapes(step).items():
+        parts[name].check(shapes)
     try:
-        state.load_state_dict(_Parts(checkpoint, saved, shapes, state.device), saved["step"])
+        state.load_state_dict({**parts, **{name: saved[name] for name in VALUES}}, step)
     except StateError as error:
-        path = checkpoint / tensor_file(error.part)
-        raise ConfigError(f"{path}: {error}; {_PASS_OVER.format(checkpoint)}") from None
-    return saved["step"]
-
-
-class _Parts(Mapping[str, Part]):
-    """The parts of a checkpoint, each read on access: no two are in memory at once."""
-
-    def __init__(
-        self, checkpoint: Path, saved: dict[str, Any], shapes: dict[str, Shapes], device: torch.device
-    ) -> None:
-        self.checkpoint, self.saved, self.shapes, self.device = checkpoint, saved, shapes, device
-
-    def __getitem__(self, name: str) -> Part:
-        if name in VALUES:
-            return self.saved[name]
-        path = self.checkpoint / tensor_file(name)
-        return _read_finite(path, self.device) if name in self.shapes else read_tensors(path, "cpu")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter((*TENSORS, *VALUES))
-
-    def __len__(self) -> int:
-        return len(TENSORS) + len(VALUES)
-
-
-def _read_finite(path: Path, device: torch.device | str) -> dict[str, Tensor]:
-    tensors = read_tensors(path, device)
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ConfigError(
-                f"{path}: {name} is not finite because the run diverged; {_PASS_OVER.format(path.parent)}"
-            )
-    return tensors
-
-
-def _contiguous(tensors: Part) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        path = parts[error.part].path(error.name)
+        raise ConfigError(f"{path}: {error}; {PASS_OVER.format(checkpoint)}") from None
+    return step

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fastgpt2.checkpoint import MODEL, find, load_model
+from fastgpt2.checkpoint import find, load_model
+from fastgpt2.checkpoint_files import stored
 from fastgpt2.config import ConfigError, ModelConfig
 from fastgpt2.device import pick_device
 from fastgpt2.model import GPT
 from fastgpt2.ops import Site, make_ops
 from fastgpt2.slots import SLOTS, is_outside
-from fastgpt2.tensors import check_tensors
 
 
 def load(path: Path | str, *, step: int | None = None, device: str | None = None) -> GPT:
@@ -63,7 +63,8 @@ def load_run(source: Path, device: torch.device, step: int | None = None) -> tup
     # Draw no weights, and hold none twice.
     with torch.device("meta"), _Undrawn():
         model = GPT(shape, ops)
-    check_tensors(checkpoint / MODEL, {name: tuple(weight.shape) for name, weight in model.state_dict().items()})
+    shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    stored(checkpoint, "model", state).check(shapes)
     model.load_state_dict(tensors, assign=True)
     return model.eval(), state
 

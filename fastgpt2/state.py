@@ -1,7 +1,7 @@
-"""The state that a run needs to resume bit for bit: weights, optimizer, gradient scaler, generators.
+"""The state that a run needs to resume bit for bit: weights, optimizer, gradient scaler.
 
-A checkpoint stores the parts that `RunState` names, whatever they are. To store more, such as a second optimizer or an
-average of the weights, add it here.
+Generators are not part of it: each step seeds them. A checkpoint stores the parts that `RunState` names, whatever they
+are. To store more, such as a second optimizer or an average of the weights, add it here.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from fastgpt2.config import TrainConfig
+from fastgpt2.dtensors import copy_part, own_part
 from fastgpt2.model import GPT
 from fastgpt2.optim import OPTIMIZERS
 from fastgpt2.optim.groups import make_optimizer, set_learning_rates
 from fastgpt2.settings import Settled
 
-TENSORS = ("model", "optimizer", "rng")
-"""The parts that hold tensors by name. A checkpoint has one file for each."""
+TENSORS = ("model", "optimizer")
+"""The parts that hold tensors by name. A checkpoint has a file for each from each process."""
 VALUES = ("scaler",)
 """The parts that hold plain values. state.json has one entry for each."""
 
@@ -30,11 +31,11 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class StateError(ValueError):
-    """A saved part is invalid. `part` names it."""
+    """A saved tensor is invalid. `part` and `name` say which."""
 
-    def __init__(self, part: str, problem: str) -> None:
-        self.part = part
-        super().__init__(problem)
+    def __init__(self, part: str, name: str, problem: str) -> None:
+        self.part, self.name = part, name
+        super().__init__(f"{name} {problem}")
 
 
 @dataclass
@@ -47,7 +48,7 @@ class RunState:
     """What the optimizer stores for each parameter: Implementation.keeps."""
     scaler: torch.amp.GradScaler
     device: torch.device
-    """Where the tensors are, except for the generators' states, which are on the CPU."""
+    """Where the tensors are."""
 
     @classmethod
     def begin(cls, model: GPT, config: TrainConfig) -> RunState:
@@ -62,16 +63,15 @@ class RunState:
         )
 
     def state_dict(self) -> dict[str, Part]:
-        """The parts by name."""
+        """The parts by name. Under fsdp and hsdp their tensors are sharded."""
         return {
             "model": self.model.state_dict(),
             "optimizer": dict(self._moments()),
-            "rng": self._generators(),
             "scaler": self.scaler.state_dict(),
         }
 
     def shapes(self, step: int) -> dict[str, Shapes]:
-        """The shapes of each part's tensors after `step` steps, except the generators', which check their own."""
+        """The shapes of each part's tensors after `step` steps."""
         weights = {name: tuple(weight.shape) for name, weight in self.model.state_dict().items()}
         kept = self.keeps if step else {}  # the optimizer has no state before the first step
         moments = {
@@ -80,19 +80,20 @@ class RunState:
         return {"model": weights, "optimizer": moments}
 
     def load_state_dict(self, state: Mapping[str, Part], step: int) -> None:
-        """Restore all parts.
+        """Restore all parts. One tensor is read at a time, and a process keeps its own part of it.
 
         Args:
-            state: as state_dict returned it after `step` steps, read part by part. An empty scaler changes nothing.
+            state: as state_dict returned it after `step` steps, with whole tensors, each read on access. An empty
+                scaler changes nothing.
 
         Raises:
-            StateError: a part is invalid.
+            StateError: a tensor is invalid.
         """
-        self.model.load_state_dict(dict(state["model"]))
+        for name, weight in self.model.state_dict().items():
+            copy_part(weight, _finite("model", name, state["model"]))
         self._load_moments(state["optimizer"], step)
         if state["scaler"]:
             self.scaler.load_state_dict(dict(state["scaler"]))
-        self._load_generators(state["rng"])
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -115,12 +116,13 @@ class RunState:
         self.scaler.update()
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors that must stay finite, under the names that messages use."""
-        yield from self.model.named_parameters()
+        """All tensors that must stay finite, under the names that messages use. Of a sharded one, this rank's part."""
+        for name, weight in self.model.state_dict().items():
+            yield name, own_part(weight)
         for name, tensor in self._moments():
             parameter, _, key = name.rpartition("/")
             if key != "step":  # a count, which may be on another device
-                yield f"the optimizer's {key} of {parameter}", tensor
+                yield f"the optimizer's {key} of {parameter}", own_part(tensor)
 
     def updates(self) -> int | None:
         """How many optimizer steps changed the weights; None if it doesn't count them. Waits for the device."""
@@ -129,7 +131,8 @@ class RunState:
 
     def _parameter_names(self) -> list[str]:
         """Parameter names in the optimizer's order."""
-        names = {id(p): name for name, p in self.model.named_parameters()}
+        # state_dict has the sharded parameters even after an evaluation, when FSDP leaves whole ones in the model.
+        names = {id(p): name for name, p in self.model.state_dict(keep_vars=True).items()}
         return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
     def _moments(self) -> Iterator[tuple[str, Tensor]]:
@@ -139,35 +142,27 @@ class RunState:
                 yield f"{names[index]}/{key}", tensor
 
     def _load_moments(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        for name, tensor in tensors.items():
-            key = name.rpartition("/")[2]
+        weights = self.model.state_dict()
+
+        def load(parameter: str, key: str) -> Tensor:
+            name = f"{parameter}/{key}"
+            tensor = _finite("optimizer", name, tensors)
             # An average of squares below 0, or more steps than the run made, would diverge.
             most = step if key == "step" else math.inf
             if not ((tensor >= self.keeps[key]) & (tensor <= most)).all():
-                raise StateError("optimizer", f"{name} can't be right")
+                raise StateError("optimizer", name, "can't be right")
+            return tensor.clone() if key == "step" else copy_part(torch.empty_like(weights[parameter]), tensor)
+
         packed = self.optimizer.state_dict()
         packed["state"] = {
-            index: {key: tensors[f"{name}/{key}"] for key in self.keeps if f"{name}/{key}" in tensors}
+            index: {key: load(name, key) for key in self.keeps if f"{name}/{key}" in tensors}
             for index, name in enumerate(self._parameter_names())
         }
         self.optimizer.load_state_dict(packed)
 
-    def _generators(self) -> dict[str, Tensor]:
-        states = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
-        elif self.device.type == "mps":
-            states["mps"] = torch.mps.get_rng_state()
-        return states
 
-    def _load_generators(self, states: Mapping[str, Tensor]) -> None:
-        try:
-            torch.set_rng_state(states["cpu"])
-            if self.device.type == "cuda" and "cuda" in states:
-                torch.cuda.set_rng_state(states["cuda"], self.device)
-            elif self.device.type == "mps" and "mps" in states:
-                torch.mps.set_rng_state(states["mps"])
-        except KeyError:
-            raise StateError("rng", "the CPU generator's state is missing") from None
-        except (RuntimeError, TypeError) as error:
-            raise StateError("rng", f"not a generator's state: {str(error).splitlines()[0]}") from None
+def _finite(part: str, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    tensor = tensors[name]
+    if not tensor.isfinite().all():
+        raise StateError(part, name, "is not finite because the run diverged")
+    return tensor

@@ -18,8 +18,8 @@ from fastgpt2.config import ConfigError, ModelConfig
 from fastgpt2.renamed import with_current_names
 from fastgpt2.settings import Settled
 
-FORMAT = 2
-"""Format 1 had no checksums."""
+FORMAT = 3
+"""Format 1 had no checksums. Formats 1 and 2 were written by one process, and had the states of random generators."""
 STATE = "state.json"
 
 
@@ -42,12 +42,18 @@ UNKNOWN = Progress()
 
 
 def make_state(
-    step: int, config: Settled, values: Mapping[str, Any], progress: Progress, device: torch.device
+    step: int,
+    config: Settled,
+    values: Mapping[str, Any],
+    progress: Progress,
+    device: torch.device,
+    writers: int,
 ) -> dict[str, Any]:
     """The contents of state.json after `step` steps.
 
     Args:
         values: the parts of the run's state that are not tensors.
+        writers: how many processes write the tensors.
         device: where the last step ran.
     """
     kept = dataclasses.asdict(progress)
@@ -56,6 +62,7 @@ def make_state(
     return {
         "format": FORMAT,
         "step": step,
+        "writers": writers,
         "config": config_as_json(config),
         "model": dataclasses.asdict(config.model_config()),
         **values,
@@ -101,7 +108,7 @@ _TEXT = _Rule(lambda x: isinstance(x, str), "a string")
 _FLAG = _Rule(lambda x: isinstance(x, bool), "true or false")
 _OBJECT = _Rule(lambda x: isinstance(x, dict), "an object")
 
-_TOP = {"step": _integer(0), "config": _OBJECT, "model": _OBJECT, "scaler": _OBJECT}
+_TOP = {"step": _integer(0), "writers": _integer(1, 99999), "config": _OBJECT, "model": _OBJECT, "scaler": _OBJECT}
 _SHAPE = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), _SIZE)
 _MODEL = _SHAPE | {"dropout": _number(0, 1), "end_of_text": _or_null(_integer(0))}
 _CONFIG = {
@@ -131,8 +138,10 @@ def check_state(state: dict[str, Any], path: Path) -> None:
     Raises:
         ConfigError: a value isn't. The message names the first one.
     """
-    if type(state.get("format")) is not int or state["format"] not in (1, FORMAT):
-        raise ConfigError(f"{path} is not a checkpoint of format 1 or {FORMAT}")
+    if type(state.get("format")) is not int or not 1 <= state["format"] <= FORMAT:
+        raise ConfigError(f"{path} is not a checkpoint of format 1 to {FORMAT}")
+    if state["format"] < 3:
+        state["writers"] = 1
     _check(state, _TOP, path)
     state["config"] = with_current_names(state["config"])
     _check({"end_of_text": None} | state["model"], _MODEL, path, "model.")
@@ -212,6 +221,7 @@ def changed_data(was: str | None, now: str | None, data: str) -> list[str]:
 def carried_over(state: dict[str, Any], config: Settled, device: torch.device) -> list[str]:
     """One line for each part of the state that only the checkpoint has, or only a run with these settings."""
     notes = []
+    older = state["format"] < 3
     float16 = config.dtype == "float16"
     if float16 and not state["scaler"]:
         notes.append("the checkpoint has no gradient scaler, because it was not trained in float16: starting a new one")
@@ -220,8 +230,10 @@ def carried_over(state: dict[str, Any], config: Settled, device: torch.device) -
     # Older checkpoints have the device only among the settings.
     was = str(state.get("device") or state["config"].get("device") or device.type).partition(":")[0]
     if was != device.type:
-        masks = "; dropout masks differ, because the generators do" if config.dropout else ""
+        masks = "; dropout masks differ, because the generators do" if config.dropout and not older else ""
         notes.append(
             f"changed since the checkpoint: --device {device.type} (was {was}): results agree up to rounding{masks}"
         )
+    if older and config.dropout:
+        notes.append("an older version wrote the checkpoint: dropout masks differ from those it would have drawn")
     return notes

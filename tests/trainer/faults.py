@@ -39,6 +39,7 @@ from fastgpt2.flags import read_arguments
 from fastgpt2.metrics import read_json_lines
 from fastgpt2.preparation import PrepareConfig, prepare
 from fastgpt2.prepare import main as prepare_main
+from tests.trainer.runs import FILES, MODEL, SUMS
 
 STEPS, SAVE_EVERY, EVAL_EVERY = 40, 5, 10
 SETTINGS = {
@@ -164,7 +165,7 @@ class Expected:
         newest = checkpoint.checkpoints(out)[-1]
         assert newest.name == f"step-{STEPS:08d}", f"the newest checkpoint is {newest.name}"
         assert checkpoint.damage(newest) is None
-        tensors = [newest / name for name in checkpoint.FILES if name.endswith(".safetensors")]
+        tensors = [newest / name for name in FILES if name.endswith(".safetensors")]
         sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in tensors]
         losses = {r["step"]: r["last_loss"] for r in read_json_lines(out / "metrics.jsonl") if "last_loss" in r}
         return sums, losses
@@ -281,7 +282,7 @@ def diverged(scene: Scene, expected: Expected) -> None:
 def damaged_checkpoint(scene: Scene, expected: Expected) -> None:
     """The newest checkpoint has a flipped bit, zeroed, missing or extra bytes, or lacks a file."""
     assert scene.start().wait() == 0
-    path = checkpoint.checkpoints(scene.out)[-1] / scene.random.choice((*checkpoint.FILES, checkpoint.SUMS))
+    path = checkpoint.checkpoints(scene.out)[-1] / scene.random.choice((*FILES, SUMS))
     contents = bytearray(path.read_bytes())
     at = scene.random.randrange(len(contents))
     kind = scene.random.choice(("flip", "zero", "cut", "more", "lost"))
@@ -312,7 +313,7 @@ def own_copies(scene: Scene, expected: Expected) -> None:
 def unreadable_checkpoint(scene: Scene, expected: Expected) -> None:
     """The newest checkpoint is unreadable for now: it is neither set aside nor passed over."""
     assert scene.start("--steps", str(STEPS // 2)).wait() == 0
-    path = checkpoint.checkpoints(scene.out)[-1] / checkpoint.MODEL
+    path = checkpoint.checkpoints(scene.out)[-1] / MODEL
     kept = path.rename(scene.folder / "kept")
     path.symlink_to(path.name)  # a link to itself, which root can't read either
     assert scene.start("--steps", str(STEPS)).wait() == 2, "a checkpoint that can't be read is passed over"

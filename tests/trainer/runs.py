@@ -65,6 +65,10 @@ class Watch(Reporter):
 
 # ---------------------------------------------------------------------------------------------- checkpoints
 
+MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
+FILES = (MODEL, OPTIMIZER, STATE)
+"""The files of a checkpoint that one process wrote, without their sums."""
+
 
 def step(out: Path, number: int) -> Path:
     """The checkpoint of a step."""
@@ -100,8 +104,8 @@ def save(
 
 def seal(folder: Path) -> None:
     """Recompute the sums of a checkpoint that a test has changed."""
-    lines = [f"{sha256(folder / name)}  {name}\n" for name in checkpoint.FILES]
-    (folder / checkpoint.SUMS).write_text("".join(lines))
+    lines = [f"{sha256(folder / name)}  {name}\n" for name in FILES]
+    (folder / SUMS).write_text("".join(lines))
 
 
 def edit_state(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:

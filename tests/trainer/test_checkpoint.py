@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fastgpt2 import ConfigError, TrainConfig, checkpoint, train
 from fastgpt2.metrics import read_json_lines
-from fastgpt2.run import build
-from tests.trainer.runs import SMALL, Watch, names, save, step
+from tests.trainer.runs import FILES, MODEL, SMALL, STATE, SUMS, Watch, names, save, step
 
 pytest.importorskip("safetensors", reason="checkpoints need safetensors")
 
@@ -27,40 +25,25 @@ def with_(out: Path, **changes: Any) -> TrainConfig:
     return dataclasses.replace(CONFIG, out=out, **changes)
 
 
-def test_the_generator_of_the_runs_gpu_is_saved_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulated: tensors stay in the CPU's memory, and the GPU's generator is a dict."""
-    gpu, generators = torch.device("cuda:1"), {}
-    run = build(with_(tmp_path))
-    run.step(0, run.next_tokens(0))
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": torch.tensor([device == gpu, 7]).byte())
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device="cuda": generators.update({device: state}))
-    monkeypatch.setattr(run.state, "device", gpu)
-    read = checkpoint.read_tensors
-    monkeypatch.setattr(checkpoint, "read_tensors", lambda path, device: read(path, "cpu"))
-    saved = checkpoint.save(tmp_path, 1, run.config, run.state)
-    checkpoint.restore(saved, run.state)
-    assert {device: state.tolist() for device, state in generators.items()} == {gpu: [1, 7]}
-
-
 def test_a_checkpoint_of_the_same_step_is_replaced(out: Path) -> None:
-    before = (step(out, 6) / checkpoint.MODEL).read_bytes()
+    before = (step(out, 6) / MODEL).read_bytes()
     save(out, 6)
     assert names(out) == ["step-00000004", "step-00000006"] and checkpoint.damage(step(out, 6)) is None
-    assert (step(out, 6) / checkpoint.MODEL).read_bytes() != before
+    assert (step(out, 6) / MODEL).read_bytes() != before
 
 
 def test_the_sums_are_those_that_sha256sum_reads(out: Path) -> None:
     program = shutil.which("sha256sum")
     if program is None:
         pytest.skip("needs sha256sum")
-    done = subprocess.run([program, "-c", checkpoint.SUMS], cwd=step(out, 6), capture_output=True, text=True)
+    done = subprocess.run([program, "-c", SUMS], cwd=step(out, 6), capture_output=True, text=True)
     assert done.returncode == 0
-    assert done.stdout.splitlines() == [f"{name}: OK" for name in checkpoint.FILES]
+    assert done.stdout.splitlines() == [f"{name}: OK" for name in FILES]
 
 
 def test_a_checkpoint_from_before_there_were_sums_is_resumed_with_a_note(out: Path) -> None:
     state = step(out, 6) / "state.json"
-    (step(out, 6) / checkpoint.SUMS).unlink()
+    (step(out, 6) / SUMS).unlink()
     state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 1}))
     watch = Watch()
     result = train(with_(out, steps=7, resume=True), reporters=[watch])
@@ -97,18 +80,18 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", [*checkpoint.FILES, checkpoint.SUMS])
+@pytest.mark.parametrize("name", [*FILES, SUMS])
 def test_a_damaged_file_is_found_and_an_older_checkpoint_resumed(out: Path, name: str, damage: str) -> None:
     assert checkpoint.to_resume(out) == (step(out, 6), [])
     path = step(out, 6) / name
     intact = path.read_bytes()
     path.write_bytes(DAMAGE[damage](intact))
-    if name == checkpoint.SUMS and damage in ("cut by a byte", "a byte more"):  # only the final newline
+    if name == SUMS and damage in ("cut by a byte", "a byte more"):  # only the final newline
         assert checkpoint.damage(step(out, 6)) is None
         return
     problem = checkpoint.damage(step(out, 6))
     assert problem is not None and "\n" not in problem
-    if name != checkpoint.SUMS:
+    if name != SUMS:
         assert problem == f"{path} is damaged: its SHA-256 is not the one in SHA256SUMS"
     found, notes = checkpoint.to_resume(out)
     assert found == step(out, 4) and notes == [f"{problem}; set aside as damaged-step-00000006"]
@@ -117,7 +100,7 @@ def test_a_damaged_file_is_found_and_an_older_checkpoint_resumed(out: Path, name
     assert checkpoint.checkpoints(out) == [step(out, 4)]
 
 
-@pytest.mark.parametrize("name", [*checkpoint.FILES, checkpoint.SUMS])
+@pytest.mark.parametrize("name", [*FILES, SUMS])
 def test_a_missing_file_is_damage(out: Path, name: str) -> None:
     (step(out, 6) / name).unlink()
     found, notes = checkpoint.to_resume(out)
@@ -149,7 +132,7 @@ def test_without_an_intact_checkpoint_nothing_is_resumed_or_moved(out: Path) -> 
     assert names(out) == ["step-00000004", "step-00000006"]
 
 
-@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.STATE])
+@pytest.mark.parametrize("name", [MODEL, STATE])
 def test_what_only_reads_a_checkpoint_names_one_that_is_intact(out: Path, name: str) -> None:
     path = step(out, 6) / name
     path.write_bytes(flip(0.5)(path.read_bytes()))

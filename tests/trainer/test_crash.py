@@ -21,7 +21,7 @@ from fastgpt2 import TrainConfig, checkpoint, train
 from fastgpt2.durable import OutputError, write_text
 from fastgpt2.metrics import JsonLines, read_json_lines
 from tests import forked
-from tests.trainer.runs import SMALL, names, save, step
+from tests.trainer.runs import FILES, SMALL, SUMS, names, save, step
 
 pytest.importorskip("safetensors", reason="checkpoints need safetensors")
 
@@ -85,7 +85,7 @@ def start(damaged):
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(trained, out)
     if damaged:
-        (out / "checkpoints/step-00000006/rng.safetensors").write_bytes(b"")
+        (out / "checkpoints/step-00000006/optimizer.safetensors").write_bytes(b"")
 
 
 def check(steps, damaged=False):
@@ -242,7 +242,7 @@ def room_for(size: int) -> Iterator[None]:
 
 
 def test_a_save_without_room_is_one_line_and_leaves_everything_as_it_was(out: Path, tmp_path: Path) -> None:
-    sizes = {name: (step(out, 6) / name).stat().st_size for name in (*checkpoint.FILES, checkpoint.SUMS)}
+    sizes = {name: (step(out, 6) / name).stat().st_size for name in (*FILES, SUMS)}
     largest = max(sizes.values())
     for size in (0, 1, 100, largest // 2, *(size - 1 for size in sizes.values())):
         with room_for(size), pytest.raises(OutputError) as error:

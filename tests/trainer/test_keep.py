@@ -18,7 +18,7 @@ from fastgpt2.outputs import Outputs
 from fastgpt2.reporter import Reporters
 from fastgpt2.run import build
 from fastgpt2.state_json import Progress
-from tests.trainer.runs import SMALL, edit_state, names, save, step
+from tests.trainer.runs import FILES, MODEL, SMALL, SUMS, edit_state, names, save, step
 
 pytest.importorskip("safetensors", reason="checkpoints need safetensors")
 
@@ -78,7 +78,7 @@ def test_a_save_that_fails_leaves_the_others_whatever_keep_says(out: Path, monke
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(OutputError, match="No space left on device"):
         save(out, 9)
     assert names(out) == ["step-00000002", "step-00000004"]
@@ -111,7 +111,7 @@ def test_a_link_is_deleted_and_what_it_leads_to_stays(out: Path, tmp_path: Path)
 # ----------------------------------------------------------------------------------------------------------- unreadable
 
 
-@pytest.mark.parametrize("name", [*checkpoint.FILES, checkpoint.SUMS])
+@pytest.mark.parametrize("name", [*FILES, SUMS])
 def test_an_unreadable_file_is_not_damaged(out: Path, name: str) -> None:
     """After an input/output error of a disk or network the contents may still be right."""
     path = step(out, 4) / name
@@ -137,7 +137,7 @@ def test_an_unreadable_folder_is_not_an_empty_one(out: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
 def test_what_is_no_file_is_damage_and_is_not_waited_for(out: Path, make: Callable[[Path], object]) -> None:
-    for name in (checkpoint.MODEL, checkpoint.SUMS):
+    for name in (MODEL, SUMS):
         (step(out, 4) / name).unlink()
         make(step(out, 4) / name)
     latest, notes = checkpoint.to_resume(out)
@@ -145,7 +145,7 @@ def test_what_is_no_file_is_damage_and_is_not_waited_for(out: Path, make: Callab
 
 
 def test_a_damaged_checkpoint_that_can_not_be_renamed_is_said(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (step(out, 4) / checkpoint.MODEL).write_bytes(b"")
+    (step(out, 4) / MODEL).write_bytes(b"")
 
     def read_only(*_: object) -> None:
         raise OSError(30, "Read-only file system")
@@ -158,7 +158,7 @@ def test_a_damaged_checkpoint_that_can_not_be_renamed_is_said(out: Path, monkeyp
 
 def test_a_second_damaged_checkpoint_of_a_step_keeps_the_first(out: Path) -> None:
     for _ in range(2):
-        (step(out, 4) / checkpoint.MODEL).write_bytes(b"")
+        (step(out, 4) / MODEL).write_bytes(b"")
         checkpoint.to_resume(out)
         train(with_(out=out, resume=True))
     assert names(out) == [

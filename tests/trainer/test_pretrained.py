@@ -27,6 +27,7 @@ from fastgpt2.pretrained import load_run
 from fastgpt2.settings import resolve
 from fastgpt2.slots import SLOTS
 from fastgpt2.state import RunState
+from tests.trainer.runs import seal
 
 CPU = torch.device("cpu")
 
@@ -65,8 +66,7 @@ def rewrite(path: Path, change: Callable[[Any], Any]) -> None:
         path.write_text(json.dumps(change(json.loads(path.read_text()))))
     else:
         save_file(change(load_file(path)), path)
-    lines = [f"{checkpoint.sha256(path.parent / name)}  {name}\n" for name in checkpoint.FILES]
-    (path.parent / checkpoint.SUMS).write_text("".join(lines))
+    seal(path.parent)
 
 
 # ------------------------------------------------------------------------------------------------------- which one
