@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +27,19 @@ from fastgpt2.rendezvous import meet
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets and `joined` reads."""
 
+SAY_EVERY_S = 1.0
+"""How often a process says at which step it is."""
+
 T = TypeVar("T")
+
+
+@dataclass
+class Place:
+    """Where a process is in its run."""
+
+    step: int | None = None
+    """How many steps are done; None before the first call of Ranks.at."""
+    say_next: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,11 +57,26 @@ class Ranks:
     """The group in host memory."""
     store: Any = None
     """Where the processes leave each other messages without meeting."""
+    place: Place = field(default_factory=Place)
+    """Where this process is, in case it fails."""
 
     @property
     def first(self) -> bool:
         """Whether this is the process that writes, shows and saves."""
         return self.rank == 0
+
+    def at(self, step: int) -> None:
+        """Say that this many steps are done. The others learn of it at most once a second.
+
+        Raises:
+            DistError: the store is gone, and with it torchrun or process 0.
+        """
+        if self.world == 1:
+            return
+        self.place.step = step
+        if (now := time.monotonic()) >= self.place.say_next:
+            self.place.say_next = now + SAY_EVERY_S
+            self.store.set(f"step/{self.rank}", str(step))
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of a tensor over the ranks, the same bits on each. Doesn't wait for the device."""
@@ -194,6 +222,7 @@ def _join(device: str | None, timeout_s: float) -> Ranks:
         torch.cuda.set_device(local_rank)  # NCCL takes the current device
     limit = datetime.timedelta(seconds=timeout_s)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder's entries; read once, by the group
+    where = f"{os.environ['MASTER_ADDR']}:{numbers['MASTER_PORT']}"
     agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         store: dist.Store = dist.TCPStore(
@@ -202,15 +231,15 @@ def _join(device: str | None, timeout_s: float) -> Ranks:
             world,
             is_master=rank == 0 and not agent_has_store,
             timeout=limit,
-            multi_tenant=True,
+            wait_for_workers=False,  # meet waits, and says for whom
+            multi_tenant=True,  # another run in this process may use the same port
         )
         store = dist.PrefixStore(meet(store, rank, world, timeout_s), store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
-    except dist.DistError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{numbers['MASTER_PORT']}"
+        control = dist.new_group(backend="gloo", timeout=limit)
+    except RuntimeError as error:  # DistError of the store and NCCL; gloo has no type of its own
         raise ConfigError(f"process {rank} of {world} can't join the others at {where}: {_line(error)}") from None
-    control = dist.new_group(backend="gloo", timeout=limit)
     return Ranks(rank, world, local_rank, numbers["LOCAL_WORLD_SIZE"], control, store)
 
 
@@ -224,7 +253,11 @@ def _numbers() -> dict[str, int]:
     numbers = {name: os.environ[name] for name in VARIABLES if name != "MASTER_ADDR"}
     if wrong := [f"{name}={value}" for name, value in numbers.items() if not (value.isascii() and value.isdecimal())]:
         raise ConfigError(f"{wrong[0]} is not a number: start the processes by torchrun")
-    return {name: int(value) for name, value in numbers.items()}
+    whole = {name: int(value) for name, value in numbers.items()}
+    if whole["RANK"] >= whole["WORLD_SIZE"] or whole["MASTER_PORT"] > 65535:
+        said = ", ".join(f"{name}={value}" for name, value in whole.items())
+        raise ConfigError(f"{said} don't fit together: start the processes by torchrun")
+    return whole
 
 
 def _line(error: BaseException) -> str:
