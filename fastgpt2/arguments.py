@@ -13,7 +13,7 @@ from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.console import printable
 from fastgpt2.fields import checked, flag
 from fastgpt2.flags import given_flags, make_parser
-from fastgpt2.folder import settings_of_run, without_compiler
+from fastgpt2.folder import saved_for, settings_of_run
 from fastgpt2.renamed import with_current_flags
 from fastgpt2.toml import read_toml
 
@@ -54,7 +54,7 @@ def read_command_line(arguments: list[str]) -> tuple[TrainConfig, dict[str, str]
     asked = {name: value for _, layer in layers for name, value in layer.items()}
     if asked.get("resume") and "out" in asked:
         where, saved, problem = settings_of_run(asked["out"])
-        layers.insert(0, (where, without_compiler(saved) if asked.get("compile") is False else saved))
+        layers.insert(0, (where, saved_for(asked, saved)))
         if problem:
             print(printable(problem), file=sys.stderr)
     settings, origins = _merged(layers)
@@ -62,8 +62,13 @@ def read_command_line(arguments: list[str]) -> tuple[TrainConfig, dict[str, str]
         return TrainConfig(**settings), origins
 
 
-REPLACES = {"model": ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), "data": ("end_of_text",)}
-"""Settings of an earlier layer that no longer apply when a later one changes the preset or the data."""
+REPLACES = {
+    "model": ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"),
+    "data": ("end_of_text",),
+    "grad_accum": ("global_batch",),
+    "global_batch": ("grad_accum",),
+}
+"""Settings of an earlier layer that no longer apply when a later one changes the setting at the left."""
 
 
 def _merged(layers: list[tuple[str, dict[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:

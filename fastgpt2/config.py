@@ -137,8 +137,8 @@ class TrainConfig:
     """Micro-steps whose gradients are averaged before the optimizer steps (default: what --global-batch needs, else
     1)."""
     global_batch: Count | None = None
-    """Sequences in an optimizer step over all processes: --batch-size times --grad-accum times the processes. A resumed
-    run keeps it, and --grad-accum follows (default: what the three give)."""
+    """Sequences in an optimizer step over all processes: --batch-size times --grad-accum times the number of processes.
+    A resumed run keeps it unless --grad-accum is given (default: what the three give)."""
     steps: Count | None = None
     """Optimizer steps (default: 200 on a GPU; 600 without one, about a minute)."""
     device: Name | None = None

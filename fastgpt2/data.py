@@ -1,14 +1,14 @@
 """Token sources: dummy tokens and token shards behind one call, `tokens(step)`.
 
-A batch is a pure function of (seed, step, rank, world) and of the samples taken before: a resumed run calls `begin_at`
-with the step and samples of its checkpoint. The order doesn't depend on interruptions or earlier batch sizes.
+A source numbers its rows. A row is a function of the seed and its number, and `fastgpt2.batch.Rows` says which rows a
+process takes at a step. A resumed run calls `begin_at` with the step and samples of its checkpoint: it takes the rows
+that follow, on any number of processes.
 
 `fastgpt2.shards` reads the folder of shards.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgpt2.batch import Rows, largest_divisor
 from fastgpt2.config import ConfigError
 from fastgpt2.corpus import DUMMY, GIVEN, is_text, shard_folder
 from fastgpt2.shards import (
@@ -62,8 +63,6 @@ __all__ = [
     "write_shards",
 ]
 
-DUMMY_EVAL_BATCH = 8
-
 
 class TokenSource(Protocol):
     """What the trainer and the evaluation read from."""
@@ -76,10 +75,10 @@ class TokenSource(Protocol):
     """Notes for the user about the data."""
 
     def tokens(self, step: int) -> Tensor:
-        """The batch of a step counted from 0: int64, CPU, (grad_accum, batch_size, block_size + 1).
+        """This process's batch of a step counted from 0: int64, CPU, (grad_accum, batch_size, block_size + 1).
 
         Raises:
-            DataError: the data has become unreadable or is damaged.
+            DataError: the data has become unreadable or is damaged. Other processes may not see that.
         """
         ...
 
@@ -88,7 +87,7 @@ class TokenSource(Protocol):
         ...
 
     def check(self) -> None:
-        """Wait until all the data has been verified.
+        """Wait until this process's part of the data has been verified.
 
         Raises:
             DataError: it is damaged or has changed.
@@ -102,13 +101,18 @@ def split(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class DummyTokens:
-    """Uniform random tokens, new in every step (`fixed`: those of step 0 in every step, a batch to memorise).
+    """Uniform random tokens, new in every step.
+
+    All rows are in one stream of random words (Philox), which can be read from any place: row i is its i-th part.
 
     Args:
         vocab_size: tokens are in [0, vocab_size).
         batch_size, block_size, grad_accum: the shape, see TokenSource.tokens.
-        seed, rank, stream: with the step, the key of a batch. Torch's global generator is left alone.
-        sequences: as many alone, and the same ones whatever batch_size; 0: no end.
+        seed, stream: which stream. Torch's and numpy's global generators are left alone.
+        rank, world: this process and how many there are.
+        fixed: take the first step's rows in every step, a batch to memorise.
+        sequences: the first rows alone, in `batches` of one size of at most batch_size, the same on every rank; 0 is
+            endless.
     """
 
     def __init__(
@@ -119,27 +123,42 @@ class DummyTokens:
         grad_accum: int = 1,
         seed: int = 0,
         rank: int = 0,
+        world: int = 1,
         fixed: bool = False,
         stream: str = "train",
         sequences: int = 0,
     ) -> None:
-        self.vocab_size = vocab_size
-        if sequences:
-            batch_size = _largest_divisor(sequences, DUMMY_EVAL_BATCH)
-        self.batches = sequences // batch_size
-        self.shape = (grad_accum, batch_size, block_size + 1)
-        self.seed, self.rank, self.fixed, self.stream = seed, rank, fixed, stream
+        self.vocab_size, self.block_size = vocab_size, block_size
+        self.seed, self.fixed, self.stream = seed, fixed and not sequences, stream
+        self.rows, self.batches = _rows(batch_size, grad_accum, rank, world, sequences)
         self.fingerprint = ""
         self.notes: list[str] = []
+        self._words = np.random.Philox(key=_key("dummy", stream, seed, size=16))
+        self._place = 0
 
     def tokens(self, step: int) -> Tensor:
         """See TokenSource.tokens."""
-        # The CPU generator uses 32 of the 64 bits: two of 100,000 steps may draw the same noise, harmlessly.
-        key = _key(self.stream, self.seed, 0 if self.fixed else step, self.rank, size=8)
-        return torch.randint(self.vocab_size, self.shape, generator=torch.Generator().manual_seed(key))
+        rows = self.rows
+        first = 0 if self.fixed else self.rows.first(step)
+        parts = [self._draw(first + place, rows.batch_size) for place in rows.places[:: rows.batch_size].tolist()]
+        return torch.from_numpy(np.stack(parts))
+
+    def _draw(self, first: int, count: int) -> np.ndarray:
+        """`count` rows from the row `first`: int64 (count, T + 1)."""
+        width = self.block_size + 1
+        blocks = -(-width // 8)  # Philox makes eight 32-bit words at a time
+        if (skipped := first * blocks - self._place) != 0:
+            self._words.advance(skipped % 2**256)
+        self._place = (first + count) * blocks
+        words = self._words.random_raw(4 * count * blocks).astype("<u8", copy=False).view("<u4")
+        tokens = words.reshape(count, -1)[:, :width].astype(np.uint64)
+        tokens *= np.uint64(self.vocab_size)
+        tokens >>= np.uint64(32)
+        return tokens.view(np.int64)
 
     def begin_at(self, step: int, samples: int) -> None:
-        """Do nothing: each step's tokens are independent noise."""
+        """See TokenSource.begin_at."""
+        self.rows.begin_at(step, samples)
 
     def check(self) -> None:
         """Do nothing."""
@@ -149,22 +168,23 @@ class ShardTokens:
     """Windows of a folder's shards, drawn without replacement.
 
     An epoch cuts every shard, from a fresh random offset, into windows of block_size tokens (each read with
-    the one token after it, its last target) and permutes the windows of all shards. Ranks take disjoint
-    windows. No window spans two shards; what is left at the ends of one, under two windows, varies by epoch.
+    the one token after it, its last target) and permutes the windows of all shards. Row i is the i-th window in
+    that order, epoch after epoch. No window spans two shards; what is left at the ends of one, under two windows,
+    varies by epoch.
 
     Args:
         data: the folder that holds the shards, or text that is prepared on first use, as --data names it.
         split: "train" or "val": which shards.
         batch_size, block_size, grad_accum: the shape, see TokenSource.tokens.
         seed: decides the order.
-        rank, world: this process and how many there are.
+        rank, world: this process and how many there are. It verifies its part of the shards.
         sequences: use only this many windows of the first epoch, or all if it has fewer, in `batches` of one
-            size of at most batch_size; 0 is endless.
+            size of at most batch_size, the same on every rank; 0 is endless.
 
     Raises:
         ConfigError: no such folder or shard, a shard that is empty, truncated, of another format, not the one
-            that meta.json lists or with a token outside the vocabulary (every token is looked at; where the
-            shards are large, beside the run: see check), or no shard of block_size + 1 tokens.
+            that meta.json lists or with a token outside the vocabulary (every token of this process's part is
+            looked at; where it is large, beside the run: see check), or no shard of block_size + 1 tokens.
     """
 
     def __init__(
@@ -180,8 +200,7 @@ class ShardTokens:
         sequences: int = 0,
     ) -> None:
         folder = shard_folder(data)
-        self.block_size, self.grad_accum = block_size, grad_accum
-        self.seed, self.rank, self.world = seed, rank, world
+        self.block_size, self.seed = block_size, seed
         self.meta = read_meta(folder)
         self.vocab_size: int = self.meta["vocab_size"]
         listed = self.meta.get("shards", {})
@@ -206,15 +225,13 @@ class ShardTokens:
         if 0 < self.windows < sequences:
             self.notes.append(f"a {split} loss takes all {self.windows:,} windows of the split, not {sequences:,}")
             sequences = self.windows
-        self.batch_size = _largest_divisor(sequences, batch_size) if sequences else batch_size
-        self.batches = sequences // self.batch_size
-        self._step, self._samples = 0, 0
+        self.rows, self.batches = _rows(batch_size, grad_accum, rank, world, sequences)
         self._epochs: dict[int, _Epoch] = {}
         self.fingerprint = _fingerprint(shards)
-        self._verification = Verification(shards, self.vocab_size)
+        self._verification = Verification(shards[rank::world], self.vocab_size)
         if not self._verification.at_once:
             self.notes.append(
-                f"the {split} split, {self._verification.size_bytes / 1e9:.1f} GB, is verified while the run goes on: "
+                f"the {split} split, {2 * self.token_count / 1e9:.1f} GB, is verified while the run goes on: "
                 f"the first {'checkpoint' if split == 'train' else 'loss over it'} waits for that"
             )
 
@@ -235,7 +252,7 @@ class ShardTokens:
 
     def begin_at(self, step: int, samples: int) -> None:
         """See TokenSource.begin_at."""
-        self._step, self._samples = step, samples
+        self.rows.begin_at(step, samples)
 
     def check(self) -> None:
         """See TokenSource.check. Shards of up to 256 MiB together were verified before the first step."""
@@ -244,16 +261,15 @@ class ShardTokens:
     def tokens(self, step: int) -> Tensor:
         """See TokenSource.tokens."""
         self._verification.check()
-        begin = self._samples + (step - self._step) * self.grad_accum * self.world * self.batch_size
-        # Python integers don't overflow.
-        first, place = divmod(begin, self.windows)
-        epochs, places = np.divmod(place + self._own, self.windows)
+        rows = self.rows
+        first, place = divmod(rows.first(step), self.windows)
+        epochs, places = np.divmod(place + rows.places, self.windows)
         found = [
             self._find(self._epoch(first + number), places[epochs == number])
             for number in range(int(epochs[0]), int(epochs[-1]) + 1)
         ]
         shards, starts = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
-        return torch.from_numpy(self._read(shards, starts)).view(self.grad_accum, self.batch_size, -1)
+        return torch.from_numpy(self._read(shards, starts)).view(rows.grad_accum, rows.batch_size, -1)
 
     def sweep(self) -> Iterator[Tensor]:
         """The split's windows once and in order, from each shard's first token: int64 (batch_size, T + 1).
@@ -263,8 +279,8 @@ class ShardTokens:
         counts = [(len(shard) - 1) // self.block_size for shard in self.shards]
         shards = np.repeat(np.arange(len(counts)), counts)
         starts = np.concatenate([np.arange(count) * self.block_size for count in counts])
-        for begin in range(0, len(starts), self.batch_size):
-            part = slice(begin, begin + self.batch_size)
+        for begin in range(0, len(starts), self.rows.batch_size):
+            part = slice(begin, begin + self.rows.batch_size)
             self._verification.check()
             yield torch.from_numpy(self._read(shards[part], starts[part]))
 
@@ -274,12 +290,6 @@ class ShardTokens:
         for shard in self.shards:
             counts += count_tokens(shard.tokens(), self.vocab_size)
         return counts
-
-    @functools.cached_property
-    def _own(self) -> np.ndarray:
-        """Positions of this rank's samples among all ranks' samples of a step; sweep() takes any batch_size."""
-        micro = np.arange(self.grad_accum)[:, None] * self.world + self.rank
-        return (micro * self.batch_size + np.arange(self.batch_size)).ravel()
 
     def _find(self, epoch: _Epoch, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The shard and first token of the windows at these places in an epoch's order."""
@@ -343,7 +353,7 @@ def open_data(
     """
     if data in DUMMY:
         fixed = data == "dummy-fixed"
-        return DummyTokens(vocab_size, batch_size, block_size, grad_accum, seed, rank, fixed, split, sequences)
+        return DummyTokens(vocab_size, batch_size, block_size, grad_accum, seed, rank, world, fixed, split, sequences)
     # Use one order of val windows for all seeds, so validation losses of runs compare.
     seed = 0 if split == "val" else seed
     source = ShardTokens(data, split, batch_size, block_size, grad_accum, seed, rank, world, sequences)
@@ -379,8 +389,12 @@ def _fingerprint(shards: list[Shard]) -> str:
     return hashlib.blake2b(lines.encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
-def _largest_divisor(number: int, most: int) -> int:
-    return max(n for n in range(1, min(number, most) + 1) if number % n == 0)
+def _rows(batch_size: int, grad_accum: int, rank: int, world: int, sequences: int) -> tuple[Rows, int]:
+    """The rows that a process takes, and the number of batches if `sequences` bounds them."""
+    if not sequences:
+        return Rows(batch_size, grad_accum, rank, world), 0
+    batch_size = largest_divisor(sequences, batch_size)
+    return Rows(batch_size, grad_accum), sequences // batch_size
 
 
 def _key(*parts: object, size: int) -> int:

@@ -7,6 +7,7 @@ The trainer evaluates with the same function.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import sys
@@ -25,6 +26,7 @@ from fastgpt2.data import DUMMY, DataError, ShardTokens, TokenSource, open_data,
 from fastgpt2.device import copy_async, pick_device
 from fastgpt2.fields import Count, Name, Natural
 from fastgpt2.flags import read_arguments
+from fastgpt2.parallel import ALONE, Ranks
 from fastgpt2.pretrained import check_vocabulary, load_run
 
 
@@ -53,33 +55,42 @@ def evaluate(
     source: TokenSource,
     batches: int,
     device: torch.device | str,
+    ranks: Ranks = ALONE,
     stop: Callable[[], bool] | None = None,
 ) -> float:
     """Mean loss in nats per token over the source's first batches, in evaluation mode (no dropout).
 
-    The batches are always the same, so values of a run compare. The host waits for the device once, at the end; with
-    `stop`, for each micro-batch but the last. The model's training mode is restored.
+    The batches are always the same, so values of a run compare. The ranks take them in turn, and each rank returns the
+    same bits. The host waits for the device once, at the end; with `stop`, for each batch but the last. The model's
+    training mode is restored.
 
     Args:
-        model: called as model(inputs, targets), int64 (B, T) each; returns its mean loss, a scalar.
+        model: called as model(inputs, targets), int64 (B, T) each; returns its mean loss, a scalar. With --parallel
+            fsdp the ranks call it together.
+        source: gives each rank the same batches (see ShardTokens, `sequences`).
         batches: batches (of grad_accum micro-batches each) to average over, at least 1.
-        stop: called before each micro-batch; once it returns True the result is NaN.
+        stop: called before each batch; once it returns True on any rank the result is NaN.
 
     Raises:
-        DataError: the data has become unreadable or is damaged.
+        DataError: the data has become unreadable or is damaged, on any rank.
     """
     was_training = model.training
     model.eval()
     try:
         losses: list[Tensor] = []
-        for tokens in (tokens for step in range(batches) for tokens in source.tokens(step)):
-            if stop is not None and stop():
+        for begin in range(0, batches, ranks.world):
+            # A rank without a batch repeats the last one, because the ranks call the model together.
+            number = min(begin + ranks.rank, batches - 1)
+            tokens = ranks.together(functools.partial(source.tokens, number), DataError)
+            if stop is not None and ranks.any(stop()):
                 return math.nan
-            losses.append(_loss(model, tokens, device))
+            losses.append(torch.stack([_loss(model, micro, device) for micro in tokens]))
             if stop is not None and len(losses) > 1:
-                losses[-2].item()  # keep the host from running far ahead of the device and calling stop too early
-        source.check()
-        return torch.stack(losses).cpu().double().mean().item()
+                losses[-2].tolist()  # keep the host from running far ahead of the device and calling stop too early
+        ranks.together(source.check, DataError)
+        by_rank = ranks.gather(torch.stack(losses).tolist())
+        in_order = [loss for turn in zip(*by_rank, strict=True) for loss in turn][:batches]
+        return torch.tensor(in_order, dtype=torch.float64).mean().item()
     finally:
         model.train(was_training)
 

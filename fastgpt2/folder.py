@@ -6,21 +6,23 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from fastgpt2 import checkpoint, record
+from fastgpt2.batch import resumed
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.durable import InUseError, locked
+from fastgpt2.parallel import world_size
 from fastgpt2.renamed import with_current_names
 from fastgpt2.settings import Settled
 from fastgpt2.toml import UnreadableError, check_settings, load_toml
 
 _SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
-_SETTLED = (*_SHAPE, "vocab_size", "end_of_text", "batch_size", "steps", "dtype", "recompute")
+_SETTLED = (*_SHAPE, "vocab_size", "end_of_text", "batch_size", "global_batch", "steps", "dtype", "recompute")
 """What a run settles for itself and is resumed with on any machine."""
 
 
@@ -102,15 +104,18 @@ def as_saved(config: TrainConfig) -> TrainConfig:
         _, saved, _ = settings_of_run(config.out)
     other_model = config.model is not None and config.model != saved.get("model")
     names = [name for name in _SETTLED if getattr(config, name) is None and not (other_model and name in _SHAPE)]
-    if not config.compile:
-        saved = without_compiler(saved)
+    asked = {f.name: value for f in dataclasses.fields(config) if (value := getattr(config, f.name)) is not None}
+    saved = saved_for(asked, saved)
     settled: dict[str, Any] = {name: saved.get(name) for name in names}
     return dataclasses.replace(config, **settled)
 
 
-def without_compiler(saved: dict[str, Any]) -> dict[str, Any]:
-    """Drop from a run's settings what only torch.compile can do."""
-    return {name: value for name, value in saved.items() if (name, value) != ("recompute", "elementwise")}
+def saved_for(asked: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings that apply when it resumes with those asked for, on as many processes as there are now."""
+    settings = resumed(saved, asked, world_size())
+    if asked.get("compile") is False and settings.get("recompute") == "elementwise":  # only torch.compile can
+        del settings["recompute"]
+    return settings
 
 
 @dataclass(frozen=True)

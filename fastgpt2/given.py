@@ -17,7 +17,11 @@ from fastgpt2.ops import Ops
 from fastgpt2.outside import told
 
 Source = Callable[[int], Tensor]
-"""From a step counted from 0 to its tokens: int64, CPU, (grad_accum, batch_size, block_size + 1)."""
+"""From a step counted from 0 to its tokens: int64, CPU, (grad_accum, batch_size, block_size + 1).
+
+Several processes that train together each ask for rows of their own: `fastgpt2.parallel.current()` has the `rank` of
+this one and their number, `world`.
+"""
 
 TRIED_TOKENS = 1024
 """Longest sequence of a trial: PyTorch's loss holds all its logits."""
@@ -173,7 +177,7 @@ class GivenTokens:
             )
 
     def tokens(self, step: int) -> Tensor:
-        """The source's batch of a step.
+        """The source's batch of a step for this process.
 
         Raises:
             DataError: it has another shape or dtype, is not on the CPU, or holds a token outside the vocabulary.

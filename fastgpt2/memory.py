@@ -24,31 +24,36 @@ CGROUP_LIMITS = {"": "memory.max", "memory": "memory.limit_in_bytes"}
 """The file with the limit in bytes, by the controller named in /proc/self/cgroup ("" in version 2)."""
 
 
-def check_memory(config: Settled, device: torch.device) -> None:
-    """Check that a run can fit on the device and, with a GPU, on the host.
+def check_memory(config: Settled, device: torch.device, shards: int = 1) -> None:
+    """Check that a run can fit on the device and on the host, which draws the weights whole.
+
+    Args:
+        shards: how many processes share one copy of the model.
 
     Raises:
         ConfigError: the lower bound is over the memory; the message names the settings that need most of it.
     """
     model = config.model_config()
-    for place in dict.fromkeys([device.type, "cpu"]):
-        needed, takers = least_bytes(config, model, whole_step=place == device.type)
-        there = memory_bytes(device if place == device.type else torch.device(place))
+    for place, whole_step in ((device, True), (torch.device("cpu"), False)):
+        needed, takers = least_bytes(config, model, whole_step=whole_step, shards=shards)
+        there = memory_bytes(place)
         if needed > there:
+            name = place.type.replace("cuda", "gpu").upper()
             raise ConfigError(
-                f"training needs at least {_gib(needed)} of memory and the {place.replace('cuda', 'gpu').upper()} has "
+                f"training needs at least {_gib(needed)} of memory and the {name} has "
                 f"{_gib(there)}: make {takers} smaller"
             )
 
 
-def least_bytes(config: Settled, model: ModelConfig, *, whole_step: bool) -> tuple[int, str]:
-    """The least bytes that a run needs, and the flags that set the largest part of them.
+def least_bytes(config: Settled, model: ModelConfig, *, whole_step: bool, shards: int = 1) -> tuple[int, str]:
+    """The least bytes that a process needs, and the flags that set the largest part of them.
 
     The optimizer step holds weights, gradients and Adam's two averages together. The backward pass starts with the
     weights and the inputs of all blocks, which even --recompute blocks stores. The tokens are held throughout.
 
     Args:
-        whole_step: count for the device that steps; else for the host of a GPU, which draws the weights and tokens.
+        whole_step: count for the device that steps; else for the host, which draws the weights and tokens.
+        shards: how many processes share one copy of weights, gradients and averages.
     """
     B, T, C = config.batch_size, model.block_size, model.n_embd
     per_weight = 8 if config.dtype == "float64" and whole_step else 4
@@ -63,7 +68,8 @@ def least_bytes(config: Settled, model: ModelConfig, *, whole_step: bool) -> tup
     activations = 0
     if whole_step:
         activations = model.n_layer * B * T * C * per_activation
-        parts = {flags: 4 * size for flags, size in parts.items()}
+        weights //= shards
+        parts = {flags: 4 * size // shards for flags, size in parts.items()}
     parts |= {"--batch-size or --block-size": activations, "--grad-accum, --batch-size or --block-size": tokens}
     needed = tokens + weights + max(3 * weights, activations) if whole_step else max(weights, tokens)
     return needed, max(parts, key=parts.__getitem__)

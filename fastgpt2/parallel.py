@@ -173,10 +173,15 @@ def current() -> Ranks:
     return _here
 
 
+def world_size() -> int:
+    """How many processes torchrun has started, this one included, before they have joined."""
+    world = os.environ.get("WORLD_SIZE", "")
+    return max(1, int(world)) if world.isascii() and world.isdecimal() else 1
+
+
 def launched() -> bool:
     """Whether torchrun has started this process as one of several."""
-    world = os.environ.get("WORLD_SIZE", "")
-    return world.isascii() and world.isdecimal() and int(world) > 1
+    return world_size() > 1
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastgpt2.batch import settle_batch
 from fastgpt2.config import PRESETS, ConfigError, Dtype, ModelConfig, Recompute, Stream, TrainConfig
 from fastgpt2.fields import Count
 
@@ -51,6 +52,11 @@ class Settled(TrainConfig):
         shape = {f.name: getattr(self, f.name) for f in dataclasses.fields(ModelConfig) if f.name != "end_of_text"}
         return ModelConfig(**shape, end_of_text=self.end_of_text if self.document_mask else None)
 
+    def to_toml(self) -> str:
+        """See TrainConfig.to_toml. Without grad_accum, which follows from the global batch and the processes."""
+        asked = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)}
+        return TrainConfig(**asked | {"grad_accum": None}).to_toml()
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """The type of the matmuls' operands."""
@@ -72,20 +78,19 @@ def resolve(
     Args:
         cuda: whether the run is on a CUDA device.
         bf16: whether that device computes in bfloat16.
-        memory_bytes: its memory, which decides the batch size.
+        memory_bytes: its memory, which decides the batch size that nothing else decides.
         world: how many processes train together.
         data_vocab_size: the vocabulary of the token shards, None for dummy data.
         data_end_of_text: their end-of-text token, None if it isn't known.
 
     Raises:
         ConfigError: no such preset, a block_size over the published model's positions, a vocabulary too small for the
-            data, or a document mask without the token that opens a document.
+            data, a document mask without the token that opens a document, or a global batch that can't be divided.
     """
     preset = _preset(config, cuda)
     settled = {
         **{name: getattr(preset, name) for name in ("n_layer", "n_head", "n_embd", "block_size")},
         "vocab_size": preset.vocab_size if data_vocab_size is None else data_vocab_size,
-        "batch_size": _sequences_that_fit(memory_bytes) if cuda else 8,
         "steps": 200 if cuda else 600,
         "dtype": "bfloat16" if cuda and bf16 else "float32",
         "recompute": "elementwise" if config.compile and not cuda else "none",
@@ -93,8 +98,13 @@ def resolve(
     }
     asked: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig)}
     values = asked | {name: value for name, value in settled.items() if asked[name] is None}
-    values["grad_accum"] = values["grad_accum"] or 1
-    values["global_batch"] = values["batch_size"] * values["grad_accum"] * world
+    values |= settle_batch(
+        config.batch_size,
+        config.grad_accum,
+        config.global_batch,
+        world=world,
+        default=_sequences_that_fit(memory_bytes) if cuda else 8,
+    )._asdict()
     if data_vocab_size is not None and values["vocab_size"] < data_vocab_size:
         raise ConfigError(
             f"--vocab-size {values['vocab_size']} is smaller than the vocabulary of --data {config.data}: "

@@ -271,8 +271,7 @@ class Verification:
         self._failure: DataError | None = None
         self._thread = threading.Thread(target=self._run, name="verify the data", daemon=True)
         self._thread.start()
-        self.size_bytes = 2 * sum(map(len, shards))
-        self.at_once = self.size_bytes <= AT_ONCE_BYTES
+        self.at_once = 2 * sum(map(len, shards)) <= AT_ONCE_BYTES
         if self.at_once:
             self._thread.join()
             if self._failure is not None:

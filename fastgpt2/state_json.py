@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastgpt2.batch import with_global_batch
 from fastgpt2.config import ConfigError, ModelConfig
 from fastgpt2.renamed import with_current_names
 from fastgpt2.settings import Settled
@@ -112,7 +113,7 @@ _TOP = {"step": _integer(0), "writers": _integer(1, 99999), "config": _OBJECT, "
 _SHAPE = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), _SIZE)
 _MODEL = _SHAPE | {"dropout": _number(0, 1), "end_of_text": _or_null(_integer(0))}
 _CONFIG = {
-    **dict.fromkeys((*_SHAPE, "batch_size", "grad_accum", "steps"), _SIZE),
+    **dict.fromkeys((*_SHAPE, "batch_size", "grad_accum", "global_batch", "steps"), _SIZE),
     "seed": _integer(0, 2**64 - 1),
     "data": _TEXT,
     "dtype": _TEXT,
@@ -145,7 +146,8 @@ def check_state(state: dict[str, Any], path: Path) -> None:
     _check(state, _TOP, path)
     state["config"] = with_current_names(state["config"])
     _check({"end_of_text": None} | state["model"], _MODEL, path, "model.")
-    _check(state["config"], _CONFIG, path, "config.")
+    _check({"global_batch": 1} | state["config"], _CONFIG, path, "config.")
+    state["config"] = with_global_batch(state["config"])
     if state["scaler"]:  # empty if the run had none
         _check(state["scaler"], _SCALER, path, "scaler.")
     if not _OBJECT.holds(state.setdefault("progress", {})):
@@ -194,10 +196,11 @@ def read_progress(state: dict[str, Any]) -> Progress:
 def changed_settings(state: dict[str, Any], config: Settled) -> list[str]:
     """One line of the settings that differ from the checkpoint's, or none.
 
-    Skips the model's name, since check_shape compares its shape, and the device, which carried_over compares.
+    Skips the model's name, since check_shape compares its shape, the device, which carried_over compares, and how the
+    global batch is divided.
     """
     was, now = state["config"], config_as_json(config)
-    left_out = ("out", "resume", "model", "device")
+    left_out = ("out", "resume", "model", "device", "batch_size", "grad_accum")
     names = [name for name in now if name in was and name not in left_out and now[name] != was[name]]
     different = ", ".join(f"--{name.replace('_', '-')} {now[name]} (was {was[name]})" for name in names)
     return [f"changed since the checkpoint: {different}"] if different else []

@@ -272,8 +272,9 @@ def test_every_character_comes_back() -> None:
 def test_config_toml_says_what_was_asked_and_what_defines_the_computation() -> None:
     settled = resolve(TrainConfig(), cuda=True, memory_bytes=80 << 30)
     keys = tomllib.loads(settled.to_toml())
-    assert not {"model", "device", "out", "resume"} & set(keys)
-    assert {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch_size", "steps", "dtype"} <= set(keys)
+    assert not {"model", "device", "out", "resume", "grad_accum"} & set(keys)
+    shape = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size"}
+    assert shape | {"batch_size", "global_batch", "steps", "dtype"} <= set(keys)
     asked = tomllib.loads(resolve(TrainConfig(model="tiny", device="cpu", out="r"), cuda=False).to_toml())
     assert asked.items() >= {"model": "tiny", "device": "cpu", "out": "r"}.items()
 

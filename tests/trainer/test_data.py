@@ -1,4 +1,4 @@
-"""Token sources: a batch is a function of (seed, step, rank), an epoch visits each window once, bad shards are told."""
+"""Token sources: a row is a function of (seed, number), an epoch visits each window once, bad shards are told."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def sha256(tensor: torch.Tensor) -> str:
 def source(request, tmp_path):
     """A constructor of (seed, rank) for each source."""
     if request.param == "dummy":
-        return lambda seed=0, rank=0: DummyTokens(97, 3, 8, grad_accum=2, seed=seed, rank=rank)
+        return lambda seed=0, rank=0: DummyTokens(97, 3, 8, grad_accum=2, seed=seed, rank=rank, world=4)
     folder = make_folder(tmp_path / "d")
     return lambda seed=0, rank=0: ShardTokens(folder, "train", 3, 8, grad_accum=2, seed=seed, rank=rank, world=4)
 
@@ -94,16 +94,24 @@ def test_dummy_tokens_are_uniform_over_the_vocabulary():
     assert ((counts - 10_000).double() ** 2 / 10_000).sum() < 28
 
 
-def test_dummy_tokens_are_those_of_a_keyed_generator():
-    key = int.from_bytes(hashlib.blake2b(b"train/3/11/0", digest_size=8).digest(), "little")
-    expected = torch.randint(50257, (1, 4, 17), generator=torch.Generator().manual_seed(key))
-    assert torch.equal(DummyTokens(50257, 4, 16, seed=3).tokens(11), expected)
+def test_a_row_of_dummy_tokens_is_a_part_of_one_stream():
+    """Row i is made of its own words, three blocks of Philox here, and of nothing else."""
+    key = int.from_bytes(hashlib.blake2b(b"dummy/train/3", digest_size=16).digest(), "little")
+    words = np.random.Philox(key=key).random_raw(48 * 3 * 4)
+    halves = np.stack([words & 0xFFFFFFFF, words >> np.uint64(32)], axis=1).reshape(48, 24)[:, :17]
+    expected = [[int(word) * 50257 >> 32 for word in row] for row in halves]
+    source = DummyTokens(50257, 4, 16, seed=3)
+    assert [source.tokens(step)[0].tolist() for step in (11, 2, 3, 0)] == [
+        expected[4 * step : 4 * step + 4] for step in (11, 2, 3, 0)
+    ]
 
 
-def test_fixed_repeats_step_0():
-    fixed = DummyTokens(97, 3, 8, seed=1, fixed=True)
+def test_fixed_repeats_the_first_rows():
+    fixed = DummyTokens(97, 3, 8, grad_accum=2, seed=1, fixed=True)
+    assert torch.equal(fixed.tokens(0), DummyTokens(97, 3, 8, grad_accum=2, seed=1).tokens(0))
     assert torch.equal(fixed.tokens(0), fixed.tokens(1234))
-    assert torch.equal(fixed.tokens(9), DummyTokens(97, 3, 8, seed=1).tokens(0))
+    fixed.begin_at(7, 99)
+    assert torch.equal(fixed.tokens(0), fixed.tokens(8))
 
 
 def test_train_and_val_are_other_dummy_tokens():
@@ -206,27 +214,55 @@ def test_val_windows_are_the_same_for_all_seeds(tmp_path):
 # Where a resumed run goes on
 
 
+@pytest.mark.parametrize("kind", ["dummy", "shards"])
 @pytest.mark.parametrize("seed", range(8))
-def test_other_batches_neither_repeat_nor_skip_windows(tmp_path, seed):
-    """Whatever the batches of the parts of a run were, it has taken the first samples of the order, each once."""
+def test_other_batches_neither_repeat_nor_skip_rows(tmp_path, kind, seed):
+    """Whatever the batches and processes of a run's parts were, it has taken the first rows of the order, each once."""
     rng = np.random.default_rng(seed)
-    folder = make_folder(tmp_path / "d", train=rng.integers(20, 300, 3).tolist())
-    alone = ShardTokens(folder, "train", 1, 8, seed=seed)
+    data = kind
+    if kind == "shards":
+        data = str(make_folder(tmp_path / "d", train=rng.integers(20, 300, 3).tolist()))
+    shape = {"vocab_size": 50257, "block_size": 8, "seed": seed}
+    alone = open_data(data, batch_size=1, **shape)
     step, samples, seen = 0, 0, []
     for _ in range(6):
         batch, accum, world = rng.integers(1, 6, 3).tolist()
-        ranks = [ShardTokens(folder, "train", batch, 8, accum, seed, rank, world) for rank in range(world)]
+        ranks = [
+            open_data(data, batch_size=batch, grad_accum=accum, rank=rank, world=world, **shape)
+            for rank in range(world)
+        ]
         for source in ranks:
             source.begin_at(step, samples)
         steps = int(rng.integers(0, 5))
         for _ in range(steps):
-            # The order of samples is micro-step, rank, row.
-            batches = torch.stack([source.tokens(step) for source in ranks], dim=1)
-            seen += batches[..., 0].flatten().tolist()
+            # The order of rows is micro-step, rank, place in the batch.
+            seen += torch.stack([source.tokens(step) for source in ranks], dim=1).flatten(0, 2).tolist()
             step += 1
         samples += steps * batch * accum * world
-    assert samples == len(seen)
-    assert seen == [alone.tokens(g)[0, 0, 0].item() for g in range(samples)]
+    assert samples == len(seen) > 0
+    assert seen == [alone.tokens(g)[0, 0].tolist() for g in range(samples)]
+
+
+@pytest.mark.parametrize("kind", ["dummy", "dummy-fixed", "shards"])
+@pytest.mark.parametrize("begin", [(0, 0), (3, 37)])
+def test_a_step_has_the_same_rows_on_any_number_of_processes(tmp_path, kind, begin):
+    """So a resumed run with the same global batch makes the same steps. The shards' steps here span epochs."""
+    data = str(make_folder(tmp_path / "d", train=(8 * 23, 95))) if kind == "shards" else kind
+    shape = {"vocab_size": 50257, "block_size": 8, "seed": 4}
+
+    def rows(world: int, batch: int, accum: int, step: int) -> torch.Tensor:
+        parts = []
+        for rank in range(world):
+            source = open_data(data, batch_size=batch, grad_accum=accum, rank=rank, world=world, **shape)
+            source.begin_at(*begin)
+            parts.append(source.tokens(step))
+        return torch.stack(parts, dim=1).flatten(0, 2)
+
+    for step in (3, 4, 9):
+        expected = rows(1, 16, 1, step)
+        for world, batch, accum in ((1, 4, 4), (2, 8, 1), (2, 2, 4), (4, 4, 1), (4, 1, 4)):
+            assert torch.equal(rows(world, batch, accum, step), expected)
+    assert torch.equal(rows(1, 16, 1, 3), rows(1, 16, 1, 4)) == (kind == "dummy-fixed")
 
 
 def test_a_source_that_begins_at_its_own_step_is_the_same(source):
@@ -237,6 +273,8 @@ def test_a_source_that_begins_at_its_own_step_is_the_same(source):
 
 
 def test_a_position_is_never_too_large(tmp_path):
+    dummy = DummyTokens(97, 3, 8)
+    assert not torch.equal(dummy.tokens(10**30), dummy.tokens(10**30 + 1))
     source = ShardTokens(make_folder(tmp_path / "d"), "train", 3, 8, grad_accum=2)
     source.begin_at(1, 0)
     step = 1 + source.windows * 10**30  # a whole number of epochs, in an integer of its own order
@@ -256,16 +294,17 @@ def test_a_position_is_never_too_large(tmp_path):
 def test_so_many_sequences_whatever_the_batch(tmp_path, kind, batch_size):
     data = str(make_folder(tmp_path / "d", val=(2000,))) if kind == "shards" else kind
     shape = {"split": "val", "vocab_size": 50257, "block_size": 8}
-    source = open_data(data, batch_size=batch_size, sequences=160, **shape)
+    # The ranks take the batches in turn, so each is given all of them.
+    source = open_data(data, batch_size=batch_size, sequences=160, rank=1, world=3, **shape)
     # With the default batch these are the sequences of 20 batches of 8.
-    default = open_data(data, batch_size=8, **shape)
+    default = open_data(data.removesuffix("-fixed"), batch_size=8, **shape)
     rows, expected = (
         torch.cat([s.tokens(i)[0] for i in range(n)]) for s, n in ((source, source.batches), (default, 20))
     )
     assert torch.equal(rows, expected)
     assert source.notes == []
+    assert source.rows.batch_size == {1: 1, 3: 2, 4: 4, 7: 5, 8: 8, 200: 160}[batch_size]
     if kind == "shards":
-        assert source.batch_size == {1: 1, 3: 2, 4: 4, 7: 5, 8: 8, 200: 160}[batch_size]
         assert len(torch.unique(rows[:, 0])) == 160
 
 
@@ -273,7 +312,7 @@ def test_a_split_with_fewer_windows_is_taken_once(tmp_path):
     folder = make_folder(tmp_path / "d", val=(8 * 14,))
     source = ShardTokens(folder, "val", 8, 8, sequences=160)
     assert source.windows == 13
-    assert (source.batches, source.batch_size) == (13, 1)
+    assert (source.batches, source.rows.batch_size) == (13, 1)
     assert len({source.tokens(i)[0, 0, 0].item() for i in range(13)}) == 13
     assert source.notes == ["a val loss takes all 13 windows of the split, not 160"]
     assert ShardTokens(folder, "val", 8, 8, sequences=13).notes == []
@@ -371,8 +410,8 @@ def test_open_data_passes_everything_on(tmp_path):
     opened = open_data(str(folder), vocab_size=50257, world=2, **shape)
     assert torch.equal(opened.tokens(4), ShardTokens(folder, "train", world=2, **shape).tokens(4))
     for name, fixed in (("dummy", False), ("dummy-fixed", True)):
-        opened = open_data(name, vocab_size=97, **shape)
-        assert torch.equal(opened.tokens(4), DummyTokens(97, fixed=fixed, **shape).tokens(4))
+        opened = open_data(name, vocab_size=97, world=2, **shape)
+        assert torch.equal(opened.tokens(4), DummyTokens(97, world=2, fixed=fixed, **shape).tokens(4))
 
 
 # Counting
@@ -396,7 +435,7 @@ def test_data_needs_torch_and_numpy_alone():
     """A training image may lack the packages of the command line. A function may import them when it is called."""
     imported = set()
     files = (
-        "config", "corpus", "data", "durable", "fields", "shards", "slots", "tokenizer", "optim/__init__",
+        "batch", "config", "corpus", "data", "durable", "fields", "shards", "slots", "tokenizer", "optim/__init__",
         "optim/schedules",
     )  # fmt: skip
     for module in files:

@@ -100,7 +100,7 @@ def validated_sequences(config: TrainConfig) -> int:
     with mock.patch("fastgpt2.data.DummyTokens.tokens", autospec=True, side_effect=DummyTokens.tokens) as tokens:
         train(config)
     sources = [call.args[0] for call in tokens.call_args_list]
-    return sum(source.shape[0] * source.shape[1] for source in sources if source.stream == "val")
+    return sum(source.rows.batch_size for source in sources if source.stream == "val")
 
 
 ELEMENTWISE = {"dynamic": False, "fullgraph": True, "backend": inductor_recomputing_elementwise}
@@ -125,6 +125,7 @@ ARRIVALS: list[tuple[str, Any, Callable[[TrainConfig], Any], Any, dict[str, Any]
     ("data", "dummy-fixed", lambda config: build(config).source.fixed, True, {}),  # type: ignore[attr-defined]
     ("batch_size", 5, batch_shape, (1, 5, 17), {}),
     ("grad_accum", 2, batch_shape, (2, 3, 17), {}),
+    ("global_batch", 6, batch_shape, (2, 3, 17), {}),
     ("steps", 4, lambda config: len(train(config).losses), 4, {}),
     ("lr", 0.25, rates, [0.25, 0.25, 0.25], {}),
     ("warmup_steps", 2, rates, [0.25, 0.5, 0.5], {"lr": 0.5}),
@@ -205,7 +206,10 @@ def test_no_setting_is_left_out() -> None:
 
 LEAST = [
     *((ModelConfig, name, 1) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")),
-    *((TrainConfig, name, 1) for name in ("batch_size", "grad_accum", "steps", "eval_sequences", "log_every")),
+    *(
+        (TrainConfig, name, 1)
+        for name in ("batch_size", "grad_accum", "global_batch", "steps", "eval_sequences", "log_every")
+    ),
     *((TrainConfig, name, 0) for name in ("eval_every", "save_every", "keep_checkpoints", "warmup_steps", "seed")),
     *((TrainConfig, name, 0) for name in ("lr", "weight_decay", "grad_clip")),
 ]

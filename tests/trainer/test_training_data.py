@@ -131,7 +131,8 @@ def test_what_changed_in_the_data_is_said(data, tmp_path):
 def test_dummy_tokens_have_no_contents_to_change(tmp_path):
     watch = Watch()
     train(small(Path("dummy"), tmp_path / "run"))
-    train(small(Path("dummy"), tmp_path / "run", steps=5, resume=True, batch_size=2, seed=1), reporters=[watch])
+    changes = {"batch_size": 2, "grad_accum": 1, "seed": 1}
+    train(small(Path("dummy"), tmp_path / "run", steps=5, resume=True, **changes), reporters=[watch])
     assert not any("data in" in note or "another order" in note for note in watch.notes)
     assert watch.run.samples_done(5) == 4 * 4 + 2
 
