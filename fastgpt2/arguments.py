@@ -95,4 +95,5 @@ def naming_files(origins: dict[str, str]) -> Iterator[None]:
         if not given:
             raise
         where = ", ".join(f"{flag(name)} is from {origins[name]}" for name in given)
-        raise ConfigError(f"{error} ({where})") from None
+        error.args = (f"{error} ({where})",)
+        raise

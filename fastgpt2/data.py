@@ -53,6 +53,7 @@ __all__ = [
     "count_tokens",
     "data_end_of_text",
     "data_vocab_size",
+    "key_of",
     "open_data",
     "open_shard",
     "open_split",
@@ -133,7 +134,7 @@ class DummyTokens:
         self.rows, self.batches = _rows(batch_size, grad_accum, rank, world, sequences)
         self.fingerprint = ""
         self.notes: list[str] = []
-        self._words = np.random.Philox(key=_key("dummy", stream, seed, size=16))
+        self._words = np.random.Philox(key=key_of("dummy", stream, seed, size=16))
         self._place = 0
 
     def tokens(self, step: int) -> Tensor:
@@ -316,7 +317,7 @@ class ShardTokens:
             while len(self._epochs) > 1:
                 del self._epochs[min(self._epochs)]
             # Sort raw words: numpy guarantees a bit generator's stream across versions, but not `permutation`.
-            words = np.random.Philox(key=_key("epoch", self.seed, number, size=16))
+            words = np.random.Philox(key=key_of("epoch", self.seed, number, size=16))
             offsets = words.random_raw(len(self._slack)) % (self._slack + 1).astype(np.uint64)
             order = np.argsort(words.random_raw(self.windows), kind="stable")
             self._epochs[number] = _Epoch(order, offsets.astype(np.int64))
@@ -397,7 +398,7 @@ def _rows(batch_size: int, grad_accum: int, rank: int, world: int, sequences: in
     return Rows(batch_size, grad_accum), sequences // batch_size
 
 
-def _key(*parts: object, size: int) -> int:
+def key_of(*parts: object, size: int) -> int:
     """An integer of `size` bytes that depends on every part; similar parts give unrelated integers."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=size).digest()
     return int.from_bytes(digest, "little")

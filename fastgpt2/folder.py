@@ -15,8 +15,8 @@ from typing import Any
 from fastgpt2 import checkpoint, record
 from fastgpt2.batch import resumed
 from fastgpt2.config import ConfigError, TrainConfig
-from fastgpt2.durable import InUseError, locked
-from fastgpt2.parallel import world_size
+from fastgpt2.durable import LOCK_NAME, InUseError, locked
+from fastgpt2.parallel import Ranks, world_size
 from fastgpt2.renamed import with_current_names
 from fastgpt2.settings import Settled
 from fastgpt2.toml import UnreadableError, check_settings, load_toml
@@ -159,6 +159,21 @@ def claim(config: Settled, held: contextlib.ExitStack) -> Claim:
         raise ConfigError(f"can't write to --out {out}: it is {what}; give a folder") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise ConfigError(f"can't write to --out {out}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def check_shared(out: Path, ranks: Ranks) -> None:
+    """Check that each process sees the folder that rank 0 has claimed.
+
+    Raises:
+        ConfigError: one doesn't, so machines have a folder each.
+    """
+
+    def look() -> None:
+        if not (out / LOCK_NAME).exists():
+            raise ConfigError(f"--out {out} is not here: give a folder on a file system that all machines share")
+
+    if ranks.world > 1:
+        ranks.together(look)
 
 
 def _holds_run(out: Path) -> bool:

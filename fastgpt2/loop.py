@@ -23,9 +23,11 @@ from fastgpt2.metrics import Meter, NonFiniteLossError
 from fastgpt2.model import FLOPS_PER_TOKEN
 from fastgpt2.optim.schedules import learning_rate
 from fastgpt2.outputs import Outputs
+from fastgpt2.parallel import Ballot
 from fastgpt2.reporter import Reporters
 from fastgpt2.run import Run
 from fastgpt2.settings import Settled
+from fastgpt2.sharding import own_part
 
 MFU_FORMULA = "llm.c"
 LAST_TRIES_S = (1.0, 2.0, 4.0)
@@ -59,7 +61,8 @@ class Loop:
         config = run.config
         self.run, self.reporter, self.outputs, self.began = run, reporter, outputs, began
         self.steps, self.block_size = config.steps, config.block_size
-        self.meter = Meter(run.device, run.start, run.samples_per_step * self.block_size)
+        self.meter = Meter(run.device, run.start, run.samples_per_step * self.block_size, run.ranks)
+        self.stop = Ballot(run.ranks)
         self.val_losses: list[tuple[int, float]] = []
         self.done = run.start
         self.uniform_loss = math.log(config.vocab_size)
@@ -84,10 +87,11 @@ class Loop:
     def _steps(self) -> None:
         run, reporter = self.run, self.reporter
         tokens = self._next_tokens()
-        while tokens is not None and not reporter.stop_requested:
+        while tokens is not None and not self.stop.vote(reporter.stop_requested):
             due = _due(run.config, self.done + 1, first=self.done == run.start)
             loss, norm = run.step(self.done, tokens, want_norm=due.log)
             self.done += 1
+            run.ranks.at(self.done)
             self.meter.add(loss)
             reporter.stepped(self.done)
             tokens = self._next_tokens()
@@ -190,20 +194,21 @@ class Loop:
     def _evaluate(self) -> None:
         """Compute the validation loss, unless a stop is requested."""
         run, reporter = self.run, self.reporter
-        if run.val_source is None or reporter.stop_requested:
+        if run.val_source is None or run.ranks.any(reporter.stop_requested):
             return
         reporter.validating()
         self.meter.pause()
         with run.autocast():
             loss = evaluate(
-                run.model,
+                run.called,
                 run.val_source,
                 run.val_source.batches,
                 run.device,
+                run.ranks,
                 stop=lambda: reporter.stop_requested,
             )
         self.meter.resume()
-        if reporter.stop_requested and math.isnan(loss):
+        if math.isnan(loss) and run.ranks.any(reporter.stop_requested):
             return
         self.val_losses.append((self.done, loss))
         record = {"step": self.done, "val_loss": loss, **self._position()}
@@ -217,9 +222,9 @@ def _loss_of_newest_good(run: Run) -> float | None:
 
 
 def mfu(run: Run, tokens_per_s: float) -> float | None:
-    """Model FLOPs over the device's dense peak in this precision; None if the peak is unknown."""
+    """Model FLOPs over the dense peak of all processes' devices in this precision; None if the peak is unknown."""
     peak = peak_flops(device_name(run.device), run.config.dtype)
-    return peak and tokens_per_s * FLOPS_PER_TOKEN[MFU_FORMULA](run.model.config) / peak
+    return peak and tokens_per_s * FLOPS_PER_TOKEN[MFU_FORMULA](run.model.config) / (peak * run.ranks.world)
 
 
 def _check_finite(run: Run, step: int, loss: float) -> None:
@@ -227,12 +232,13 @@ def _check_finite(run: Run, step: int, loss: float) -> None:
     an average of squares stays infinite. Waits for the device once.
 
     Raises:
-        NonFiniteLossError: one is not finite. The message names it.
+        NonFiniteLossError: one is not finite, in the part that one of the processes holds. The message names it.
     """
-    tensors = dict(run.state.named_tensors())
-    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()])
-    if not finite.all().item():
-        first = next(name for name, good in zip(tensors, finite.tolist(), strict=True) if not good)
+    tensors = {name: own_part(tensor) for name, tensor in run.state.named_tensors()}
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+    own = next((name for name, good in zip(tensors, finite, strict=True) if not good), None)
+    first = next((name for name in run.ranks.gather(own) if name is not None), None)
+    if first is not None:
         raise NonFiniteLossError(step, loss, what=f"{first} is not finite after step {step}")
 
 

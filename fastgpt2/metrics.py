@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastgpt2.device import synchronize
 from fastgpt2.durable import OutputError, write_text
+from fastgpt2.parallel import ALONE, Ranks
 
 
 class NonFiniteLossError(RuntimeError):
@@ -35,8 +36,8 @@ class Meter:
     Pause the clock during work outside steps, such as evaluation and checkpoints.
     """
 
-    def __init__(self, device: torch.device, start_step: int, tokens_per_step: int) -> None:
-        self.device, self.tokens_per_step = device, tokens_per_step
+    def __init__(self, device: torch.device, start_step: int, tokens_per_step: int, ranks: Ranks = ALONE) -> None:
+        self.device, self.tokens_per_step, self.ranks = device, tokens_per_step, ranks
         self.losses: list[float] = []
         self.interval: list[float] = []
         """Losses of the steps between the last two reads."""
@@ -57,12 +58,13 @@ class Meter:
         return len(self._waiting)
 
     def read(self) -> float:
-        """Wait for the device and move the losses into `losses`. Returns the mean ms a step since the last read.
+        """Wait for the device and move the losses, each the mean over the processes, into `losses`. Returns the mean ms
+        a step since the last read.
 
         Raises:
             NonFiniteLossError: a loss is not finite. It names the first such step; `losses` holds those before it.
         """
-        values = torch.stack(self._waiting).tolist() if self._waiting else []
+        values = self.ranks.mean(torch.stack(self._waiting)).tolist() if self._waiting else []
         synchronize(self.device)
         now = time.perf_counter()
         seconds, self._mark, self._skipped = now - self._mark - self._skipped, now, 0.0

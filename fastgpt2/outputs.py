@@ -17,6 +17,8 @@ from fastgpt2.run import Run
 class Outputs:
     """Writes the outputs of a run, or nothing if it has no folder. `reporters.metrics_file` writes the records.
 
+    Of several processes rank 0 writes, and each its part of the checkpoints.
+
     Args:
         warn: called with one line for each failed write.
 
@@ -29,11 +31,15 @@ class Outputs:
         self.saved_step = run.start
         """The step of the newest checkpoint."""
         self._save_error = ""
-        self.folder = SameFolder(run.config.out) if run.config.out is not None else None
-        self.saves = self.folder is not None and run.config.save_every > 0
+        out = run.config.out
+        self.saves = out is not None and run.config.save_every > 0
+        self.folder = SameFolder(out) if out is not None and run.ranks.first else None
+        run.ranks.together(self._begin, OutputError)
+
+    def _begin(self) -> None:
         if self.folder is not None:
-            write_text(self.folder.path / "config.toml", run.config.to_toml())
-            record_start(self.folder.path, run)
+            write_text(self.folder.path / "config.toml", self.run.config.to_toml())
+            record_start(self.folder.path, self.run)
 
     def save(self, step: int, progress: checkpoint.Progress, otherwise: str) -> bool:
         """Save a checkpoint and return whether that worked. The records up to it must already be on disk.
@@ -42,16 +48,20 @@ class Outputs:
             otherwise: what happens if it fails, for the warning.
         """
         run = self.run
-        assert self.folder is not None
+        assert run.config.out is not None
         try:
-            self.folder.check()
-            checkpoint.save(self.folder.path, step, run.config, run.state, progress)
+            run.ranks.together(self._check_folder, OutputError)
+            checkpoint.save(run.config.out, step, run.config, run.state, progress, run.ranks)
         except (OutputError, OSError) as error:
             self._save_error = str(error)
             self.warn(f"{error}; {otherwise}")
             return False
         self.saved_step = step
         return True
+
+    def _check_folder(self) -> None:
+        if self.folder is not None:
+            self.folder.check()
 
     def missing(self, step: int) -> list[str]:
         """What is missing from the folder if the run ends after `step`, one line each."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -123,9 +124,9 @@ class Ranks:
         if not failed:
             return result
         rank, kind, text = failed[0]
-        if own is not None and (self.world == 1 or len(failed) == self.world):
-            raise own
-        raise kind(f"process {rank} of {self.world}: {text}") from own
+        if own is not None and len(failed) == self.world:
+            raise _shared(own)
+        raise _shared(kind(f"process {rank} of {self.world}: {text}")) from own
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, on every rank. Its ConfigError is raised on all of them."""
@@ -139,7 +140,7 @@ class Ranks:
                 box[1] = str(error)
         dist.broadcast_object_list(box, src=0, group=self.control)
         if box[1] is not None:
-            raise ConfigError(box[1])
+            raise _shared(ConfigError(box[1]))
         return box[0]
 
     def same(self, values: Mapping[str, Any]) -> None:
@@ -152,15 +153,52 @@ class Ranks:
         for rank, other in enumerate(others, 1):
             for key in first:
                 if other.get(key) != first[key]:
-                    raise ConfigError(
-                        f"{key} differs between the processes: process 0 has {first[key]}, "
-                        f"process {rank} has {other.get(key)}"
+                    raise _shared(
+                        ConfigError(
+                            f"{key} differs between the processes: process 0 has {first[key]}, "
+                            f"process {rank} has {other.get(key)}"
+                        )
                     )
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         if self.world > 1:
             dist.barrier(group=self.control)
+
+
+def _shared(error: T) -> T:
+    error._on_every_rank = True  # type: ignore[attr-defined]
+    return error
+
+
+def is_shared(error: BaseException) -> bool:
+    """Whether every rank has raised this error, so that one of them may tell the user."""
+    return getattr(error, "_on_every_rank", False)
+
+
+class Ballot:
+    """Whether any rank has voted yes, known one vote later: no rank waits for another to catch up."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._counted: tuple[Any, Tensor] | None = None
+
+    def vote(self, yes: bool) -> bool:
+        """Vote, and return the result of the vote before this one; with a process alone, of this one."""
+        if self._ranks.world == 1:
+            return yes
+        result = self._result()
+        flags = torch.tensor(int(yes))
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True)
+        self._counted = work, flags
+        return result
+
+    def _result(self) -> bool:
+        if self._counted is None:
+            return False
+        work, flags = self._counted
+        work.wait()
+        return bool(flags)
 
 
 ALONE = Ranks()
@@ -228,17 +266,8 @@ def _join(device: str | None, timeout_s: float) -> Ranks:
     limit = datetime.timedelta(seconds=timeout_s)
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder's entries; read once, by the group
     where = f"{os.environ['MASTER_ADDR']}:{numbers['MASTER_PORT']}"
-    agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store: dist.Store = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            numbers["MASTER_PORT"],
-            world,
-            is_master=rank == 0 and not agent_has_store,
-            timeout=limit,
-            wait_for_workers=False,  # meet waits, and says for whom
-            multi_tenant=True,  # another run in this process may use the same port
-        )
+        store: dist.Store = _store(os.environ["MASTER_ADDR"], numbers["MASTER_PORT"], rank == 0, timeout_s)
         store = dist.PrefixStore(meet(store, rank, world, timeout_s), store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
@@ -248,12 +277,27 @@ def _join(device: str | None, timeout_s: float) -> Ranks:
     return Ranks(rank, world, local_rank, numbers["LOCAL_WORLD_SIZE"], control, store)
 
 
+@functools.cache
+def _store(address: str, port: int, first: bool, timeout_s: float) -> dist.TCPStore:
+    """The store of torchrun's agent, or one that rank 0 serves. It stays for a second run in the same process: another
+    process may be connected to it already."""
+    agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return dist.TCPStore(
+        address,
+        port,
+        is_master=first and not agent_serves,
+        timeout=datetime.timedelta(seconds=timeout_s),
+        wait_for_workers=False,  # meet waits, and says for whom
+        multi_tenant=True,
+    )
+
+
 def _numbers() -> dict[str, int]:
     missing = [name for name in VARIABLES if not os.environ.get(name)]
     if missing:
         raise ConfigError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set: start the processes by "
-            "torchrun, or take WORLD_SIZE out of the environment"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but these are not set: {', '.join(missing)}; start the "
+            "processes by torchrun, or take WORLD_SIZE out of the environment"
         )
     numbers = {name: os.environ[name] for name in VARIABLES if name != "MASTER_ADDR"}
     if wrong := [f"{name}={value}" for name, value in numbers.items() if not (value.isascii() and value.isdecimal())]:

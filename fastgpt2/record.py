@@ -45,7 +45,7 @@ def record_start(out: Path, run: Run) -> None:
         "device": device_name(device),
         "compute_capability": capability and f"{capability[0]}.{capability[1]}",
         "cpu_threads": torch.get_num_threads(),
-        "world_size": 1,
+        "world_size": run.ranks.world,
         "host": platform.node(),
         "fastgpt2": __version__,
         "commit": _commit_once(),

@@ -21,7 +21,9 @@ class Reporter:
     """
 
     stop_requested = False
-    """Set it to end the run after the current step, with a checkpoint."""
+    """Set it to end the run after the current step, with a checkpoint. Of several processes any may ask."""
+    every_rank = False
+    """Whether it is told of events in each of several processes. Otherwise only rank 0's is."""
 
     def started(self, run: Run) -> None:
         """The run is built; nothing has been computed."""
@@ -62,10 +64,10 @@ class Reporter:
 class Reporters:
     """Passes each event to any number of reporters in turn. Drops a reporter that raises."""
 
-    def __init__(self, reporters: Iterable[Reporter] = ()) -> None:
+    def __init__(self, reporters: Iterable[Reporter] = (), *, first: bool = True) -> None:
         # Somebody must show the warnings.
         self._asked = list(reporters) or [Reporter()]
-        self._told = [*self._asked]
+        self._told = [reporter for reporter in self._asked if first or reporter.every_rank]
 
     @property
     def stop_requested(self) -> bool:

@@ -15,23 +15,45 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastgpt2 import checkpoint
+from fastgpt2 import __version__, checkpoint
 from fastgpt2.backends.attention import CUDNN, sdpa_attention, sdpa_picks
 from fastgpt2.config import ConfigError, TrainConfig, preset_name
 from fastgpt2.cuda_graph import CapturedStep
-from fastgpt2.data import GIVEN, ShardTokens, TokenSource, data_end_of_text, data_vocab_size, open_data, split
+from fastgpt2.data import (
+    GIVEN,
+    DataError,
+    ShardTokens,
+    TokenSource,
+    data_end_of_text,
+    data_vocab_size,
+    key_of,
+    open_data,
+    split,
+)
 from fastgpt2.device import copy_async, keep_freed_memory, notes_on, pick_device
-from fastgpt2.folder import Claim, claim
+from fastgpt2.fields import flag
+from fastgpt2.folder import Claim, check_shared, claim
 from fastgpt2.given import GivenTokens, Source, try_ops
 from fastgpt2.memory import check_memory
 from fastgpt2.model import GPT, saved_bytes
 from fastgpt2.ops import Ops, Site, ablation, as_choices, make_ops, name_of
+from fastgpt2.parallel import ALONE, Ranks, current
+from fastgpt2.record import package_version
 from fastgpt2.settings import STREAM_DTYPES, Settled, resolve
+from fastgpt2.sharding import compile_model, is_sharded, micro_step, shard_count, spread, whole
 from fastgpt2.slots import SLOTS, implementation, is_outside
 from fastgpt2.state import RunState
-from fastgpt2.state_json import UNKNOWN, Progress, carried_over, changed_data, changed_settings, read_progress
+from fastgpt2.state_json import (
+    UNKNOWN,
+    Progress,
+    carried_over,
+    changed_data,
+    changed_settings,
+    config_as_json,
+    read_progress,
+)
 
 
 @dataclass(repr=False)
@@ -57,9 +79,14 @@ class Run:
     """Notes for the user about the checkpoints that were found."""
     captured: CapturedStep | None = None
     """The step as a CUDA graph; None without --cuda-graph."""
+    ranks: Ranks = ALONE
+    """The processes that make the step together."""
+    wrapped: nn.Module | None = None
+    """What a step calls, if it isn't the model itself: the model in DistributedDataParallel."""
 
     def __post_init__(self) -> None:
         self.model = self.state.model
+        self.called = self.model if self.wrapped is None else self.wrapped
         self.parameters = list(self.model.parameters())
 
     def __repr__(self) -> str:
@@ -77,8 +104,8 @@ class Run:
 
     @property
     def samples_per_step(self) -> int:
-        """Sequences that a step takes."""
-        return self.config.grad_accum * self.config.batch_size
+        """Sequences that a step takes, over all processes."""
+        return self.config.global_batch
 
     def samples_done(self, done: int) -> int:
         """Sequences that the first `done` steps took from the data."""
@@ -88,9 +115,9 @@ class Run:
         """Wait until the data is verified: a model trained on damaged data must not be saved.
 
         Raises:
-            DataError: the data is damaged or has changed.
+            DataError: the data is damaged or has changed, as one of the processes found.
         """
-        self.source.check()
+        self.ranks.together(self.source.check, DataError)
 
     def step(self, step: int, tokens: Tensor, *, want_norm: bool = False) -> tuple[Tensor, Tensor | None]:
         """Make one optimizer step. Launches work without waiting for it.
@@ -101,9 +128,12 @@ class Run:
             want_norm: return the norm of the gradients even when they are not clipped.
 
         Returns:
-            The loss (a scalar on the device, mean over micro-steps) and the gradients' norm before clipping.
+            The loss (a scalar on the device, mean over this process's micro-steps) and the norm before clipping of the
+            gradients, which are those of all processes.
         """
         self.state.set_learning_rates(step, self.config)
+        # Dropout draws from here: other masks in each process, and the same ones in a resumed run.
+        torch.manual_seed(key_of("step", self.config.seed, step, self.ranks.rank, size=8))
         if self.captured is None:
             return self._same_every_step(tokens, want_norm)
         loss, norm = self.captured(self._same_every_step, tokens)
@@ -114,11 +144,12 @@ class Run:
         """The part of a step that never changes: what a CUDA graph captures."""
         self.state.zero_grad()
         total = torch.zeros((), device=self.device)
-        for micro in tokens:
+        for number, micro in enumerate(tokens, 1):
             inputs, targets = split(micro)
-            with self.autocast():
-                loss = self.model(inputs, targets)
-            self.state.backward(loss / len(tokens))
+            with micro_step(self.called, last=number == len(tokens)):
+                with self.autocast():
+                    loss = self.called(inputs, targets)
+                self.state.backward(loss / len(tokens))
             total = total + loss.detach()
         norm = None
         if want_norm or self.config.grad_clip:
@@ -130,7 +161,7 @@ class Run:
         return total / len(tokens), norm
 
     def _norm(self) -> Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        return whole(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
 
     def epoch(self, done: int) -> float | None:
         """Passes over the data in the first `done` steps; None for dummy tokens, which are endless."""
@@ -176,14 +207,54 @@ def build(
 def _build(
     asked: TrainConfig, held: contextlib.ExitStack, own: dict[str, Callable[..., Any]], own_source: Source | None
 ) -> Run:
-    refuse_several_processes()
+    ranks = current()
     named: dict[str, Any] = {slot: name_of(slot, function) for slot, function in own.items()}
     asked = dataclasses.replace(asked, **named)
     if own_source is not None:
         asked = _with_given_tokens(asked)
-    config, device = settle(asked)
+    config, device = ranks.together(lambda: settle(asked, ranks))
+    ops, chosen, source, val_source = ranks.together(lambda: _choose(config, device, own, own_source, ranks))
+    ranks.same(_what_must_agree(config, chosen, source, val_source))
+    # The last check, because it makes a folder.
+    claimed = Claim(None, [])
+    if config.out is not None:
+        claimed = ranks.from_first(lambda: claim(config, held))
+        check_shared(config.out, ranks)
+    notes = [*notes_on(device), *source.notes, *(val_source.notes if val_source else ()), *claimed.notes]
     model_config = config.model_config()
-    stream, stream_gradient = STREAM_DTYPES[config.stream]
+    latest = claimed.latest
+    if latest is not None:
+        saved = ranks.together(lambda: checkpoint.check_shape(latest, model_config))
+        notes += changed_settings(saved, config) + carried_over(saved, config, device)
+    torch.manual_seed(config.seed)
+    stream, _ = STREAM_DTYPES[config.stream]
+    model = GPT(model_config, ops, recompute=config.recompute == "blocks", stream=stream)
+    model.to(dtype=torch.promote_types(config.torch_dtype, torch.float32))
+    model.train()
+    called = spread(model, config, ranks, device)
+    if config.compile:
+        # torch.compile caches at most eight variants of a function and raises on the ninth: forget earlier runs.
+        torch.compiler.reset()
+        # On a CPU blocks includes elementwise, as when they were two flags: runs saved then keep their bits.
+        elementwise = config.recompute == "elementwise" or (config.recompute == "blocks" and device.type == "cpu")
+        compile_model(model, config, ranks, inductor_recomputing_elementwise if elementwise else "inductor")
+    state = RunState.begin(model, config)
+    wrapped = None if called is model else called
+    run = Run(config, device, state, source, val_source, chosen, found=notes, ranks=ranks, wrapped=wrapped)
+    if config.cuda_graph:
+        run.captured = CapturedStep(device)
+    if latest is not None:
+        run.start = ranks.together(lambda: checkpoint.restore(latest, state))
+        _continue_data(run, saved)
+    return run
+
+
+def _choose(
+    config: Settled, device: torch.device, own: dict[str, Callable[..., Any]], own_source: Source | None, ranks: Ranks
+) -> tuple[Ops, dict[str, str], TokenSource, TokenSource | None]:
+    """What computes the slots and where the tokens come from."""
+    model_config = config.model_config()
+    _, stream_gradient = STREAM_DTYPES[config.stream]
     ops, chosen = make_ops(
         {slot: own.get(slot, getattr(config, slot)) for slot in SLOTS},
         Site(
@@ -196,47 +267,30 @@ def _build(
             stream_gradient=stream_gradient,
         ),
     )
+    if is_sharded(config, ranks):
+        # A block's weights are gone when the next block's norm would use its bias.
+        ops = dataclasses.replace(ops, bias_gradients=ops.bias_gradients - {"norm"})
     check_memory(config, device)
     if outside := {slot: name for slot, name in chosen.items() if is_outside(name)}:
         try_ops(ops, outside, model_config, device, config.torch_dtype)
     if device.type == "cpu":
         keep_freed_memory()
-    source, val_source = _open_sources(config, own_source)
-    # The last check, because it makes a folder.
-    claimed = claim(config, held) if config.out is not None else Claim(None, [])
-    notes = [*notes_on(device), *source.notes, *(val_source.notes if val_source else ()), *claimed.notes]
-    if claimed.latest is not None:
-        saved = checkpoint.check_shape(claimed.latest, model_config)
-        notes += changed_settings(saved, config) + carried_over(saved, config, device)
-    torch.manual_seed(config.seed)
-    model = GPT(model_config, ops, recompute=config.recompute == "blocks", stream=stream)
-    model.to(device=device, dtype=torch.promote_types(config.torch_dtype, torch.float32))
-    model.train()
-    if config.compile:
-        # torch.compile caches at most eight variants of a function and raises on the ninth: forget earlier runs.
-        torch.compiler.reset()
-        # On a CPU blocks includes elementwise, as when they were two flags: runs saved then keep their bits.
-        elementwise = config.recompute == "elementwise" or (config.recompute == "blocks" and device.type == "cpu")
-        backend = inductor_recomputing_elementwise if elementwise else "inductor"
-        model.compile(dynamic=False, fullgraph=True, backend=backend)
-    state = RunState.begin(model, config)
-    run = Run(config, device, state, source, val_source, chosen, found=notes)
-    if config.cuda_graph:
-        run.captured = CapturedStep(device)
-    if claimed.latest is not None:
-        run.start = checkpoint.restore(claimed.latest, state)
-        _continue_data(run, saved)
-    return run
+    return ops, chosen, *_open_sources(config, own_source, ranks)
 
 
-def refuse_several_processes() -> None:
-    """Raise ConfigError under torchrun: each process would train the whole run in the same folder."""
-    world = os.environ.get("WORLD_SIZE", "")
-    if world.isdecimal() and int(world) > 1:
-        raise ConfigError(
-            f"WORLD_SIZE is {world}, but fastgpt2 trains in one process: "
-            f"start python -m fastgpt2.train without torchrun"
-        )
+def _what_must_agree(
+    config: Settled, chosen: Mapping[str, str], source: TokenSource, val_source: TokenSource | None
+) -> dict[str, Any]:
+    """What decides a step, by the name that a message uses."""
+    return {
+        "fastgpt2's version": __version__,
+        "torch's version": torch.__version__,
+        "triton's version": package_version("triton"),
+        **{flag(name): value for name, value in config_as_json(config).items()},
+        **{f"--{slot} auto": name for slot, name in chosen.items()},
+        "the training data's fingerprint": source.fingerprint,
+        "the validation data's fingerprint": val_source.fingerprint if val_source else "",
+    }
 
 
 def inductor_recomputing_elementwise(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
@@ -260,21 +314,22 @@ def activation_bytes(run: Run, *, recompute: bool) -> int:
     ops = run.model.ops
     if not implementation("attn", run.chosen["attn"]).fake:  # it stores what SDPA without a mask stores
         ops = dataclasses.replace(ops, attn=lambda qkv, dropout_p, documents: sdpa_attention(qkv, dropout_p))
-    with FakeTensorMode() as mode, run.device, run.autocast():
+    with FakeTensorMode(), run.device, run.autocast():
         model = GPT(run.model.config, ops, recompute=recompute, stream=run.model.stream)
         # .to() can't convert fake parameters.
-        model.load_state_dict({name: mode.from_tensor(weight) for name, weight in weights.items()}, assign=True)
+        whole_ones = {name: torch.empty(weight.shape, dtype=weight.dtype) for name, weight in weights.items()}
+        model.load_state_dict(whole_ones, assign=True)
         tokens = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64)
         return saved_bytes(model, tokens, tokens)
 
 
-def settle(config: TrainConfig) -> tuple[Settled, torch.device]:
-    """Settle a configuration for this machine. Returns it and its device.
+def settle(config: TrainConfig, ranks: Ranks = ALONE) -> tuple[Settled, torch.device]:
+    """Settle a configuration for this machine. Returns it and this process's device.
 
     Raises:
         ConfigError: there is no such device, or it can't compute in the requested precision.
     """
-    device = pick_device(config.device)
+    device = _own_device(config, ranks)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if device.type == "mps":
         _check_mps(config)
@@ -291,15 +346,33 @@ def settle(config: TrainConfig) -> tuple[Settled, torch.device]:
         raise ConfigError(f"--compile on a CPU needs a C++ compiler, but {cxx} is not found: install it or set CXX")
     if config.cuda_graph and device.type != "cuda":
         raise ConfigError("--cuda-graph needs a CUDA GPU: leave it out")
+    if config.cuda_graph and ranks.world > 1:
+        raise ConfigError(f"--cuda-graph needs a single process, there are {ranks.world}: leave it out")
+    if config.shard_size is not None and config.parallel != "hsdp":
+        raise ConfigError(f"--shard-size is for --parallel hsdp, got --parallel {config.parallel}: leave it out")
     settled = resolve(
         config,
         cuda=device.type == "cuda",
         bf16=bf16,
         memory_bytes=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0,
+        world=ranks.world,
         data_vocab_size=data_vocab_size(config.data),
         data_end_of_text=data_end_of_text(config.data),
     )
+    shard_count(settled, ranks)
     return settled, device
+
+
+def _own_device(config: TrainConfig, ranks: Ranks) -> torch.device:
+    """The device of this process: on a machine with several processes each has the GPU of its number."""
+    device = pick_device(config.device)
+    if ranks.world == 1:
+        return device
+    if device.type == "mps":
+        raise ConfigError(f"--device mps trains in a single process, there are {ranks.world}")
+    if device.index is not None:
+        raise ConfigError(f"--device {config.device} is one GPU for {ranks.world} processes: give --device cuda")
+    return device if device.type == "cpu" else torch.device("cuda", ranks.local_rank)
 
 
 def _check_mps(config: TrainConfig) -> None:
@@ -344,8 +417,8 @@ def kept_from_cudnn(run: Run) -> bool:
         return sdpa_picks(shape, config.torch_dtype, run.device, config.dropout) == CUDNN
 
 
-def _open_sources(config: Settled, own: Source | None) -> tuple[TokenSource, TokenSource | None]:
-    def open_split(name: str, grad_accum: int, sequences: int) -> TokenSource:
+def _open_sources(config: Settled, own: Source | None, ranks: Ranks) -> tuple[TokenSource, TokenSource | None]:
+    def open_split(name: str, grad_accum: int, sequences: int, rank: int, world: int) -> TokenSource:
         return open_data(
             config.data,
             split=name,
@@ -354,14 +427,17 @@ def _open_sources(config: Settled, own: Source | None) -> tuple[TokenSource, Tok
             block_size=config.block_size,
             grad_accum=grad_accum,
             seed=config.seed,
+            rank=rank,
+            world=world,
             sequences=sequences,
         )
 
     if own is not None:
         shape = (config.grad_accum, config.batch_size, config.block_size + 1)
         return GivenTokens(own, shape, config.vocab_size), None
-    train = open_split("train", config.grad_accum, sequences=0)
-    return train, open_split("val", 1, config.eval_sequences) if config.eval_every else None
+    train = open_split("train", config.grad_accum, 0, ranks.rank, ranks.world)
+    # Each process can read all batches; evaluate deals them out.
+    return train, open_split("val", 1, config.eval_sequences, rank=0, world=1) if config.eval_every else None
 
 
 def _with_given_tokens(config: TrainConfig) -> TrainConfig:

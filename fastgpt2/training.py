@@ -21,6 +21,7 @@ from fastgpt2.metrics import NonFiniteLossError
 from fastgpt2.model import FLOPS_PER_TOKEN, recompute_flops
 from fastgpt2.ops import Ops
 from fastgpt2.outputs import Outputs
+from fastgpt2.parallel import joined
 from fastgpt2.reporter import Reporter, Reporters, TrainResult
 from fastgpt2.reporters.metrics_file import MetricsFile
 from fastgpt2.run import Run, activation_bytes, build, kept_from_cudnn, numerics
@@ -55,14 +56,15 @@ def train(
     if misplaced:
         raise TypeError("train() takes the configuration alone by position: train(config, ops=..., reporters=[...])")
     _check_reporters(reporters)
-    device = pick_device(config.device)
-    config = as_saved(config)
-    try:
-        with numerics(config), contextlib.ExitStack() as held:
-            return _train(reporters, lambda: build(config, held, ops=ops, source=source))
-    finally:
-        if device.type == "cpu":
-            give_back_freed_memory()
+    with joined(config.device, config.timeout) as ranks:
+        device = ranks.together(lambda: pick_device(config.device))
+        config = ranks.together(lambda: as_saved(config))
+        try:
+            with numerics(config), contextlib.ExitStack() as held:
+                return _train(reporters, lambda: build(config, held, ops=ops, source=source))
+        finally:
+            if device.type == "cpu":
+                give_back_freed_memory()
 
 
 def _check_reporters(reporters: Sequence[Reporter]) -> None:
@@ -83,7 +85,7 @@ def _train(reporters: Sequence[Reporter], make: Callable[[], Run]) -> TrainResul
             warnings.warn(text, RuntimeWarning, stacklevel=3)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
-    reporter = Reporters(reporters)
+    reporter = Reporters(reporters, first=run.ranks.first)
     outputs = Outputs(run, reporter.warn)
     seconds_before = 0.0
     if outputs.folder is not None:

@@ -39,6 +39,8 @@ class TrainDisplay(Reporter):
     checkpoint, a second Ctrl-C ends it immediately. Before a run has started, the first ends the process.
     """
 
+    every_rank = True  # each process gets the signals; rank 0 alone prints
+
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or _console(sys.stdout)
         self.live = self.console.is_terminal
@@ -54,6 +56,8 @@ class TrainDisplay(Reporter):
         self.stopped_by: signal.Signals | None = None
         """The first signal that asked to stop."""
         self._can_save = False
+        self._shows = True
+        """Whether this process prints what is told of a run of several."""
         self._interrupts = 0
         self._handlers: dict[signal.Signals, Any] = {}
         self._enter("starting")
@@ -81,10 +85,13 @@ class TrainDisplay(Reporter):
             self.stop_requested, self.stopped_by = True, signal.Signals(number)
             again = " (press Ctrl-C again to stop now)" if number == signal.SIGINT else ""
             line = "\n" if self.live else ""  # the bar's line has not ended
-            signals.say(f"{line}{self.stopped_by.name}: stopping after this step{again}")
+            if self._shows:
+                signals.say(f"{line}{self.stopped_by.name}: stopping after this step{again}")
 
     def started(self, run: Run) -> None:
         self._can_save = True
+        self._shows = run.ranks.first
+        self.bar.disable = self.bar.disable or not self._shows
         config, shape = run.config, run.model.config
         self._print(
             f"{preset_name(shape)}: {parameter_count(shape):,} parameters "
@@ -92,6 +99,8 @@ class TrainDisplay(Reporter):
             f"on {device_name(run.device)}, {config.dtype}"
         )
         parts = [f"{slot} {name}" for slot, name in run.chosen.items()]
+        if run.ranks.world > 1:
+            parts.append(f"{run.ranks.world} processes by {config.parallel}")
         switches = {
             "compiled": config.compile,
             "blocks recomputed": config.recompute == "blocks",
@@ -158,6 +167,8 @@ class TrainDisplay(Reporter):
         return []
 
     def finished(self, result: TrainResult) -> None:
+        if not self._shows:
+            return
         out = result.out
         rows = {
             "steps": f"{result.steps_done} of {result.config.steps}",
@@ -183,7 +194,8 @@ class TrainDisplay(Reporter):
             self.console.print(f"stopped early; continue with --resume --out {shell_word(out)}", soft_wrap=True)
 
     def _print(self, text: str, style: str = "") -> None:
-        _print(self.console, text, style)
+        if self._shows:
+            _print(self.console, text, style)
 
     def _step(self, record: dict[str, Any]) -> str:
         return f"step {record['step']:>{len(str(self._steps))}}"

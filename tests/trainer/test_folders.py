@@ -311,13 +311,13 @@ def test_a_command_that_is_refused_leaves_no_folder(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("world", ["2", "16"])
-def test_torchrun_is_refused_before_anything_is_written(
+def test_half_of_torchruns_variables_are_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", world)
     monkeypatch.delattr(sys.modules["fastgpt2.command"], "new_folder")  # it would be made, and removed again
-    message = rf"^WORLD_SIZE is {world}, but fastgpt2 trains in one process: start .* without torchrun$"
+    message = rf"^WORLD_SIZE is {world}, but these are not set: RANK, .*; start the processes by torchrun, or take .*$"
     for call in (lambda: main(FLAGS), lambda: main([*FLAGS, "--out", "run"]), lambda: train(with_(tmp_path / "run"))):
         with pytest.raises(ConfigError, match=message):
             call()
