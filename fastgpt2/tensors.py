@@ -75,8 +75,8 @@ class StoredTensors(Mapping[str, Tensor]):
                 problems.append(f"{name} is of type {kind}, not F32 or F64")
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            count = f" with the {len(self.paths) - 1} files beside it" if len(self.paths) > 1 else ""
-            raise ConfigError(f"{self.paths[0]}{count} doesn't fit: {problems[0]}{more}")
+            fit = "doesn't fit" if len(self.paths) == 1 else f"and {len(self.paths) - 1} more don't fit"
+            raise ConfigError(f"{self.paths[0]} {fit}: {problems[0]}{more}")
 
     def _header(self, name: str) -> tuple[tuple[int, ...], str]:
         """A tensor's shape and type ("F32")."""

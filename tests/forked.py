@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = (
     "fastgpt2.command", "fastgpt2.evaluate", "fastgpt2.prepare", "fastgpt2.sample", "fastgpt2.training",
     "fastgpt2.verify", "matplotlib.backends.backend_agg", "matplotlib.figure", "rich.progress", "safetensors.torch",
-    "torch._dynamo",
+    "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "pytest",
 )  # fmt: skip
 
 

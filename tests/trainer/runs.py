@@ -104,7 +104,7 @@ def save(
 
 def seal(folder: Path) -> None:
     """Recompute the sums of a checkpoint that a test has changed."""
-    lines = [f"{sha256(folder / name)}  {name}\n" for name in FILES]
+    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()) if path.name != SUMS]
     (folder / SUMS).write_text("".join(lines))
 
 
