@@ -72,6 +72,8 @@ def explain(error: BaseException, ranks: Ranks, out: Path | None, reason: str | 
     except dist.DistError:
         # Without torchrun, process 0 holds the store. Otherwise torchrun's agent on the first machine does.
         gone = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "process 0"
+        if gone == "process 0" and written is not None and _first_has_written(ranks, written):
+            return None
         return f"process {ranks.rank} of {ranks.world} ended: it lost {gone}{_after(word.step)}{where}"
 
 
@@ -113,7 +115,7 @@ def _write(error: BaseException, ranks: Ranks, out: Path | None, word: _Word) ->
     """Append what is known to this process's file. An earlier attempt may have written there. None if it can't be."""
     if out is None:
         return None
-    path = out / FOLDER / f"rank-{ranks.rank}.txt"
+    path = out / FOLDER / _name(ranks.rank)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     who = f"process {ranks.rank} of {ranks.world} on {platform.node()}, PID {os.getpid()}"
     waits = f"last collective operation: {word.waits_in}, begun {word.waits_s:.1f} s before\n" if word.waits_in else ""
@@ -149,6 +151,19 @@ def _speaks(ranks: Ranks, words: dict[int, _Word]) -> bool:
             time.sleep(POLL_S)
     own = str(ranks.rank)
     return ranks.store.compare_set("speaker", "", own).decode() == own
+
+
+def _first_has_written(ranks: Ranks, own: Path) -> bool:
+    """Whether process 0 failed in this attempt by an error, of which it has told, rather than being killed."""
+    with contextlib.suppress(OSError):
+        # In the file system's time, as its clock may differ from this machine's.
+        joined = own.stat().st_mtime - (time.monotonic() - ranks.place.since)
+        return own.with_name(_name(0)).stat().st_mtime > joined
+    return False
+
+
+def _name(rank: int) -> str:
+    return f"rank-{rank}.txt"
 
 
 def _steps(ranks: Ranks) -> dict[int, int]:

@@ -41,6 +41,7 @@ class Place:
     step: int | None = None
     """How many steps are done; None before the first call of Ranks.at."""
     say_next: float = 0.0
+    since: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,13 @@ def fails(ranks: Ranks, folder: Path) -> None:
     dist.all_reduce(torch.ones(4))
 
 
+def first_fails(ranks: Ranks, folder: Path) -> None:
+    """Process 0 raises an error. It holds the store here, and the others find it gone."""
+    if ranks.first:
+        raise ValueError("a bad batch")
+    dist.all_reduce(torch.ones(4))
+
+
 def is_killed(ranks: Ranks, folder: Path) -> None:
     """The last process is killed."""
     if ranks.rank == ranks.world - 1:
@@ -90,6 +97,7 @@ def ended(how: str, world: int, folder: Path, grace_s: float) -> tuple[list[str]
     ("how", "world", "grace_s", "line", "statuses"),
     [
         (fails, 3, 60, "process 2 of 3 ended after step 3: ValueError: a bad batch; see {}/rank-2.txt", [1, 1, 1]),
+        (first_fails, 2, 60, "process 0 of 2 ended after step 3: ValueError: a bad batch; see {}/rank-0.txt", [1, 1]),
         (is_killed, 2, 0.5, "process 1 of 2 died without a word, last heard of at step 3; see {}/rank-0.txt", [1, -9]),
         (first_is_killed, 2, 60, "process 1 of 2 ended: it lost process 0 after step 3; see {}/rank-1.txt", [-9, 1]),
         (
