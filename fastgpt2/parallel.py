@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastgpt2 import signals
 from fastgpt2.fields import ConfigError
 from fastgpt2.rendezvous import meet
 
@@ -241,12 +242,19 @@ def joined(device: str | None, timeout_s: float) -> Iterator[Ranks]:
     if _here.world > 1 or not launched():
         yield _here
         return
-    _here = _join(device, timeout_s)
+    with signals.by_default():
+        _here = _join(device, timeout_s)
     try:
         yield _here
         # A process that ends while another still talks to it takes that one down.
         _here.barrier()
         dist.destroy_process_group()
+    except BaseException:
+        # Otherwise its connections stay open until its collective operations have ended, and the others wait for it.
+        # NCCL's shutdown would wait itself.
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group(None if dist.get_backend() == "gloo" else _here.control)
+        raise
     finally:
         _here = ALONE
 

@@ -8,7 +8,7 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -21,7 +21,7 @@ STOPPING = [
 ]
 
 
-def handle(handler: Handler) -> dict[signal.Signals, Any]:
+def handle(handler: Handler | signal.Handlers) -> dict[signal.Signals, Any]:
     """Set a handler for each signal that asks to stop. Returns the previous handlers, for `put_back`.
 
     An ignored SIGHUP stays ignored, as nohup wants. Outside the main thread this does nothing: Python can't set
@@ -37,6 +37,16 @@ def put_back(handlers: dict[signal.Signals, Any]) -> None:
     """Undo `handle`."""
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def by_default() -> Iterator[None]:
+    """Let a signal that asks to stop end this process even while a C++ function waits: Python's handlers run later."""
+    handlers = handle(signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        put_back(handlers)
 
 
 def end_at_once(number: int, frame: FrameType | None = None) -> NoReturn:

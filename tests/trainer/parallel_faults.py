@@ -156,10 +156,10 @@ def recovers(name: str, folder: Path) -> str | None:
     pids = [_fork(lambda number=number: agent(name, folder, port, number), log) for number in range(death.agents)]
     os.close(log)
     limit = time.monotonic() + PATIENCE_S
-    left, statuses = set(pids), []
+    left = set(pids)
     while left and time.monotonic() < limit:
         for pid in tuple(left):
-            if os.waitpid(pid, os.WNOHANG | 0)[0]:
+            if os.waitpid(pid, os.WNOHANG)[0]:
                 left.remove(pid)
         time.sleep(0.02)
     for pid in left:
