@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fastgpt2.config import ConfigError
-from fastgpt2.dtensors import whole
 from fastgpt2.durable import open_regular, read_json, sha256, sync
 from fastgpt2.parallel import Ranks
+from fastgpt2.sharding import whole
 from fastgpt2.state import TENSORS, Part
 from fastgpt2.state_json import STATE, check_state
 from fastgpt2.tensors import StoredTensors

@@ -130,3 +130,18 @@ def whole(x: Tensor) -> Tensor:
 def own_part(x: Tensor) -> Tensor:
     """The part of a tensor that this process holds."""
     return x.to_local() if hasattr(x, "to_local") else x
+
+
+def copy_part(target: Tensor, value: Tensor) -> Tensor:
+    """Copy this process's part of a full value into a tensor, and return that tensor. Sends nothing.
+
+    Args:
+        target: decides the part, the type and the device. It has no gradient.
+        value: the same in each process.
+    """
+    sharded: Any = target
+    if hasattr(sharded, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
+    return target.copy_(value)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fastgpt2.config import TrainConfig
-from fastgpt2.dtensors import copy_part, own_part
 from fastgpt2.model import GPT
 from fastgpt2.optim import OPTIMIZERS
 from fastgpt2.optim.groups import make_optimizer, set_learning_rates
 from fastgpt2.settings import Settled
+from fastgpt2.sharding import copy_part
 
 TENSORS = ("model", "optimizer")
 """The parts that hold tensors by name. A checkpoint has a file for each from each process."""
@@ -116,13 +116,12 @@ class RunState:
         self.scaler.update()
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors that must stay finite, under the names that messages use. Of a sharded one, this rank's part."""
-        for name, weight in self.model.state_dict().items():
-            yield name, own_part(weight)
+        """All tensors that must stay finite, under the names that messages use."""
+        yield from self.model.state_dict().items()
         for name, tensor in self._moments():
             parameter, _, key = name.rpartition("/")
             if key != "step":  # a count, which may be on another device
-                yield f"the optimizer's {key} of {parameter}", own_part(tensor)
+                yield f"the optimizer's {key} of {parameter}", tensor
 
     def updates(self) -> int | None:
         """How many optimizer steps changed the weights; None if it doesn't count them. Waits for the device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import shutil
@@ -17,12 +18,12 @@ from torch import Tensor, nn
 
 from fastgpt2 import ConfigError, TrainConfig, checkpoint
 from fastgpt2.checkpoint_files import deal
-from fastgpt2.dtensors import own_part
 from fastgpt2.durable import OutputError
 from fastgpt2.model import GPT
 from fastgpt2.parallel import ALONE, Ranks, joined
 from fastgpt2.pretrained import load_run
 from fastgpt2.settings import Settled, resolve
+from fastgpt2.sharding import own_part, spread
 from fastgpt2.state import RunState
 from fastgpt2.state_json import UNKNOWN
 from tests import forked, ranks
@@ -37,33 +38,18 @@ CONFIG = TrainConfig(
 """In 4 processes shards are uneven (of 10 rows) and empty (of 3)."""
 
 
-def begin(mode: str, own: Ranks, seed: int) -> tuple[RunState, nn.Module, Settled]:
-    """A state, what its steps call, and its configuration."""
-    config = resolve(CONFIG, cuda=False)
+def begin(mode: str, own: Ranks, seed: int, device: str = "cpu") -> tuple[RunState, nn.Module, Settled]:
+    """A state, what its steps call, and its configuration. hsdp shards among two processes."""
+    config = resolve(dataclasses.replace(CONFIG, parallel=mode, shard_size=2 if mode == "hsdp" else None), cuda=False)
     torch.manual_seed(seed)
     model = GPT(config.model_config())
-    forward = spread(model, mode, own)
+    forward = spread(model, config, own, torch.device(device))
     return RunState.begin(model, config), forward, config
-
-
-def spread(model: GPT, mode: str, own: Ranks) -> nn.Module:
-    if own.world == 1:
-        return model
-    if mode == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    sizes = (own.world // 2, 2) if mode == "hsdp" else (own.world,)
-    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard")[-len(sizes) :])
-    for block in model.h:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model
 
 
 def make_step(state: RunState, forward: nn.Module, number: int, rank: int) -> None:
     tokens = torch.arange(8).reshape(2, 4) * (number + 3 * rank + 1) % 40
+    tokens = tokens.to(state.device)
     state.zero_grad()
     state.backward(forward(tokens[:, :-1], tokens[:, 1:]))
     state.update()
@@ -99,37 +85,49 @@ def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
 # ------------------------------------------------------------------------------------------------- resumed elsewhere
 
 
-def pass_on(mode: str, source: Path | None, out: Path) -> tuple[list[str], list[str]]:
-    """Restore a checkpoint, or make three steps, and save. Then resume from that: the next step must be the same.
+def pass_on(mode: str, source: Path | None, out: Path, device: str = "cpu") -> tuple[list[str], list[str]]:
+    """Restore a checkpoint, or make two steps, and save. Then resume from that: the next step must be the same.
 
-    Returns the tensors that differ after the save, and after the step.
+    Returns the tensors that differ after the resume, and after the step.
     """
-    with joined("cpu", 60) as own:
-        state, forward, config = begin(mode, own, seed=own.world)
+    with joined(device, 60) as own:
+        state, forward, config = begin(mode, own, seed=own.world, device=device)
         if source is None:
-            for number in range(3):
+            for number in range(2):
                 make_step(state, forward, number, own.rank)
         else:
-            assert checkpoint.restore(source, state) == 3
-        saved = checkpoint.save(out, 3, config, state, UNKNOWN, own)
-        resumed, forward_of_resumed, _ = begin(mode, own, seed=99)
-        assert checkpoint.restore(saved, resumed) == 3
+            assert checkpoint.restore(source, state) == 2
+        saved = checkpoint.save(out, 2, config, state, UNKNOWN, own)
+        resumed, forward_of_resumed, _ = begin(mode, own, seed=99, device=device)
+        assert checkpoint.restore(saved, resumed) == 2
         before = differing(own_tensors(state), own_tensors(resumed))
-        make_step(state, forward, 3, own.rank)
-        make_step(resumed, forward_of_resumed, 3, own.rank)
+        make_step(state, forward, 2, own.rank)
+        make_step(resumed, forward_of_resumed, 2, own.rank)
         return before, differing(own_tensors(state), own_tensors(resumed))
 
 
-def test_any_number_of_processes_resumes_in_any_mode(tmp_path: Path) -> None:
+def check_chain(folder: Path, links: list[tuple[int, str]], device: str = "cpu") -> None:
+    """Each link resumes from the one before it. All must save the same bits."""
     source, first = None, {}
-    for number, (world, mode) in enumerate([(2, "ddp"), (4, "fsdp"), (1, "ddp"), (4, "hsdp"), (2, "fsdp")]):
-        out = tmp_path / f"{number}-{world}-{mode}"
-        for found in ranks.call(world, f"{__name__}:pass_on", mode, source, out):
+    for number, (world, mode) in enumerate(links):
+        out = folder / f"{number}-{world}-{mode}"
+        for found in ranks.call(world, f"{__name__}:pass_on", mode, source, out, device):
             assert found == ([], []), (world, mode)
-        source = step(out, 3)
+        source = step(out, 2)
         tensors = on_disk(source)
         first = first or tensors
         assert differing(first, tensors) == [], (world, mode)
+
+
+def test_any_number_of_processes_resumes_in_any_mode(tmp_path: Path) -> None:
+    check_chain(tmp_path, [(2, "ddp"), (4, "fsdp"), (1, "ddp"), (4, "hsdp")])
+
+
+@pytest.mark.gpu
+def test_two_gpus_pass_a_checkpoint_on(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    check_chain(tmp_path, [(2, "fsdp"), (1, "ddp"), (2, "ddp"), (2, "fsdp")], "cuda")
 
 
 # ------------------------------------------------------------------------------------------------- several files
