@@ -396,8 +396,8 @@ FAULTS: dict[str, Callable[[Scene, Expected], None]] = {
 }  # fmt: skip
 
 
-def set_up(folder: Path) -> Expected:
-    """Write texts, prepare them, and run once without faults."""
+def prepared(folder: Path) -> Path:
+    """Import what the runs need, write texts and prepare them. Returns the folder of the data."""
     for module in IMPORTED_ONCE:
         import_module(module)
     (folder / "text").mkdir(parents=True)
@@ -406,7 +406,7 @@ def set_up(folder: Path) -> Expected:
         words = (f"{numbers.choice(('one', 'two', 'three'))} {numbers.randrange(100)}\n" for _ in range(300))
         (folder / "text" / f"{name}.txt").write_text("".join(words))
     prepare(PrepareConfig(sources=(folder / "text",), out=folder / "data", tokenizer="byte", val_fraction=0.1))
-    return Expected(folder / "expected", folder / "data")
+    return folder / "data"
 
 
 @dataclass(frozen=True)
@@ -426,7 +426,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = read_arguments(FaultsConfig, "tests.trainer.faults", arguments)
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     lost = 0
-    expected = set_up(folder)
+    expected = Expected(folder / "expected", prepared(folder))
     for seed in range(given.seed, given.seed + given.rounds):
         for name in given.only:
             scene = Scene(folder / f"{name}-{seed}", folder / "data", f"{name}/{seed}")
