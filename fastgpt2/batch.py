@@ -6,12 +6,15 @@ A step has grad_accum micro-steps. In each, every process takes batch_size seque
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastgpt2.fields import ConfigError
+
+NEAR = 1024
+"""How far an error looks for a value that would work."""
 
 
 class Batch(NamedTuple):
@@ -46,7 +49,7 @@ def settle_batch(
     if global_batch % world:
         raise ConfigError(
             f"--global-batch {global_batch} is not a multiple of the {world} processes: "
-            f"start {_or(*_divisors_near(global_batch, world))}, or give {_multiples_near(global_batch, world)}"
+            f"start {_or(_divisors_near(global_batch, world))}, or give {_multiples_near(global_batch, world)}"
         )
     share = global_batch // world
     if batch_size is None:
@@ -132,25 +135,29 @@ def _divided(share: int, flag: str, by: int, world: int) -> int:
         ConfigError: it isn't a whole number.
     """
     if share % by:
+        ways = [_multiples_near(share * world, by * world)]
+        if sizes := _divisors_near(share, by):
+            ways.insert(0, f"{flag} {_or(sizes)}")
         raise ConfigError(
-            f"--global-batch {share * world} is not a multiple of {flag} {by}{_times(world)}: "
-            f"give {flag} {_or(*_divisors_near(share, by))}, or {_multiples_near(share * world, by * world)}"
+            f"--global-batch {share * world} is not a multiple of {flag} {by}{_times(world)}: give {', or '.join(ways)}"
         )
     return share // by
 
 
 def _divisors_near(number: int, about: int) -> list[int]:
-    """The divisors next to one that isn't."""
-    below = largest_divisor(number, about)
-    return [below] if about > number else [below, number // largest_divisor(number, number // about)]
+    """The divisors next to one that isn't, if any is near."""
+    below = range(min(number, about), max(0, about - NEAR), -1)
+    above = range(about, min(number, about + NEAR) + 1)
+    found = [next((n for n in side if number % n == 0), None) for side in (below, above)]
+    return [n for n in found if n is not None]
 
 
 def _multiples_near(number: int, of: int) -> str:
     below = number // of * of
-    return f"--global-batch {_or(*[n for n in (below, below + of) if n])}"
+    return f"--global-batch {_or([n for n in (below, below + of) if n])}"
 
 
-def _or(*numbers: int) -> str:
+def _or(numbers: Sequence[int]) -> str:
     return " or ".join(map(str, numbers))
 
 

@@ -21,8 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_origin
 
-from fastgpt2.fields import FunctionChoice, checked, field_hints, flag, from_text, names, nearest, options
-from fastgpt2.program import program
+from fastgpt2.fields import ConfigError, FunctionChoice, checked, field_hints, flag, from_text, names, nearest, options
+from fastgpt2.program import program, world_size
 
 T = TypeVar("T")
 
@@ -83,15 +83,20 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def read_arguments(kind: type[T], module: str, arguments: Sequence[str] | None = None) -> T:
-    """Make a dataclass from a command line.
+    """Make a dataclass from the command line of a command that runs in one process.
 
     Args:
         module: the command's module, whose docstring --help shows.
 
     Raises:
-        ConfigError: a value has the wrong type or range.
+        ConfigError: a value has the wrong type or range, or torchrun has started several processes.
     """
-    return _make(kind, given_flags(make_parser(kind, module), kind, arguments))
+    given = given_flags(make_parser(kind, module), kind, arguments)
+    if world_size() > 1:
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size()}, but {program(module)} runs in one process: start it without torchrun"
+        )
+    return _make(kind, given)
 
 
 def make_parser(kind: type, module: str) -> Parser:

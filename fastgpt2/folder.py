@@ -16,7 +16,8 @@ from fastgpt2 import checkpoint, record
 from fastgpt2.batch import resumed
 from fastgpt2.config import ConfigError, TrainConfig
 from fastgpt2.durable import LOCK_NAME, InUseError, locked
-from fastgpt2.parallel import Ranks, world_size
+from fastgpt2.parallel import Ranks
+from fastgpt2.program import world_size
 from fastgpt2.renamed import with_current_names
 from fastgpt2.settings import Settled
 from fastgpt2.toml import UnreadableError, check_settings, load_toml

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fastgpt2 import signals
 from fastgpt2.fields import ConfigError
+from fastgpt2.program import world_size
 from fastgpt2.rendezvous import meet
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -211,12 +212,6 @@ _here = ALONE
 def current() -> Ranks:
     """The processes that this one has joined; ALONE if none."""
     return _here
-
-
-def world_size() -> int:
-    """How many processes torchrun has started, this one included, before they have joined."""
-    world = os.environ.get("WORLD_SIZE", "")
-    return max(1, int(world)) if world.isascii() and world.isdecimal() else 1
 
 
 def launched() -> bool:

@@ -80,6 +80,18 @@ def test_what_settles_the_global_batch(asked: tuple[Any, ...], world: int, settl
             "--global-batch 32",
         ),
         (
+            (3, None, 2**63 - 1),
+            1,
+            "--global-batch 9223372036854775807 is not a multiple of --batch-size 3: give --batch-size 1 or 7, or "
+            "--global-batch 9223372036854775806 or 9223372036854775809",
+        ),
+        (
+            (2**40, None, 2**63 - 1),
+            1,
+            "--global-batch 9223372036854775807 is not a multiple of --batch-size 1099511627776: give "
+            "--global-batch 9223370937343148032 or 9223372036854775808",
+        ),
+        (
             (None, 5, 12),
             1,
             "--global-batch 12 is not a multiple of --grad-accum 5: give --grad-accum 4 or 6, or --global-batch 10 or "

@@ -26,6 +26,7 @@ from fastgpt2.fields import (
     Fraction,
     Natural,
     NonNegative,
+    Positive,
     field_hints,
     flag,
     names,
@@ -209,7 +210,13 @@ VALUES: dict[str, list[Any]] = {
     "device": [None, "cpu", "cuda:1"],
     "out": [None, "run", "/abs/run", "./~run", "../" * 1300 + "run", *STRINGS],
 }
-BY_KIND: dict[Any, list[Any]] = {Count: SIZES, Natural: [0, *SIZES], Fraction: FRACTIONS, NonNegative: RATES}
+BY_KIND: dict[Any, list[Any]] = {
+    Count: SIZES,
+    Natural: [0, *SIZES],
+    Fraction: FRACTIONS,
+    NonNegative: RATES,
+    Positive: [rate for rate in RATES if rate],
+}
 
 
 def values_of(name: str, hint: Any) -> list[Any]:

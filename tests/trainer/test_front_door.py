@@ -106,3 +106,14 @@ def test_a_run_is_the_same_by_either_name(tmp_path: Path) -> None:
         re.findall(r'"loss": [\d.]+', (tmp_path / out / "metrics.jsonl").read_text()) for out in ("module", "script")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample", "prepare", "verify"])
+def test_a_command_for_one_process_is_refused_under_torchrun(command: str, tmp_path: Path) -> None:
+    words = {"evaluate": ["--from", "x"], "sample": ["--from", "x"], "prepare": ["x", "--out", "y"], "verify": []}[
+        command
+    ]
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    done = forked.run("-m", f"fastgpt2.{command}", *words, cwd=tmp_path, environment=environment)
+    line = f"WORLD_SIZE is 2, but python -m fastgpt2.{command} runs in one process: start it without torchrun"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {line}\n")

@@ -74,6 +74,36 @@ def test_the_bound_is_under_what_a_step_holds(dtype: str, shape: dict[str, Any])
     assert host == max(size(tokens), size(*GPT(run.model.config).parameters()))
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_the_bound_divides_by_the_processes_that_share_the_model(dtype: str) -> None:
+    """It is under what a process holds that has its part of each weight, gradient and average."""
+    config = settled(dtype=dtype, batch_size=1)
+    model = GPT(config.model_config()).to(config.torch_dtype)
+    tokens = config.block_size + 1
+    for shards in (1, 2, 3, 64):
+        # FSDP2 divides the first dimension, rounded up.
+        parts = sum(-(-len(w) // shards) * w[0].numel() * w.element_size() for w in model.parameters())
+        bound, _ = least_bytes(config, config.model_config(), whole_step=True, shards=shards)
+        inputs = config.n_layer * config.block_size * config.n_embd * config.torch_dtype.itemsize
+        assert bound <= 8 * tokens + parts + max(3 * parts, inputs)
+        assert bound >= 8 * tokens + 4 * (size(*model.parameters()) // shards)
+    alone, _ = least_bytes(config, config.model_config(), whole_step=False)
+    assert alone == least_bytes(config, config.model_config(), whole_step=False, shards=64)[0]
+
+
+def test_a_sharded_model_fits_where_a_whole_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settled(batch_size=1)
+    needed, _ = least_bytes(config, config.model_config(), whole_step=True, shards=2)
+    monkeypatch.setattr(memory, "memory_bytes", lambda device: needed)
+    check_memory(config, CPU, shards=2)
+    with pytest.raises(ConfigError, match="training needs at least"):
+        check_memory(config, CPU)
+    drawn, _ = least_bytes(config, config.model_config(), whole_step=False)
+    monkeypatch.setattr(memory, "memory_bytes", lambda device: drawn - 1)
+    with pytest.raises(ConfigError, match="training needs at least"):
+        check_memory(config, CPU, shards=64)  # each process draws the whole model
+
+
 def size(*tensors: torch.Tensor) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 

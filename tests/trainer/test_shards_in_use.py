@@ -46,6 +46,33 @@ def test_a_flipped_bit_is_found(tmp_path, where, split, byte):
             list(source.sweep())
 
 
+def test_each_process_verifies_its_part(tmp_path, where):
+    """Every shard is one process's, and the others don't read it all."""
+    folder = make_folder(tmp_path / "d", train=(100, 150, 90, 20, 30), sums=True)
+    for number in range(5):
+        path = folder / f"some_train_{number:06d}.bin"
+        flip(path, 1030)
+        finders = []
+        for rank in range(3):
+            try:
+                ShardTokens(folder, "train", 2, 8, rank=rank, world=3).check()
+            except (ConfigError, DataError) as error:
+                assert path.name in str(error)
+                finders.append(rank)
+        flip(path, 1030)
+        assert finders == [number % 3]
+    os.truncate(folder / "some_train_000004.bin", 1030)
+    for rank in range(3):
+        with pytest.raises(ConfigError, match=r"some_train_000004\.bin is truncated"):
+            ShardTokens(folder, "train", 2, 8, rank=rank, world=3)
+
+
+def test_a_process_without_a_shard_to_verify(tmp_path, where):
+    source = ShardTokens(make_folder(tmp_path / "d", sums=True), "train", 2, 8, rank=1, world=2)
+    source.check()
+    assert source.tokens(0).shape == (1, 2, 9)
+
+
 def test_a_shard_of_another_length_than_listed(tmp_path, where):
     """At once, however large: it costs nothing."""
     folder = make_folder(tmp_path / "d", train=(100, 150), sums=True)
