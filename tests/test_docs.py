@@ -7,9 +7,11 @@ tests/trainer/test_extending.py, and the figures of docs/benchmarks.md are held 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import functools
 import io
+import itertools
 import re
 import shlex
 import subprocess
@@ -24,6 +26,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+import torch
 from packaging.requirements import Requirement
 from torch.distributed import run as torchrun
 
@@ -32,8 +35,10 @@ from bench.report.results import stored
 from fastgpt2 import command as train_command
 from fastgpt2.__main__ import COMMANDS
 from fastgpt2.arguments import parse as parse_train
+from fastgpt2.config import PRESETS
 from fastgpt2.evaluate import EvaluateConfig
 from fastgpt2.flags import read_arguments
+from fastgpt2.model import GPT
 from fastgpt2.preparation import PrepareConfig
 from fastgpt2.sample import SampleConfig
 from fastgpt2.verify import VerifyConfig
@@ -50,6 +55,7 @@ NOT_OURS = {"source", "cd", "git", "sha256sum", "apt"}
 """Programs whose arguments are not checked."""
 SETUP = "python3 -m venv .venv && "
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SEVERAL = ROOT / "docs" / "several-gpus.md"
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -331,3 +337,30 @@ def test_the_readme_is_one_page() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 150
     assert sum(line.startswith(SETUP) for line in lines) == 2, ".ci/run runs these two"
+
+
+# ---------------------------------------------------------------------------------------------------- several GPUs
+
+
+def rows(page: Path, heading: str) -> list[list[str]]:
+    """The cells of the table below a row of headings, without it."""
+    lines = page.read_text(encoding="utf-8").partition(heading)[2].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in itertools.takewhile(str.strip, lines)]
+
+
+def test_the_memory_of_several_gpus_follows_from_the_parameters() -> None:
+    for name, parameters, whole, shared in rows(SEVERAL, "| model | parameters |"):
+        with torch.device("meta"):
+            model = GPT(PRESETS[name.strip("`")])
+        count = sum(weight.numel() for weight in model.parameters())
+        figures = f"{count:,}", f"{16 * count / 2**30:.1f} GiB", f"{16 * count / 8 / 2**30:.1f} GiB"
+        assert (parameters, whole, shared) == figures, name
+
+
+def test_the_failures_of_several_gpus_are_those_of_the_code() -> None:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "fastgpt2").glob("*.py")]
+    texts = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    said = [text for text in texts if isinstance(text, str)]
+    for message, *_ in rows(SEVERAL, "| message | meaning |"):
+        for part in re.split(r"\.\.\.|\d+|RANK", message.strip("`")):
+            assert any(part.strip(" ,:") in text for text in said), f"{part!r} of {message}"
