@@ -23,7 +23,7 @@ from fastgpt2.metrics import Meter, NonFiniteLossError
 from fastgpt2.model import FLOPS_PER_TOKEN
 from fastgpt2.optim.schedules import learning_rate
 from fastgpt2.outputs import Outputs
-from fastgpt2.parallel import Ballot
+from fastgpt2.parallel import Ballot, is_shared
 from fastgpt2.reporter import Reporters
 from fastgpt2.run import Run
 from fastgpt2.settings import Settled
@@ -78,10 +78,13 @@ class Loop:
         try:
             self._steps()
         except DataError as error:
-            # _end raises again if damaged data may have been trained on, and then saves nothing.
-            with contextlib.suppress(DataError):
-                self._end()
-            raise DataError(f"{error}; {self._how_to_resume()}") from None
+            # The other processes don't answer in the middle of a step.
+            if self.run.ranks.world == 1 or is_shared(error):
+                # _end raises again if damaged data may have been trained on, and then saves nothing.
+                with contextlib.suppress(DataError):
+                    self._end()
+            error.args = (f"{error}; {self._how_to_resume()}",)
+            raise
         self._end()
 
     def _steps(self) -> None:

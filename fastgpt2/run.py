@@ -270,7 +270,7 @@ def _choose(
     if is_sharded(config, ranks):
         # A block's weights are gone when the next block's norm would use its bias.
         ops = dataclasses.replace(ops, bias_gradients=ops.bias_gradients - {"norm"})
-    check_memory(config, device)
+    check_memory(config, device, shard_count(config, ranks))
     if outside := {slot: name for slot, name in chosen.items() if is_outside(name)}:
         try_ops(ops, outside, model_config, device, config.torch_dtype)
     if device.type == "cpu":
@@ -418,7 +418,7 @@ def kept_from_cudnn(run: Run) -> bool:
 
 
 def _open_sources(config: Settled, own: Source | None, ranks: Ranks) -> tuple[TokenSource, TokenSource | None]:
-    def open_split(name: str, grad_accum: int, sequences: int, rank: int, world: int) -> TokenSource:
+    def open_split(name: str, grad_accum: int, sequences: int) -> TokenSource:
         return open_data(
             config.data,
             split=name,
@@ -427,17 +427,16 @@ def _open_sources(config: Settled, own: Source | None, ranks: Ranks) -> tuple[To
             block_size=config.block_size,
             grad_accum=grad_accum,
             seed=config.seed,
-            rank=rank,
-            world=world,
+            rank=ranks.rank,
+            world=ranks.world,
             sequences=sequences,
         )
 
     if own is not None:
         shape = (config.grad_accum, config.batch_size, config.block_size + 1)
         return GivenTokens(own, shape, config.vocab_size), None
-    train = open_split("train", config.grad_accum, 0, ranks.rank, ranks.world)
-    # Each process can read all batches; evaluate deals them out.
-    return train, open_split("val", 1, config.eval_sequences, rank=0, world=1) if config.eval_every else None
+    train = open_split("train", config.grad_accum, sequences=0)
+    return train, open_split("val", 1, config.eval_sequences) if config.eval_every else None
 
 
 def _with_given_tokens(config: TrainConfig) -> TrainConfig:
