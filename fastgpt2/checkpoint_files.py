@@ -29,11 +29,11 @@ SUMS = "SHA256SUMS"
 PASS_OVER = "move {} away to use the one before it"
 
 
-def tensor_files(part: str, writers: int = 1) -> tuple[str, ...]:
+def tensor_files(part: str, processes: int = 1) -> tuple[str, ...]:
     """The names of the files with a part's tensors, by the rank that writes each."""
-    if writers == 1:
+    if processes == 1:
         return (f"{part}.safetensors",)
-    return tuple(f"{part}-{number:05d}-of-{writers:05d}.safetensors" for number in range(1, writers + 1))
+    return tuple(f"{part}-{number:05d}-of-{processes:05d}.safetensors" for number in range(1, processes + 1))
 
 
 def stored(checkpoint: Path, part: str, state: dict[str, Any], device: torch.device | str = "cpu") -> StoredTensors:
@@ -45,7 +45,7 @@ def stored(checkpoint: Path, part: str, state: dict[str, Any], device: torch.dev
     Raises:
         ConfigError: a file can't be read.
     """
-    return StoredTensors([checkpoint / name for name in tensor_files(part, state["writers"])], device)
+    return StoredTensors([checkpoint / name for name in tensor_files(part, state["processes"])], device)
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -141,7 +141,7 @@ def damage(checkpoint: Path, parts: Sequence[str] = TENSORS) -> str | None:
         check_state(state, checkpoint / STATE)
     except ConfigError:
         return None
-    names = (name for part in parts for name in tensor_files(part, state["writers"]))
+    names = (name for part in parts for name in tensor_files(part, state["processes"]))
     return next(filter(None, (_difference(checkpoint / name, lines) for name in names)), None)
 
 

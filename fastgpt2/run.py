@@ -225,7 +225,7 @@ def _build(
     latest = claimed.latest
     if latest is not None:
         saved = ranks.together(lambda: checkpoint.check_shape(latest, model_config))
-        notes += changed_settings(saved, config) + carried_over(saved, config, device)
+        notes += changed_settings(saved, config) + carried_over(saved, config, device, ranks.world)
     torch.manual_seed(config.seed)
     stream, _ = STREAM_DTYPES[config.stream]
     model = GPT(model_config, ops, recompute=config.recompute == "blocks", stream=stream)

@@ -48,14 +48,14 @@ def make_state(
     values: Mapping[str, Any],
     progress: Progress,
     device: torch.device,
-    writers: int,
+    processes: int,
 ) -> dict[str, Any]:
     """The contents of state.json after `step` steps.
 
     Args:
         values: the parts of the run's state that are not tensors.
-        writers: how many processes write the tensors.
         device: where the last step ran.
+        processes: how many wrote the tensors.
     """
     kept = dataclasses.asdict(progress)
     if progress.loss is not None and not math.isfinite(progress.loss):
@@ -63,7 +63,7 @@ def make_state(
     return {
         "format": FORMAT,
         "step": step,
-        "writers": writers,
+        "processes": processes,
         "config": config_as_json(config),
         "model": dataclasses.asdict(config.model_config()),
         **values,
@@ -109,7 +109,11 @@ _TEXT = _Rule(lambda x: isinstance(x, str), "a string")
 _FLAG = _Rule(lambda x: isinstance(x, bool), "true or false")
 _OBJECT = _Rule(lambda x: isinstance(x, dict), "an object")
 
-_TOP = {"step": _integer(0), "writers": _integer(1, 99999), "config": _OBJECT, "model": _OBJECT, "scaler": _OBJECT}
+_TOP = {
+    "step": _integer(0),
+    "processes": _integer(1, 99999),
+    **dict.fromkeys(("config", "model", "scaler"), _OBJECT),
+}
 _SHAPE = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), _SIZE)
 _MODEL = _SHAPE | {"dropout": _number(0, 1), "end_of_text": _or_null(_integer(0))}
 _CONFIG = {
@@ -142,7 +146,7 @@ def check_state(state: dict[str, Any], path: Path) -> None:
     if type(state.get("format")) is not int or not 1 <= state["format"] <= FORMAT:
         raise ConfigError(f"{path} is not a checkpoint of format 1 to {FORMAT}")
     if state["format"] < 3:
-        state["writers"] = 1
+        state["processes"] = 1
     _check(state, _TOP, path)
     state["config"] = with_current_names(state["config"])
     _check({"end_of_text": None} | state["model"], _MODEL, path, "model.")
@@ -221,22 +225,24 @@ def changed_data(was: str | None, now: str | None, data: str) -> list[str]:
     return [f"changed since the checkpoint: the {' and '.join(other)} data in {data}"] if other else []
 
 
-def carried_over(state: dict[str, Any], config: Settled, device: torch.device) -> list[str]:
+def carried_over(state: dict[str, Any], config: Settled, device: torch.device, processes: int = 1) -> list[str]:
     """One line for each part of the state that only the checkpoint has, or only a run with these settings."""
     notes = []
-    older = state["format"] < 3
     float16 = config.dtype == "float16"
     if float16 and not state["scaler"]:
         notes.append("the checkpoint has no gradient scaler, because it was not trained in float16: starting a new one")
     if not float16 and state["scaler"]:
         notes.append(f"the checkpoint's gradient scaler is dropped: --dtype {config.dtype} has none")
+    changed = []
     # Older checkpoints have the device only among the settings.
     was = str(state.get("device") or state["config"].get("device") or device.type).partition(":")[0]
     if was != device.type:
-        masks = "; dropout masks differ, because the generators do" if config.dropout and not older else ""
-        notes.append(
-            f"changed since the checkpoint: --device {device.type} (was {was}): results agree up to rounding{masks}"
-        )
-    if older and config.dropout:
+        changed.append(f"--device {device.type} (was {was})")
+    if state["processes"] != processes:
+        changed.append(f"the number of processes, {processes} (was {state['processes']})")
+    if changed:
+        masks = "; dropout masks differ" if config.dropout else ""
+        notes.append(f"changed since the checkpoint: {', '.join(changed)}: results agree up to rounding{masks}")
+    elif config.dropout and state["format"] < 3:
         notes.append("an older version wrote the checkpoint: dropout masks differ from those it would have drawn")
     return notes

@@ -46,7 +46,7 @@ def test_a_checkpoint_of_an_older_format_is_resumed_and_told(out: Path, number: 
     whole = train(with_(out.parent / "whole", steps=8))
     folder = step(out, 6)
     (folder / "rng.safetensors").write_bytes(b"states")
-    edit_state(folder, lambda state: (state.update(format=number), state.pop("writers")))
+    edit_state(folder, lambda state: (state.update(format=number), state.pop("processes")))
     (folder / "rng.safetensors").write_bytes(b"")
     if number == 1:
         (folder / SUMS).unlink()

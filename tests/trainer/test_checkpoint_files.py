@@ -285,7 +285,7 @@ def save_and_die(out: Path, victim: int, event: str, name: str) -> None:
         if happens == event and Path(str(arguments[0])).name == name:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with joined("cpu", 20) as own:
+    with joined("cpu", 60) as own:
         state, _, config = begin("ddp", own, seed=1)
         if own.rank == victim:
             sys.addaudithook(hook)

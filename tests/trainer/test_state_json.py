@@ -25,10 +25,10 @@ def with_(**changes: Any) -> TrainConfig:
     return dataclasses.replace(CONFIG, **changes)
 
 
-SCALED = {"format": 3, "scaler": {"scale": 8.0}, "device": "cuda", "config": {"device": None}}
-PLAIN = {"format": 3, "scaler": {}, "device": "cpu", "config": {"device": None}}
-OLDER = {"format": 2, "scaler": {}, "config": {"device": "cuda:0"}}
-OLDEST: dict[str, Any] = {"format": 1, "scaler": {}, "config": {}}
+SCALED = {"format": 3, "processes": 1, "scaler": {"scale": 8.0}, "device": "cuda", "config": {"device": None}}
+PLAIN = {"format": 3, "processes": 1, "scaler": {}, "device": "cpu", "config": {"device": None}}
+OLDER = {"format": 2, "processes": 1, "scaler": {}, "config": {"device": "cuda:0"}}
+OLDEST: dict[str, Any] = {"format": 1, "processes": 1, "scaler": {}, "config": {}}
 
 
 @pytest.mark.parametrize(
@@ -44,9 +44,16 @@ OLDEST: dict[str, Any] = {"format": 1, "scaler": {}, "config": {}}
         (SCALED, {"dtype": "float16", "dropout": 0.1}, "cuda", None),
         (PLAIN, {"dtype": "float32", "dropout": 0.1}, "cpu", None),
         (PLAIN, {}, "cuda", "changed since the checkpoint: --device cuda (was cpu): results agree up to rounding"),
-        (PLAIN, {"dropout": 0.1}, "cuda", "rounding; dropout masks differ, because the generators do"),
+        (PLAIN, {"dropout": 0.1}, "cuda", "rounding; dropout masks differ"),
         (OLDER, {}, "cuda", None),
         (OLDER, {}, "cpu", "changed since the checkpoint: --device cpu (was cuda): results agree up to rounding"),
+        (PLAIN | {"processes": 2}, {}, "cpu", "the number of processes, 1 (was 2): results agree up to rounding"),
+        (
+            PLAIN | {"processes": 2},
+            {"dropout": 0.1},
+            "cuda",
+            "--device cuda (was cpu), the number of processes, 1 (was 2",
+        ),
         (OLDEST, {}, "cpu", None),
         (OLDEST, {"dropout": 0.1}, "cpu", "an older version wrote the checkpoint: dropout masks differ from those it "),
     ],
@@ -112,14 +119,14 @@ def drop(*path: str) -> Edit:
 SCALER = {"scale": 8.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
 
 STATES: dict[str, tuple[Edit, str]] = {
-    **{f"no {key}": (drop(key), f"lacks {key}") for key in ("step", "writers", "config", "model", "scaler")},
+    **{f"no {key}": (drop(key), f"lacks {key}") for key in ("step", "processes", "config", "model", "scaler")},
     **{f"no model.{key}": (drop("model", key), f"lacks model.{key}") for key in ("n_layer", "vocab_size", "dropout")},
     "no config.data": (drop("config", "data"), "lacks config.data"),
     "format 2.0": (put("format", value=2.0), "not a checkpoint of format 1 to 3"),
     "format true": (put("format", value=True), "not a checkpoint of format 1 to 3"),
     "format 4": (put("format", value=4), "not a checkpoint of format 1 to 3"),
     "format 0": (put("format", value=0), "not a checkpoint of format 1 to 3"),
-    "no writer": (put("writers", value=0), "writers must be an integer from 1 to 99999, got 0"),
+    "no process": (put("processes", value=0), "processes must be an integer from 1 to 99999, got 0"),
     "negative step": (put("step", value=-4), "step must be an integer at least 0, got -4"),
     "step 4.0": (put("step", value=4.0), "step must be an integer at least 0, got 4.0"),
     "another step": (put("step", value=5), "has step 5, but its folder is named step-"),
