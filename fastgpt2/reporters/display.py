@@ -56,6 +56,8 @@ class TrainDisplay(Reporter):
         self.stopped_by: signal.Signals | None = None
         """The first signal that asked to stop."""
         self._can_save = False
+        self._alone = True
+        """Whether the run has no other process. One that ended now would take the save of the others down."""
         self._shows = True
         """Whether this process prints what is told of a run of several."""
         self._interrupts = 0
@@ -79,18 +81,18 @@ class TrainDisplay(Reporter):
         if not self._can_save:
             signals.end_at_once(number)
         self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
+        if self._interrupts > 1 and self._alone:
             raise KeyboardInterrupt
         if not self.stop_requested:
             self.stop_requested, self.stopped_by = True, signal.Signals(number)
-            again = " (press Ctrl-C again to stop now)" if number == signal.SIGINT else ""
+            again = " (press Ctrl-C again to stop now)" if number == signal.SIGINT and self._alone else ""
             line = "\n" if self.live else ""  # the bar's line has not ended
             if self._shows:
                 signals.say(f"{line}{self.stopped_by.name}: stopping after this step{again}")
 
     def started(self, run: Run) -> None:
         self._can_save = True
-        self._shows = run.ranks.first
+        self._alone, self._shows = run.ranks.world == 1, run.ranks.first
         self.bar.disable = self.bar.disable or not self._shows
         config, shape = run.config, run.model.config
         self._print(

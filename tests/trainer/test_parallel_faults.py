@@ -1,0 +1,15 @@
+"""Some faults of tests/trainer/parallel_faults.py, each once, and the run recovers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+FAULTS = ("two_agents_first_rank", "killed_once_fsdp", "interrupted_ddp", "cut_shard_ddp")
+
+
+def test_run_recovers() -> None:
+    command = [sys.executable, "-m", "tests.trainer.parallel_faults", "--only", *FAULTS]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.partition(",")[0] for line in done.stdout.splitlines()] == [f"{n}: 1 of 1 recovered" for n in FAULTS]
