@@ -139,23 +139,23 @@ class DummyTokens:
 
     def tokens(self, step: int) -> Tensor:
         """See TokenSource.tokens."""
-        rows = self.rows
-        first = 0 if self.fixed else self.rows.first(step)
-        parts = [self._draw(first + place, rows.batch_size) for place in rows.places[:: rows.batch_size].tolist()]
-        return torch.from_numpy(np.stack(parts))
+        rows, width = self.rows, self.block_size + 1
+        first = 0 if self.fixed else rows.first(step)
+        tokens = np.empty((rows.grad_accum, rows.batch_size, width), dtype=np.uint64)
+        for micro, place in zip(tokens, rows.places[:: rows.batch_size].tolist(), strict=True):
+            micro[:] = self._draw(first + place, rows.batch_size)[:, :width]
+        tokens *= np.uint64(self.vocab_size)
+        tokens >>= np.uint64(32)
+        return torch.from_numpy(tokens.view(np.int64))
 
     def _draw(self, first: int, count: int) -> np.ndarray:
-        """`count` rows from the row `first`: int64 (count, T + 1)."""
-        width = self.block_size + 1
-        blocks = -(-width // 8)  # Philox makes eight 32-bit words at a time
+        """The random words of `count` rows from the row `first`: uint32 (count, T + 1 rounded up to a block)."""
+        blocks = -(-(self.block_size + 1) // 8)  # Philox makes a block of eight words at a time
         if (skipped := first * blocks - self._place) != 0:
             self._words.advance(skipped % 2**256)
         self._place = (first + count) * blocks
-        words = self._words.random_raw(4 * count * blocks).astype("<u8", copy=False).view("<u4")
-        tokens = words.reshape(count, -1)[:, :width].astype(np.uint64)
-        tokens *= np.uint64(self.vocab_size)
-        tokens >>= np.uint64(32)
-        return tokens.view(np.int64)
+        words = self._words.random_raw(4 * count * blocks)
+        return words.astype("<u8", copy=False).view("<u4").reshape(count, -1)
 
     def begin_at(self, step: int, samples: int) -> None:
         """See TokenSource.begin_at."""

@@ -16,6 +16,7 @@ from fastgpt2 import ConfigError, ModelConfig, TrainConfig, train
 from fastgpt2.config import preset_name
 from fastgpt2.data import DummyTokens
 from fastgpt2.ops import Ops
+from fastgpt2.parallel import joined
 from fastgpt2.run import Run, build, inductor_recomputing_elementwise, settle
 from fastgpt2.settings import Settled, resolve
 from fastgpt2.slots import SLOTS
@@ -103,6 +104,13 @@ def validated_sequences(config: TrainConfig) -> int:
     return sum(source.rows.batch_size for source in sources if source.stream == "val")
 
 
+def seconds_to_wait(config: TrainConfig) -> float:
+    """How long the run would wait for another process."""
+    with mock.patch("fastgpt2.training.joined", side_effect=joined) as join:
+        train(config)
+    return join.call_args.args[1]
+
+
 ELEMENTWISE = {"dynamic": False, "fullgraph": True, "backend": inductor_recomputing_elementwise}
 STREAM_GRADIENT = {"dtype": "bfloat16", "norm": "triton"}
 ONE_EVALUATION = {"eval_every": 6, "grad_accum": 2, "steps": 6}
@@ -159,6 +167,7 @@ ARRIVALS: list[tuple[str, Any, Callable[[TrainConfig], Any], Any, dict[str, Any]
     ("keep_checkpoints", 3, saved_steps, [4, 5, 6], {"save_every": 1}),
     ("keep_checkpoints", 0, saved_steps, [1, 2, 3, 4, 5, 6], {"save_every": 1}),
     ("log_every", 2, logged_steps, [1, 2, 4, 6], {}),
+    ("timeout", 5.0, seconds_to_wait, 5.0, {}),
 ]
 
 
@@ -198,8 +207,8 @@ def test_a_cpu_compiles_as_it_was_asked(asked: Any, backend: Any) -> None:
 
 
 def test_no_setting_is_left_out() -> None:
-    # Tested below and in test_resume and test_cuda_graph.
-    elsewhere = {"device", "out", "resume", "cuda_graph"}
+    # Tested below and in test_resume, test_cuda_graph and test_equal.
+    elsewhere = {"device", "out", "resume", "cuda_graph", "parallel", "shard_size", "reshard"}
     unseen = {f.name for f in dataclasses.fields(TrainConfig)} ^ ({name for name, *_ in ARRIVALS} | elsewhere)
     assert not unseen, f"ARRIVALS needs a row for each setting, a value and where it arrives: {', '.join(unseen)}"
 
