@@ -248,8 +248,8 @@ def test_tensors_that_lie_are_one_line_with_the_file_that_holds_them(out: Path) 
 # ------------------------------------------------------------------------------------------------- interrupted
 
 
-def save_without_room(out: Path) -> list[str]:
-    """Save while process 1 can't write more than 2000 bytes to a file, then with room.
+def save_without_room(out: Path, victim: int) -> list[str]:
+    """Save while one process can't write more than 2000 bytes to a file, then with room.
 
     Returns the error of the first save and what it left in the folder.
     """
@@ -257,7 +257,7 @@ def save_without_room(out: Path) -> list[str]:
         state, forward, config = begin("ddp", own, seed=1)
         make_step(state, forward, 0, own.rank)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if own.rank == 1:
+        if own.rank == victim:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
         with pytest.raises(OutputError) as error:
             checkpoint.save(out, 4, config, state, UNKNOWN, own)
@@ -269,11 +269,13 @@ def save_without_room(out: Path) -> list[str]:
     return [str(error.value), *left]
 
 
-def test_a_disk_that_is_full_for_one_process_fails_the_save_in_all(out: Path) -> None:
-    each = ranks.call(2, f"{__name__}:save_without_room", out)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_disk_that_is_full_for_one_process_fails_the_save_in_all(out: Path, victim: int) -> None:
+    each = ranks.call(2, f"{__name__}:save_without_room", out, victim)
+    failed = f"can't save the checkpoint of step 4 in {out / 'checkpoints'}: process {victim} of 2: "
     for message, *left in each:
-        assert message.startswith(f"can't save the checkpoint of step 4 in {out / 'checkpoints'}: process 1 of 2: ")
-        assert "File too large" in message and message.endswith(f"; the last good one is {step(out, 3)}")
+        assert message.startswith(failed) and "File too large" in message
+        assert message.endswith(f"; the last good one is {step(out, 3)}")
         assert left == ["step-00000002", "step-00000003"]
     assert checkpoint.to_resume(out) == (step(out, 5), [])
 
