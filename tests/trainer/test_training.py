@@ -53,8 +53,9 @@ def test_the_step_written_out() -> None:
         adam.step()
         losses.append(loss.item())
     assert train(plain).losses == losses
-    # The default loss sums in chunks, so in another order.
-    assert train(TINY).losses == pytest.approx(losses, abs=1e-6)
+    # The default loss sums in chunks, so in another order. With a large step Adam turns the signs of gradients that are
+    # nearly 0 into differences that rounding alone doesn't make.
+    assert train(tiny(lr=1e-4)).losses == pytest.approx(train(tiny(lr=1e-4, loss="torch")).losses, abs=1e-6)
 
 
 def test_same_seed_same_bits_another_seed_others() -> None:
