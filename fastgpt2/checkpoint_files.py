@@ -2,6 +2,8 @@
 
 Each tensor is written whole, by one process. `deal` decides which, balancing bytes. A process writes, syncs and hashes
 its own files.
+
+torch.distributed.checkpoint is less safe: it unpickles its metadata, which can run code, and it has no checksums.
 """
 
 from __future__ import annotations
