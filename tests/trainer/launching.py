@@ -30,10 +30,13 @@ class Agent:
         workers: int = 2,
         restarts: int = 0,
         machines: tuple[int, int] = (1, 1),
+        lends_store: bool = True,
     ) -> None:
         """
         Args:
             machines: the fewest and the most; each has an agent with the same port.
+            lends_store: the agent of the first machine lends the workers its store. Otherwise process 0 makes one, as
+                with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
         """
         self._config = LaunchConfig(
             min_nodes=machines[0],
@@ -42,12 +45,12 @@ class Agent:
             run_id=str(port),
             rdzv_backend="c10d",
             rdzv_endpoint=f"127.0.0.1:{port}",
-            rdzv_configs={"timeout": 60, "last_call_timeout": 1, "keep_alive_interval": 1},
+            rdzv_configs={"timeout": 60, "last_call_timeout": 5, "keep_alive_interval": 1},
             max_restarts=restarts,
             start_method="fork",
             local_addr="127.0.0.1",
         )
-        self._work, self._arguments, self._folder = work, arguments, folder
+        self._work, self._arguments, self._folder, self._lends_store = work, arguments, folder, lends_store
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
@@ -62,6 +65,7 @@ class Agent:
                 os.dup2(log, descriptor)
             for stream, number in (("stdout", 1), ("stderr", 2)):
                 setattr(sys, stream, os.fdopen(number, "w", closefd=False, buffering=1))
+            os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = str(int(not self._lends_store))
             self._config.logs_specs = DefaultLogsSpecs(log_dir=str(self._folder / "logs"))
             elastic_launch(self._config, self._work)(*self._arguments)
             status = 0
