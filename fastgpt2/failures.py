@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from fastgpt2.console import printable
-from fastgpt2.parallel import Ranks
+from fastgpt2.parallel import Ranks, agent_serves
 
 FOLDER = "failures"
 """In --out."""
@@ -70,8 +70,7 @@ def explain(error: BaseException, ranks: Ranks, out: Path | None, reason: str | 
             return None
         return _line(ranks, words, _steps(ranks)) + where
     except dist.DistError:
-        # Without torchrun, process 0 holds the store. Otherwise torchrun's agent on the first machine does.
-        gone = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "process 0"
+        gone = "torchrun" if agent_serves() else "process 0"
         if gone == "process 0" and written is not None and _first_has_written(ranks, written):
             return None
         return f"process {ranks.rank} of {ranks.world} ended: it lost {gone}{_after(word.step)}{where}"

@@ -276,20 +276,34 @@ def _join(device: str | None, timeout_s: float) -> Ranks:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
         control = dist.new_group(backend="gloo", timeout=limit)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_elastic_advice()}") from None
     except RuntimeError as error:  # DistError of the store and NCCL; gloo has no type of its own
         raise ConfigError(f"process {rank} of {world} can't join the others at {where}: {_line(error)}") from None
     return Ranks(rank, world, local_rank, numbers["LOCAL_WORLD_SIZE"], control, store)
+
+
+def agent_serves() -> bool:
+    """Whether the store is that of torchrun's agent on the first machine. Otherwise rank 0 serves one."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _elastic_advice() -> str:
+    """What to try if processes on several machines don't find each other: torchrun's agents remember the address of the
+    first store that they saw, so that after machines have come and gone each may have another."""
+    if not agent_serves() or int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1:
+        return ""
+    return "; if machines come and go (--nnodes MIN:MAX), start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
 
 
 @functools.cache
 def _store(address: str, port: int, first: bool, timeout_s: float) -> dist.TCPStore:
     """The store of torchrun's agent, or one that rank 0 serves. It stays for a second run in the same process: another
     process may be connected to it already."""
-    agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return dist.TCPStore(
         address,
         port,
-        is_master=first and not agent_serves,
+        is_master=first and not agent_serves(),
         timeout=datetime.timedelta(seconds=timeout_s),
         wait_for_workers=False,  # meet waits, and says for whom
         multi_tenant=True,

@@ -67,7 +67,7 @@ class Agent:
                 setattr(sys, stream, os.fdopen(number, "w", closefd=False, buffering=1))
             os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = str(int(not self._lends_store))
             self._config.logs_specs = DefaultLogsSpecs(log_dir=str(self._folder / "logs"))
-            elastic_launch(self._config, self._work)(*self._arguments)
+            elastic_launch(self._config, _after_siblings)(self._folder, self._work, *self._arguments)
             status = 0
         except ChildFailedError:
             status = 1
@@ -97,3 +97,16 @@ class Agent:
         self.lose()
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return None if hung else status
+
+
+def _after_siblings(folder: Path, work: Callable[..., None], *arguments: Any) -> None:
+    """Work once the agent has forked all its workers.
+
+    When a worker connects to the agent's store, a thread of the agent looks its name up. A worker forked then would
+    wait for the lock that this thread held, which in the new process nobody releases.
+    """
+    attempt = f"forked-{os.getppid()}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+    (folder / f"{attempt}-{os.environ['LOCAL_RANK']}").touch()
+    while len(list(folder.glob(f"{attempt}-*"))) < int(os.environ["LOCAL_WORLD_SIZE"]):
+        time.sleep(0.005)
+    work(*arguments)

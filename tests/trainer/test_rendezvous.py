@@ -157,6 +157,17 @@ def test_wrong_variables(change, message, monkeypatch) -> None:
         pass
 
 
+def test_advice_where_machines_come_and_go(monkeypatch) -> None:
+    """Two processes with a store each, as torchrun's agents gave them when both had been the first machine."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    own = {"MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "2"}
+    for name, value in {**VARIABLES, **own}.items():
+        monkeypatch.setenv(name, value)
+    message = "process 1 of 2 .*start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+    with pytest.raises(ConfigError, match=message), joined("cpu", 3):
+        pass
+
+
 def test_port_in_use(monkeypatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as server:
