@@ -274,7 +274,9 @@ def _join(device: str | None, timeout_s: float) -> Ranks:
         store: dist.Store = _store(os.environ["MASTER_ADDR"], numbers["MASTER_PORT"], rank == 0, timeout_s)
         store = dist.PrefixStore(meet(store, rank, world, timeout_s), store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+        # NCCL's watchdog kills the process when its time is over. The control group's error must come before that.
+        patience = 2 * limit if cuda else limit
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
         control = dist.new_group(backend="gloo", timeout=limit)
     except ConfigError as error:
         raise ConfigError(f"{error}{_elastic_advice()}") from None

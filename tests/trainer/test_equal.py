@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from fastgpt2 import TrainConfig, sharding, train
 from fastgpt2.batch import Rows
-from fastgpt2.data import ShardTokens
+from fastgpt2.data import ShardTokens, split
 from fastgpt2.ops import Ops, make_ops
 from fastgpt2.parallel import joined
 from fastgpt2.run import build
@@ -154,6 +155,46 @@ def test_dropout_differs_between_processes_and_steps_and_comes_again() -> None:
     first, second = ranks.call(2, f"{HERE}:_dropout")
     assert len({*first, *second}) == 4
     assert first[0] == first[2] and second[0] == second[2]
+
+
+def _overflow() -> list[tuple[bool, float, int]]:
+    """After a gradient that is infinite in one process's part: are the weights unchanged, the scale, steps skipped."""
+    found = []
+    with joined("cpu", 60) as own:
+        for mode in ("ddp", "fsdp"):
+            run = build(with_(parallel=mode))
+            run.state.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+            before = [sharding.own_part(parameter).clone() for parameter in run.parameters]
+            inputs, targets = split(run.next_tokens(0)[0])
+            run.state.backward(run.called(inputs, targets))
+            if own.rank == 1 or mode == "ddp":
+                assert run.parameters[0].grad is not None
+                sharding.own_part(run.parameters[0].grad)[0, 0] = math.inf
+            run.state.update()
+            after = [sharding.own_part(parameter) for parameter in run.parameters]
+            same = all(map(torch.equal, before, after))
+            found.append((same, run.state.scaler.get_scale(), run.skipped_steps(1)))
+    return found
+
+
+def test_an_overflow_in_one_shard_skips_the_step_everywhere() -> None:
+    for found in ranks.call(2, f"{HERE}:_overflow"):
+        assert found == [(True, 2.0, 1), (True, 2.0, 1)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_two_gpus_follow_one(dtype: str) -> None:
+    """By NCCL, as the processes of a CPU do by gloo. Compiled too."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two CUDA GPUs, found {torch.cuda.device_count()}")
+    config = with_(steps=20, device="cuda", dtype=dtype)
+    one = followed(dataclasses.replace(config, grad_accum=2))
+    cases = [{**mode, "compile": compiled} for mode in MODES.values() for compiled in (False, True)]
+    several = in_processes(2, [dataclasses.replace(config, **case) for case in cases])
+    loss = {"float32": LOSS, "bfloat16": 1e-3, "float16": 1e-3}[dtype]
+    for case, found in zip(cases, several, strict=True):
+        assert difference(found["loss"], one["loss"]) <= loss, case
 
 
 # ------------------------------------------------------------------------------------------------------ planted
