@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import signal
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from fastgpt2 import failures
 from fastgpt2.parallel import Ranks, joined
-from tests import forked
+from tests import forked, ranks
 
 SHORT = datetime.timedelta(seconds=1)
 
@@ -142,3 +143,23 @@ def test_without_a_folder_the_line_has_all(tmp_path) -> None:
     (tmp_path / "run").write_text("a file, where the folder would be")
     lines, _ = ended("fails", 2, tmp_path, 60)
     assert lines == ["process 1 of 2 ended after step 3: ValueError: a bad batch"]
+
+
+def leave_with_a_vote_pending(path: str) -> None:
+    """Process 1 fails, and lives until process 0 has noticed."""
+    noticed = Path(path, "noticed")
+    with contextlib.suppress(ValueError), joined("cpu", 60) as own:
+        if own.rank == 1:
+            dist.all_reduce(torch.ones(1), group=own.control, async_op=True)
+            raise ValueError
+        with pytest.raises(RuntimeError) as error:
+            dist.all_reduce(torch.ones(1))
+        noticed.write_text(str(error.value))
+        raise ValueError  # leave without waiting
+    while not noticed.exists():
+        time.sleep(0.02)
+
+
+def test_others_notice_at_once_that_a_process_fails(tmp_path) -> None:
+    ranks.call(2, "tests.trainer.test_failures:leave_with_a_vote_pending", str(tmp_path))
+    assert "Timed out" not in (tmp_path / "noticed").read_text()
