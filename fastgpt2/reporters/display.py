@@ -102,7 +102,7 @@ class TrainDisplay(Reporter):
         )
         parts = [f"{slot} {name}" for slot, name in run.chosen.items()]
         if run.ranks.world > 1:
-            parts.append(f"{run.ranks.world} processes by {config.parallel}")
+            parts.append(f"{config.parallel} over {run.ranks.world} processes")
         switches = {
             "compiled": config.compile,
             "blocks recomputed": config.recompute == "blocks",
