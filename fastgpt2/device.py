@@ -81,6 +81,16 @@ def copy_async(tokens: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
 
 
+def seed_generators(device: torch.device, seed: int) -> None:
+    """Seed the global generators that a step on a device draws from. torch.manual_seed takes a millisecond for that."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        number = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[number].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished all queued work."""
     if device.type == "cuda":

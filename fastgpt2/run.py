@@ -32,7 +32,7 @@ from fastgpt2.data import (
     open_data,
     split,
 )
-from fastgpt2.device import copy_async, keep_freed_memory, notes_on, pick_device
+from fastgpt2.device import copy_async, keep_freed_memory, notes_on, pick_device, seed_generators
 from fastgpt2.fields import flag
 from fastgpt2.folder import Claim, check_shared, claim
 from fastgpt2.given import GivenTokens, Source, try_ops
@@ -133,7 +133,7 @@ class Run:
         """
         self.state.set_learning_rates(step, self.config)
         # Dropout draws from here: other masks in each process, and the same ones in a resumed run.
-        torch.manual_seed(key_of("step", self.config.seed, step, self.ranks.rank, size=8))
+        seed_generators(self.device, key_of("step", self.config.seed, step, self.ranks.rank, size=8))
         if self.captured is None:
             return self._same_every_step(tokens, want_norm)
         loss, norm = self.captured(self._same_every_step, tokens)
