@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is published for Linux")
 
 from fastgpt2 import TrainConfig, run, train
+from fastgpt2.parallel import Ranks
 from fastgpt2.verify import Backend
 
 PRODUCTS = {
@@ -38,8 +39,8 @@ def test_every_product_is_in_the_runs_precision(dtype, products, monkeypatch) ->
         monkeypatch.setattr(module, "dot", dot)
     settle = run.settle
 
-    def settle_without_a_gpu(config: TrainConfig) -> tuple[TrainConfig, torch.device]:
-        settled, device = settle(dataclasses.replace(config, dtype="float32"))
+    def settle_without_a_gpu(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, torch.device]:
+        settled, device = settle(dataclasses.replace(config, dtype="float32"), ranks)
         return dataclasses.replace(settled, dtype=config.dtype), device
 
     monkeypatch.setattr(run, "settle", settle_without_a_gpu)

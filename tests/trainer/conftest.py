@@ -56,7 +56,7 @@ def everything_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from fastgpt2.settings import resolve
 
-    monkeypatch.setattr("fastgpt2.run.settle", lambda config: (resolve(config, cuda=False), torch.device("cpu")))
+    monkeypatch.setattr("fastgpt2.run.settle", lambda config, ranks: (resolve(config, cuda=False), torch.device("cpu")))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -26,14 +25,10 @@ class PlayedMps(TorchFunctionMode):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.calls: list[str] = []
-        self.generator = torch.ones(4, dtype=torch.uint8)
+        self.seeds: list[int] = []
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
         monkeypatch.setattr(torch.mps, "synchronize", lambda: self.calls.append("synchronize"))
-        monkeypatch.setattr(torch.mps, "get_rng_state", lambda: self.generator.clone())
-        monkeypatch.setattr(torch.mps, "set_rng_state", self._set_generator)
-
-    def _set_generator(self, state: torch.Tensor) -> None:
-        self.generator = state
+        monkeypatch.setattr(torch.mps, "manual_seed", self.seeds.append)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def on_cpu(value: Any) -> Any:
@@ -113,13 +108,10 @@ def test_a_functions_own_attention_is_tried_on_mps(mps: PlayedMps) -> None:
     assert run.chosen["attn"] == "fastgpt2.backends.attention:sdpa_attention"
 
 
-def test_the_generator_of_mps_is_saved_and_restored(mps: PlayedMps) -> None:
-    state = dataclasses.replace(build(asked(device="cpu")).state, device=MPS)
-    saved = state.state_dict()
-    assert saved["rng"]["mps"].tolist() == [1, 1, 1, 1]
-    mps.generator = torch.zeros(4, dtype=torch.uint8)
-    state.load_state_dict(saved, 0)
-    assert mps.generator.tolist() == [1, 1, 1, 1]
+def test_a_step_seeds_the_generator_of_mps(mps: PlayedMps) -> None:
+    with mps:
+        train(asked(steps=3))
+    assert len(set(mps.seeds[-3:])) == 3
 
 
 def test_verify_has_no_reference_on_mps(mps: PlayedMps) -> None:

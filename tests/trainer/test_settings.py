@@ -36,7 +36,7 @@ def of_groups(name: str) -> Callable[[TrainConfig], Any]:
 def asked_of_ops(name: str) -> Callable[[TrainConfig], Any]:
     def asked(config: TrainConfig) -> Any:
         with (
-            mock.patch("fastgpt2.run.settle", lambda c: (resolve(c, cuda=False), torch.device("cpu"))),
+            mock.patch("fastgpt2.run.settle", lambda c, ranks: (resolve(c, cuda=False), torch.device("cpu"))),
             mock.patch("fastgpt2.run.make_ops", return_value=(Ops(), {})) as make,
         ):
             build(config)
@@ -77,7 +77,7 @@ def deterministic(config: TrainConfig) -> bool:
 def compiler(config: TrainConfig) -> Any:
     """The arguments of model.compile as on a GPU, on the meta device; None if it isn't called."""
     with (
-        mock.patch("fastgpt2.run.settle", lambda c: (resolve(c, cuda=True), torch.device("meta"))),
+        mock.patch("fastgpt2.run.settle", lambda c, ranks: (resolve(c, cuda=True), torch.device("meta"))),
         mock.patch("fastgpt2.model.GPT.compile") as compile_,
     ):
         build(config)
