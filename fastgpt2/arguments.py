@@ -67,6 +67,7 @@ REPLACES = {
     "data": ("end_of_text",),
     "grad_accum": ("global_batch",),
     "global_batch": ("grad_accum",),
+    "parallel": ("shard_size",),
 }
 """Settings of an earlier layer that no longer apply when a later one changes the setting at the left."""
 

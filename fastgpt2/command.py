@@ -54,10 +54,10 @@ def _train(config: TrainConfig, origins: dict[str, str], ranks: Ranks) -> int:
         except Exception as error:
             _tell(error, ranks, config.out, display)
             raise _FailedError(2 if isinstance(error, ConfigError) else 1) from error
-        for text in result.missing:
-            display.error(text)
-        if ranks.first and not is_sharded(result.config, ranks):
-            print_sample(result, display.console)
+        if ranks.first:
+            for text in result.missing:
+                display.error(text)
+            print_sample(result, display.console, sharded=is_sharded(result.config, ranks))
         if result.missing:
             return 1
         complete = result.steps_done >= result.config.steps

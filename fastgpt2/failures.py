@@ -187,7 +187,7 @@ def _line(ranks: Ranks, words: dict[int, _Word], steps: dict[int, int]) -> str:
     last = f"last heard of at step {', '.join(known)}" if known else "before the first step"
     if waiting is None:
         return f"{who} of {ranks.world} died without a word, {last}"
-    wait = f"the others wait in {waiting.waits_in or 'a collective operation'} since {waiting.waits_s:.0f} s"
+    wait = f"the others have waited {waiting.waits_s:.0f} s in {waiting.waits_in or 'a collective operation'}"
     verbs = "hangs or is cut off" if len(silent) == 1 else "hang or are cut off"
     return f"{who} of {ranks.world} {verbs}, {last}: {wait}"
 

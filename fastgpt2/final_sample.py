@@ -24,8 +24,10 @@ SECONDS = 5.0
 """How long a sample may take: a large model on a CPU needs a second for a token."""
 
 
-def print_sample(result: TrainResult, console: Console) -> None:
+def print_sample(result: TrainResult, console: Console, *, sharded: bool = False) -> None:
     """Print a sample of a run that has made all its steps: what `python -m fastgpt2.sample --from OUT` prints.
+
+    With a sharded model, of which this process holds a part, print that command alone.
 
     A signal ends the sample, not the process. A failure is a note: the run has ended well. The model's mode and the
     random generators stay as they are.
@@ -36,13 +38,16 @@ def print_sample(result: TrainResult, console: Console) -> None:
     handlers = signals.handle(lambda number, frame: stops.append(number))
     try:
         tokenizer = local_tokenizer(result.config.data)
-        if tokenizer is not None:
+        if tokenizer is None:
+            return
+        if not sharded:
             text = "".join(stream(_tokens(result, tokenizer, stops), tokenizer))
             console.print(Text("a sample from the trained model:", "dim"))
             console.print(Text(printable_lines(text.expandtabs().strip("\n"))))
-            if result.out is not None and result.config.save_every:
-                more = f"more: python -m fastgpt2.sample --from {shell_word(result.out)} --prompt TEXT"
-                console.print(Text(printable(more), "dim"))
+        if result.out is not None and result.config.save_every:
+            what = "text from the trained model" if sharded else "more"
+            more = f"{what}: python -m fastgpt2.sample --from {shell_word(result.out)} --prompt TEXT"
+            console.print(Text(printable(more), "dim"))
     except Exception as error:
         told = " ".join(str(error).split()) or type(error).__name__
         console.print(Text(printable(f"no sample: {told}"), "dim"))

@@ -14,7 +14,7 @@ from fastgpt2.arguments import parse
 from fastgpt2.batch import resumed, settle_batch, with_global_batch
 from fastgpt2.folder import as_saved
 from fastgpt2.settings import resolve
-from tests.trainer.runs import SMALL, Watch, edit_state
+from tests.trainer.runs import SMALL, Watch, edit_state, tiny
 
 pytest.importorskip("safetensors", reason="checkpoints need safetensors")
 
@@ -252,3 +252,12 @@ def test_flags_replace_what_a_file_asks_for(tmp_path: Path) -> None:
     file.write_text("batch_size = 2\ngrad_accum = 3\n")
     asked = parse(["--config", str(file), "--global-batch", "8"])
     assert (asked.batch_size, asked.grad_accum, asked.global_batch) == (2, None, 8)
+
+
+def test_a_shard_size_goes_with_the_mode_that_has_it(tmp_path: Path) -> None:
+    """A run in hsdp is resumed in another mode: its config.toml has a --shard-size."""
+    (tmp_path / "config.toml").write_text(tiny(parallel="hsdp", shard_size=2).to_toml())
+    resumed = ["--resume", "--out", str(tmp_path)]
+    assert parse(resumed).shard_size == 2
+    assert parse([*resumed, "--parallel", "hsdp"]).shard_size == 2
+    assert parse([*resumed, "--parallel", "fsdp"]).shard_size is None

@@ -105,7 +105,7 @@ def ended(how: str, world: int, folder: Path, grace_s: float) -> tuple[list[str]
             hangs,
             2,
             0.5,
-            "process 1 of 2 hangs or is cut off, last heard of at step 3: the others wait in all_reduce since 1 s; "
+            "process 1 of 2 hangs or is cut off, last heard of at step 3: the others have waited 1 s in all_reduce; "
             "see {}/rank-0.txt",
             [1, 0],
         ),
