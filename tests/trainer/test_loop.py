@@ -85,14 +85,14 @@ class Disk:
     """A disk that fails at some of its saves, counted from 1."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: range) -> None:
-        self.fails, self.steps, self.write = fails, [], checkpoint._write  # type: ignore[var-annotated]
-        monkeypatch.setattr(checkpoint, "_write", self)
+        self.fails, self.steps, self.write = fails, [], checkpoint.write_tensors  # type: ignore[var-annotated]
+        monkeypatch.setattr(checkpoint, "write_tensors", self)
 
-    def __call__(self, folder: Path, step: int, *args: Any) -> None:
-        self.steps.append(step)
+    def __call__(self, folder: Path, *args: Any) -> dict[str, str]:
+        self.steps.append(int(folder.name.rpartition("-")[2]))
         if len(self.steps) in self.fails:
             raise OSError(28, "No space left on device")
-        self.write(folder, step, *args)
+        return self.write(folder, *args)
 
 
 def test_a_failed_save_is_tried_again_when_the_next_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_a_state_that_is_never_saved_is_said_by_result_status_and_warning(
 
 
 def test_what_is_no_failure_of_the_disk_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_write", mock.Mock(side_effect=MemoryError))
+    monkeypatch.setattr(checkpoint, "write_tensors", mock.Mock(side_effect=MemoryError))
     with pytest.raises(MemoryError):
         train(small(tmp_path))
 

@@ -95,8 +95,8 @@ def test_a_signal_before_the_first_step_has_nothing_to_save(
 
 
 def test_a_signal_during_a_save_lets_it_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = checkpoint._write
-    monkeypatch.setattr(checkpoint, "_write", lambda *args: (send(signal.SIGTERM), write(*args)))
+    write = checkpoint.write_tensors
+    monkeypatch.setattr(checkpoint, "write_tensors", lambda *args: (send(signal.SIGTERM), write(*args))[1])
     assert main([*RUN, "--save-every", "2", "--out", str(tmp_path)]) == 128 + signal.SIGTERM
     assert saved(tmp_path) == [2] and checkpoint.damage(checkpoint.newest(tmp_path)) is None
 
