@@ -58,7 +58,9 @@ SESSIONS = {
         *(f"trainer/test_{name}.py" for name in ("embedding", "attention")),
     ),
     "trajectories": ("trainer/test_trajectory.py",),
-    "graphs and equal bits": tuple(f"trainer/test_{name}.py" for name in ("compile", "cuda_graph", "step", "training")),
+    "graphs and equal bits": tuple(
+        f"trainer/test_{name}.py" for name in ("compile", "cuda_graph", "step", "training", "equal", "checkpoint_files")
+    ),
 }
 """The test files under tests/ that run together, in several processes. The others measure: they run last, in one."""
 ALONE = "measuring"
