@@ -136,7 +136,7 @@ def test_file_holds_each_attempt(tmp_path) -> None:
     assert cause.count("ValueError: a bad batch\nwith details") == 2
     assert "process 1 of 2 on " in cause and " after step 3\n" in cause
     assert consequence.count("last collective operation: all_reduce, begun ") == 2
-    assert consequence.count("Connection closed by peer") == 2
+    assert consequence.count("/gloo/") == 2  # closed or reset by the peer
 
 
 def test_without_a_folder_the_line_has_all(tmp_path) -> None:
