@@ -63,8 +63,10 @@ def difference(found: list[float], expected: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.numeric
-@pytest.mark.parametrize(("world", "accum", "modes"), [(2, 2, ["ddp", "fsdp"]), (4, 1, ["ddp", "fsdp", "hsdp"])])
+@pytest.mark.parametrize(
+    ("world", "accum", "modes"),
+    [pytest.param(2, 2, ["ddp", "fsdp"], marks=pytest.mark.numeric), (4, 1, ["ddp", "fsdp", "hsdp"])],
+)
 def test_several_processes_follow_one(world: int, accum: int, modes: list[str]) -> None:
     config = with_(steps=50)
     one = followed(dataclasses.replace(config, grad_accum=accum * world))
@@ -93,12 +95,11 @@ BITWISE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.numeric
 def test_two_processes_have_the_bits_of_two_micro_steps() -> None:
     """Without clipping: the norm of sharded gradients is summed in another order."""
     cases = [with_(steps=5, grad_clip=0.0, **changes) for changes in BITWISE.values()]
     one = all_followed([dataclasses.replace(case, grad_accum=2) for case in cases])
-    for mode in MODES.values():
+    for mode in (MODES["ddp"], MODES["fsdp"], MODES["fsdp, kept"]):  # hsdp in one group is fsdp
         several = in_processes(2, [dataclasses.replace(case, **mode) for case in cases])
         for name, found, expected in zip(BITWISE, several, one, strict=True):
             assert found["loss"] == expected["loss"], (name, mode)

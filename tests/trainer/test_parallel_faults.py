@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-FAULTS = ("two_agents_first_rank", "killed_once_fsdp", "interrupted_fsdp", "cut_shard_fsdp")
+FAULTS = ("killed_once_fsdp", "interrupted_fsdp", "cut_shard_fsdp")
 
 
 def test_run_recovers() -> None:
