@@ -214,7 +214,8 @@ def _build(
         asked = _with_given_tokens(asked)
     config, device = ranks.together(lambda: settle(asked, ranks))
     ops, chosen, source, val_source = ranks.together(lambda: _choose(config, device, own, own_source, ranks))
-    ranks.same(_what_must_agree(config, chosen, source, val_source))
+    if ranks.world > 1:
+        ranks.same(_what_must_agree(config, chosen, source, val_source))
     # The last check, because it makes a folder.
     claimed = Claim(None, [])
     if config.out is not None:

@@ -81,18 +81,18 @@ def _shard(model: GPT, config: Settled, ranks: Ranks, device: torch.device) -> N
     if config.parallel == "hsdp":
         sizes, names = (ranks.world // shards, shards), ("replicate", "shard")  # type: ignore[assignment]
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
-    low = whole
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+    low = exact
     if config.torch_dtype.itemsize == 2:
         # Autocast would cast the gathered weights to 16 bits before each product. Gathering them in 16 bits gives the
         # same bits with half the traffic, and leaves no unsharded 16-bit copies in the graph. Norms compute in float32.
         low = MixedPrecisionPolicy(config.torch_dtype, torch.float32, cast_forward_inputs=False)
     block: Any  # a ModuleList's items are Modules to mypy
     for block in model.h:
-        if low is not whole:
-            fully_shard([block.ln_1, block.ln_2], mesh=mesh, mp_policy=whole, reshard_after_forward=config.reshard)
+        if low is not exact:
+            fully_shard([block.ln_1, block.ln_2], mesh=mesh, mp_policy=exact, reshard_after_forward=config.reshard)
         fully_shard(block, mesh=mesh, mp_policy=low, reshard_after_forward=config.reshard)
-    fully_shard(model, mesh=mesh, mp_policy=whole)
+    fully_shard(model, mesh=mesh, mp_policy=exact)
 
 
 def compile_model(model: GPT, config: Settled, ranks: Ranks, backend: str | Callable[..., Any]) -> None:
@@ -100,9 +100,9 @@ def compile_model(model: GPT, config: Settled, ranks: Ranks, backend: str | Call
     if not is_sharded(config, ranks):
         model.compile(dynamic=False, fullgraph=True, backend=backend)
         return
+    split = config.torch_dtype.itemsize == 2  # the norms are sharded apart
     block: Any
     for block in model.h:
-        split = config.torch_dtype.itemsize == 2
         for part in (block.ln_1, block.attn, block.ln_2, block.mlp) if split else (block,):
             # The forward function alone: the hooks stay outside.
             part.forward = torch.compile(part.forward, dynamic=False, fullgraph=True, backend=backend)
